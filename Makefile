@@ -1,0 +1,52 @@
+# Everything goes through .venv, built on first use from the tested pins in constraints.txt.
+# TORCH_INDEX chooses the build of torch, for example
+#   make run TORCH_INDEX=https://download.pytorch.org/whl/cpu      (no GPU, small download)
+#   make run TORCH_INDEX=https://download.pytorch.org/whl/cu130    (a given CUDA)
+PYTHON ?= python3
+TORCH_INDEX ?=
+OUT ?= runs
+BIN := .venv/bin
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: run test test-all record notebooks docs-check .venv help clean
+
+help:
+	@echo "make run        the organism through the whole pipeline: table, HTML report, executed notebooks"
+	@echo "make test       everything but slow and GPU tests;  make test-all adds those"
+	@echo "make record     run configs/organism.yaml in full and rewrite nbs/recorded/"
+	@echo "make notebooks  re-execute nbs/ in place;  make .venv  only the environment"
+
+.venv: .venv/.installed
+
+.venv/.installed: constraints.txt settings.ini setup.py
+	@echo "building .venv (a few minutes the first time)"
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --disable-pip-version-check torch -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(BIN)/pip install -q --disable-pip-version-check -e ".[dev]" -c constraints.txt
+	@touch $@
+
+run: .venv/.installed
+	$(BIN)/mechunlearn run --model organism --task sports-athlete-editing --forget-size 64 --seeds 0 \
+	  --localizations flu,causal-tracing-mlps,random-mlps,late,all-mlps,nonlocalized --draws 1 --out $(OUT)
+
+test: .venv/.installed docs-check
+	$(BIN)/nbdev_test --n_workers 2 --timing
+	$(BIN)/python -m pytest tests -q -m "not slow and not gpu"
+
+test-all: .venv/.installed docs-check
+	$(BIN)/nbdev_test --n_workers 2
+	$(BIN)/python -m pytest tests -q
+
+docs-check: .venv/.installed
+	$(BIN)/python tests/docs_check.py
+
+record: .venv/.installed
+	$(BIN)/mechunlearn batch configs/organism.yaml --workers 2 --out $(OUT)/organism-grid
+	$(BIN)/mechunlearn report $(OUT)/organism-grid --record nbs/recorded
+
+notebooks: .venv/.installed
+	$(BIN)/python tests/execute_notebooks.py
+
+clean:
+	rm -rf _proc _docs build dist *.egg-info
