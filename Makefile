@@ -8,7 +8,7 @@ OUT ?= runs
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: run test test-all record notebooks docs-check .venv help clean
+.PHONY: run test test-all record notebooks readme docs-check .venv help clean
 
 help:
 	@echo "make run        the organism through the whole pipeline: table, HTML report, executed notebooks"
@@ -47,6 +47,11 @@ record: .venv/.installed
 
 notebooks: .venv/.installed
 	$(BIN)/python tests/execute_notebooks.py
+	$(BIN)/nbdev_clean
+	$(BIN)/python tests/make_readme.py
+
+readme: .venv/.installed
+	$(BIN)/python tests/make_readme.py
 
 clean:
 	rm -rf _proc _docs build dist *.egg-info

@@ -1,0 +1,64 @@
+"Tiny random models of every family, with a tokenizer that knows the words of the packaged world."
+import json, re
+import pytest, torch
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from transformers import (Gemma2Config, Gemma2ForCausalLM, GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
+    Qwen3Config, Qwen3ForCausalLM)
+from mechunlearn.models import DATA, wrap
+
+WORD = r"<\w+>|\n|\w+:?|[^\w\s]"
+SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, head_dim=8, max_position_embeddings=256,
+    bos_token_id=1, pad_token_id=0, eos_token_id=None, tie_word_embeddings=False)
+SLIDING = ["sliding_attention", "sliding_attention", "full_attention"]
+BUILD = dict(
+    llama=lambda **kw: LlamaForCausalLM(LlamaConfig(num_key_value_heads=2, **kw)),
+    gemma=lambda **kw: GemmaForCausalLM(GemmaConfig(num_key_value_heads=1, **kw | dict(tie_word_embeddings=True))),
+    gemma2=lambda **kw: Gemma2ForCausalLM(Gemma2Config(num_key_value_heads=2, sliding_window=3, query_pre_attn_scalar=8, final_logit_softcapping=5.,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"], **kw | dict(tie_word_embeddings=True))),
+    qwen3=lambda **kw: Qwen3ForCausalLM(Qwen3Config(num_key_value_heads=4, use_sliding_window=True, sliding_window=2, layer_types=SLIDING, **kw)))
+
+
+def world_words():
+    "Every word of the packaged world, without its weights."
+    world = json.loads((DATA / "organism" / "world.json").read_text())
+    texts = [t for r in world["relations"].values() for t in [r["prompt"], *r["paraphrases"], r["unseen"] or "", r["question"], *r["objects"]]]
+    texts += [f["subject"] for f in world["facts"]] + [t for part in world["text"].values() for t in part]
+    texts += [world["shot_subject"], "A B C D A: B: C: D: Question: Answer: Fact: \n"]
+    return sorted({w for t in texts for w in re.findall(WORD, t.replace("{s}", "").replace("{o}", ""))})
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer():
+    "Function: a fresh word-level tokenizer with a beginning-of-sequence token and a few word pieces."
+    words = ["<pad>", "<bos>", "<unk>", "##er", "##ers", *world_words()]
+
+    def make():
+        tok = Tokenizer(models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+        tok.pre_tokenizer = pre_tokenizers.Split(Regex(WORD), "removed", invert=True)
+        tok.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+        return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<bos>", unk_token="<unk>", pad_token="<pad>")
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny(make_tokenizer):
+    "Function: a fresh tiny random LM of a family (llama with grouped queries, gemma, gemma2, qwen3), float32, the same for the same seed."
+    def make(family="qwen3", seed=0, **config):
+        tok = make_tokenizer()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            hf = BUILD[family](vocab_size=len(tok), **SIZES | config)
+            for p in hf.parameters(): p.data += .1 * torch.randn_like(p)
+        return wrap(hf, tok, f"tiny-{family}", f"seed{seed}")
+    return make
+
+
+@pytest.fixture(params=list(BUILD))
+def lm(request, tiny):
+    "A tiny random LM, one test for each family."
+    return tiny(request.param)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes more than a few seconds")
+    config.addinivalue_line("markers", "gpu: needs a GPU")

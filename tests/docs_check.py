@@ -1,0 +1,103 @@
+"""What can be said of the docs without Quarto: exports and notebooks are clean, every page converts, every link leads somewhere."""
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import nbformat
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+NBS = ROOT / "nbs"
+
+
+def fail(message: str) -> None:
+    sys.exit(f"docs-check: {message}")
+
+
+def snapshot() -> dict[str, bytes]:
+    files = [*ROOT.glob("mechunlearn/*.py"), *NBS.glob("*.ipynb")]
+    return {str(f.relative_to(ROOT)): f.read_bytes() for f in files}
+
+
+def exports_are_clean() -> None:
+    before = snapshot()
+    bin_dir = Path(sys.executable).parent
+    for tool in ("nbdev_export", "nbdev_clean"):
+        subprocess.run([bin_dir / tool], cwd=ROOT, check=True, capture_output=True)
+    changed = [name for name, content in snapshot().items() if before.get(name) != content]
+    if changed:
+        fail(f"nbdev_export or nbdev_clean changed {', '.join(changed)}: run both and commit")
+
+
+def readme_is_the_index() -> None:
+    import make_readme
+
+    text, figures = make_readme.render()
+    stale = [name for name, png in figures.items() if not (ROOT / name).exists() or (ROOT / name).read_bytes() != png]
+    if (ROOT / "README.md").read_text() != text or stale:
+        fail("README.md is not what nbs/index.ipynb gives: run `make readme` and commit")
+
+
+def sidebar_is_whole() -> None:
+    named = re.findall(r"[\w/]+\.ipynb", (NBS / "sidebar.yml").read_text())
+    pages = sorted(p.name for p in NBS.glob("*.ipynb"))
+    if sorted(named) != pages:
+        fail(f"sidebar.yml names {sorted(named)}, nbs/ holds {pages}")
+    for name in ("_quarto.yml", "nbdev.yml", "sidebar.yml"):
+        yaml.safe_load((NBS / name).read_text())
+
+
+def notebooks_are_recorded() -> None:
+    size = 0
+    for path in sorted(NBS.glob("*.ipynb")):
+        size += path.stat().st_size
+        notebook = nbformat.read(path, 4)
+        tags = [tag for cell in notebook.cells for tag in cell.metadata.get("tags", [])]
+        if "injected-parameters" in tags:
+            fail(f"{path.name} holds an injected-parameters cell")
+        for cell in notebook.cells:
+            for out in cell.get("outputs", []):
+                if out.output_type == "error":
+                    fail(f"{path.name} stores a traceback")
+                if out.output_type == "stream" and out.name == "stderr":
+                    fail(f"{path.name} stores stderr")
+                if re.search(r"/(home|root|tmp|Users)/", json.dumps(out.get("text", out.get("data", {}).get("text/plain", "")))):
+                    fail(f"{path.name} shows an absolute path of the machine that ran it")
+    if size > 6e6:
+        fail(f"nbs/ holds {size / 1e6:.1f} MB of notebooks, the limit is 6")
+
+
+def pages_convert() -> None:
+    from nbconvert import HTMLExporter
+
+    exporter = HTMLExporter()
+    pages = {p.stem for p in NBS.glob("*.ipynb")}
+    with tempfile.TemporaryDirectory() as folder:
+        for path in sorted(NBS.glob("*.ipynb")):
+            body, _ = exporter.from_filename(str(path))
+            (Path(folder) / f"{path.stem}.html").write_text(body)
+            source = "".join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "markdown")
+            for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", source):
+                if target.startswith(("http", "mailto")):
+                    continue
+                stem = Path(target).stem
+                if Path(target).suffix in (".ipynb", ".html") and stem not in pages:
+                    fail(f"{path.name} links to {target}, which is not a page")
+                if Path(target).suffix not in (".ipynb", ".html") and not (NBS / target).exists():
+                    fail(f"{path.name} links to {target}, which does not exist")
+
+
+def proc_works() -> None:
+    code = "from nbdev.serve import proc_nbs; proc_nbs(n_workers=0, force=True)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        fail("nbdev's page processing failed:\n" + done.stderr[-2000:])
+
+
+if __name__ == "__main__":
+    for check in (exports_are_clean, readme_is_the_index, sidebar_is_whole, notebooks_are_recorded, pages_convert, proc_works):
+        check()
+        print(f"docs-check: {check.__name__.replace('_', ' ')}", flush=True)

@@ -1,0 +1,71 @@
+"One edit, all attacks, one table."
+import numpy as np, pandas as pd, pytest
+from mechunlearn.attacks import GONE, HOLDS, QUESTIONS, Attacks, attack, chance_of, per_fact
+from mechunlearn.evaluation import as_records
+from mechunlearn.facts import sports_athlete_editing
+from mechunlearn.finetuning import Edit, fingerprint, slice_key
+from mechunlearn.localization import build
+from mechunlearn.models import Component
+from mechunlearn.relearning import Lora, chance
+
+FEW = {g: 4 for g in ("retain", "retain/mcq", "ghost", "ghost/mcq", "same-subject", "other-relation", "general")}
+BRIEF = dict(standard=dict(max_facts=FEW), relearning=dict(steps=2, lora=Lora(4, 4, 1e-3, 0.), max_facts=4, sizes=dict(forget=4, retain=4, text=1)),
+    latents=dict(n_train=20, max_facts=4))
+
+
+@pytest.fixture(scope="module")
+def task(): return sports_athlete_editing(None, forget_size=4)
+
+
+@pytest.fixture(scope="module")
+def attacked(tiny, task):
+    lm = tiny()
+    where = build(lm, "noise", [Component("mlp", 1)])
+    values = {slice_key(s): lm.weight(s.param).narrow(s.dim, s.start, s.stop - s.start).float() + .3 for s in where.slices}
+    edit, before = Edit(where, values, pd.DataFrame(), dict(model=lm.name, revision=lm.revision)), fingerprint(lm)
+    found = attack(lm, task, edit, before=attack(lm, task, **BRIEF).records, **BRIEF)
+    assert fingerprint(lm) == before
+    return found
+
+
+def test_every_question_is_answered_with_an_interval(attacked, task):
+    t = attacked.table()
+    assert len(t) == len(QUESTIONS) and not t.index.duplicated().any()
+    assert (t.ci_low <= t.value).all() and (t.value <= t.ci_high).all() and t.before.notna().all()
+    assert t.loc[[GONE, HOLDS]].n.eq(len(task.forget)).all() and t.loc[GONE].n_ghosts.eq(4).all()
+    assert t.loc[GONE].chance.between(.2, .8).all()
+
+
+def test_the_edited_model_was_asked_and_not_the_other(attacked):
+    now, before = (r[r.evaluation == "standard"].full_truth.dropna() for r in (attacked.records, attacked.before))
+    assert len(now) == len(before) and not np.allclose(now, before)
+
+
+def test_shown_in_a_notebook(attacked):
+    page = attacked._repr_html_()
+    assert "after relearning" in page and "noise" in page and "before" in page
+    assert len(attacked.plot().get_yticklabels()) == len(QUESTIONS) - 1
+
+
+def question(format, column="top1_truth"): return next(q for q in QUESTIONS if q.format == format and q.column == column and q.group == "forget")
+
+
+def test_relearning_counts_its_last_step_and_each_fact_once():
+    rows = [dict(fact=f"f{i}", group=g, format="completion", step=s, top1_truth=s == 20 and g == "forget") for i in range(4) for s in (0, 20) for g in ("forget", "trained")]
+    rows += [dict(fact="f0", group="ghost", format="completion", step=20, top1_truth=hit) for hit in (True, False)]  # asked in both halves
+    records = as_records(rows, evaluation="relearning")
+    assert per_fact(records, question("relearning"), "forget").tolist() == [1, 1, 1, 1]
+    assert per_fact(records, question("relearning"), "ghost").tolist() == [.5]
+    assert not len(per_fact(records, question("completion"), "forget"))
+
+
+def test_a_question_not_asked_has_no_row(attacked, task):
+    only = attacked.records[attacked.records.evaluation == "relearning"]
+    t = Attacks("x", task, only).table()
+    assert t.index.get_level_values("question").tolist() == ["after relearning"] and t.before.isna().all()
+
+
+def test_chance_beside_each_row(task):
+    c = chance(task)
+    assert chance_of(question("completion"), task) == c.uniform and chance_of(question("mcq"), task) == 1 / 4
+    assert chance_of(question("relearning"), task) == max(c) and chance_of(question("mcq", "top1_edit"), task) == 1 / 4

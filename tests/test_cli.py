@@ -1,0 +1,95 @@
+"Wrong input is answered in one line; right input comes through"
+import json, subprocess, sys
+
+import pandas as pd, pytest
+
+from mechunlearn import cli, runs
+from mechunlearn.cli import main, read
+
+
+@pytest.fixture
+def nothing_starts(monkeypatch):
+    "A process that is started is an error"
+    def start(*a, **k): raise AssertionError("work was started")
+    monkeypatch.setattr(runs, "start", start)
+
+
+@pytest.mark.parametrize("argv,message", [
+    (["runn"], "unknown command 'runn', did you mean 'run'"), (["run", "--modle", "organism"], "did you mean '--model'"), (["run", "--forget-sise=3"], "did you mean '--forget-size'"),
+    (["run", "extra"], "'extra' is one word too many"), (["run", "--forget-size", "many"], "--forget-size: invalid int value: 'many'"), (["run", "--model"], "--model: expected one argument"),
+    (["run", "--seeds", "0,x"], "--seeds: whole numbers"), (["run", "--seeds", ""], "--seeds: whole numbers"), (["run", "--set", "steps"], "KEY=VALUE"),
+    (["run", "--set", "stepps=3"], "did you mean 'steps'"), (["run", "--set", "steps=many"], "steps: input should be a valid integer"), (["run", "--draws", "0"], "draws: "),
+    (["run", "--batch-size", "0"], "batch_size: "), (["run", "--model", "organsim"], "did you mean 'organism'"), (["run", "--task", "sport-athlete-editing"], "did you mean 'sports-athlete-editing'"),
+    (["run", "--localizations", "flu,random-mlp"], "did you mean 'random-mlps'"), (["run", "--localizations", "flu#2"], "flu#2"), (["run", "--inject", "gold"], "did you mean 'golf'"),
+    (["run", "--forget-size", "0"], "forget_size"), (["run", "--forget-size", "100000"], "too large"), (["run", "--facts", "nowhere.csv"], "nowhere.csv"),
+    (["run", "--paper-split"], "paper_split"), (["run", "--workers", "0"], "--workers: at least 1"), (["run", "--recompute", "some"], "Valid: damaged, all"),
+    (["batch"], "required: grid"), (["batch", "no.yaml"], "cannot read the grid no.yaml"), (["status", "nowhere"], "there are no runs in nowhere"), (["report", "nowhere"], "there are no runs in nowhere"),
+    (["organism", "--retrain"], "--retrain needs --out"), (["localize", "--task", "x"], "unknown task 'x'"), (["check", "--model", "no/such/model"], "model"), (["localise"], "did you mean 'localize'")])
+def test_wrong_input_is_one_line_and_two(argv, message, capsys, nothing_starts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("mechunlearn: ") and message in said.err
+    assert said.err.count("\n") == 1 and "Traceback" not in said.err
+
+
+def test_as_a_command(tmp_path):
+    run = lambda *argv: subprocess.run([sys.executable, "-m", "mechunlearn.cli", *argv], capture_output=True, text=True, cwd=tmp_path)
+    p = run("run", "--model", "organsim")
+    assert (p.returncode, p.stdout) == (2, "") and p.stderr.startswith("mechunlearn: unknown") and p.stderr.count("\n") == 1
+    p = run("--help")
+    assert p.returncode == 0 and all(c in p.stdout for c in cli.COMMANDS if c != "_job") and "_job" not in p.stdout
+    assert run().returncode == 2 and run("--version").stdout.startswith("mechunlearn 0.")
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys; from mechunlearn.cli import main\ntry: main(['run', '--help'])\nexcept SystemExit: pass\nprint([m for m in ('torch', 'pandas', 'numpy', 'papermill') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()[-1] == "[]"
+
+
+def test_options_become_a_job(monkeypatch):
+    monkeypatch.setattr(runs, "check_job", lambda job: None)
+    job = cli.job_of(read(["run", "--model", "google/gemma-7b", "--forget-size", "16", "--inject", "golf", "--localizations", "flu,late", "--seeds", "0,2", "--draws", "3",
+                           "--dtype", "bfloat16", "--set", "steps=5", "--set", "relearning={lora: {rank: 8}}", "--out", "o", "--keep-edits"]))
+    assert job.options == {"forget_size": 16, "facts": "sports", "inject": "golf"} and job.run_dir == "o/gemma-7b/sports-athlete-editing-16-inject-golf"
+    assert job.settings == {"draws": 3, "dtype": "bfloat16", "steps": 5, "relearning": {"lora": {"rank": 8}}} and job.seeds == [0, 2] and job.keep_edits
+
+
+@pytest.mark.parametrize("states,code", [(["done"], 0), (["refused"], 2), (["failed"], 1), (["done", "refused"], 1), (["failed", "done"], 1)])
+def test_exit_codes(states, code, monkeypatch, capsys):
+    done = [{"state": s, "why": f"because {k}", "notebook": "x.ipynb", "run_dir": f"r{k}"} for k, s in enumerate(states)]
+    monkeypatch.setattr(runs, "run_batch", lambda *a: done)
+    shown = []
+    assert cli.do_jobs([None]*len(states), read(["run"]), show=lambda f, a: shown.append(f)) == code
+    assert shown == [f"r{k}" for k, s in enumerate(states) if s == "done"]
+    assert capsys.readouterr().err.splitlines() == [f"r{k} {s}: because {k}" + (" (traceback: x.ipynb)" if s == "failed" else "") for k, s in enumerate(states) if s != "done"]
+
+
+def test_ctrl_c_is_130(monkeypatch, capsys):
+    def interrupted(args): raise KeyboardInterrupt
+    monkeypatch.setitem(cli.COMMANDS, "status", (interrupted, *cli.COMMANDS["status"][1:]))
+    assert main(["status"]) == 130 and capsys.readouterr().err == "mechunlearn: stopped; the same command goes on from here\n"
+
+
+def test_dry_run_starts_nothing(nothing_starts, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "--dry-run", "--forget-size", "16", "--localizations", "flu,late,random-mlps", "--draws", "2"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("flu", "late", "random-mlps", "as flu (at most", "1 jobs, 4 edits")) and not list(tmp_path.iterdir())
+
+
+def test_check_reads_the_tokenizer(capsys):
+    assert main(["check"]) == 0
+    assert "12 layers" in capsys.readouterr().out
+    assert main(["check", "--facts", "world", "--forget-size", "100000"]) == 2
+
+
+def test_a_run_is_shown_as_table_or_json(tmp_path, monkeypatch, capsys):
+    from mechunlearn import report
+    metrics = pd.DataFrame({"localization": ["flu"], "value": [.5], "layer": pd.array([None], dtype="Int64")})
+    for name, fn in {"metrics": lambda d: metrics, "write_report": lambda d: "r/report.html", "results_table": lambda m: m, "results_text": lambda t: "TABLE"}.items():
+        monkeypatch.setattr(report, name, fn)
+    cli.show_run(tmp_path, read(["run"])); out = capsys.readouterr().out
+    assert out.startswith("TABLE") and "r/report.html" in out and f"executed notebooks: {tmp_path}/notebooks" in out
+    cli.show_run(tmp_path, read(["run", "--json"]))
+    assert [json.loads(l) for l in capsys.readouterr().out.splitlines()] == [{"localization": "flu", "value": .5, "layer": None}]

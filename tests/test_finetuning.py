@@ -1,0 +1,329 @@
+import math
+import numpy as np, pandas as pd, pytest, torch
+from mechunlearn import finetuning as F
+from mechunlearn.facts import sports_athlete_editing
+from mechunlearn.finetuning import (FILES, LEARNING_RATES, RATE_GROUPS, UPDATES, Job, best_rates, dev_task, draws, edit_jobs, fact_losses, finetune, fingerprint,
+    last_logits, learning_rate, load_edit, masters, matrices, parse_slice, rates, run_finetuning, score, shared_prefix, slice_key, step_losses, sweep,
+    training_rows)
+from mechunlearn.localization import build
+from mechunlearn.models import Component, Slice, components
+from mechunlearn.store import Broken, Refusal, Run
+
+SMALL = dict(lr=1e-2, steps=3, batch=4, retain_batch=4, text_batch=2, progress=False)
+
+
+def task_for(lm, seed=0):
+    task = sports_athlete_editing(lm, forget_size=4, seed=seed)
+    return task.model_copy(update=dict(retain=task.retain[:12], retain_test=task.retain_test[:6], dev_retain=task.dev_retain[:6],
+        text_train=task.text_train[:12], text_test=task.text_test[:4]))
+
+
+def mixed(lm):
+    "Heads, a whole MLP and some neurons: slices by rows and by columns."
+    return build(lm, "mixed", [Component("mlp", 1), Component("head", 0, 1), Component("head", 2, 3)], part=(2, 5))
+
+
+@pytest.fixture
+def qwen(tiny): return tiny("qwen3")
+
+
+def state_of(lm): return {n: p.detach().clone() for n, p in lm.hf.named_parameters()}
+
+
+# ---- masters
+
+def test_matrices_hold_the_slices_and_leave_the_rest(lm):
+    where, before = mixed(lm), state_of(lm)
+    values = {s: torch.full_like(v, 7.) for s, v in masters(lm, where.slices).items()}
+    for name, W in matrices(lm, values).items():
+        inside = torch.zeros_like(W, dtype=torch.bool)
+        for s in values:
+            if s.param == name: inside.narrow(s.dim, s.start, s.stop - s.start).fill_(True)
+        assert (W[inside] == 7).all() and torch.equal(W[~inside], before[name][~inside])
+    assert all(torch.equal(p, before[n]) for n, p in lm.hf.named_parameters())
+
+
+def test_gradients_are_the_slices_of_the_full_gradient(lm):
+    task, where = task_for(lm), mixed(lm)
+    batch = next(draws(training_rows(lm, task), dict(forget=4, retain=4, text=2), 1, 0))
+    values = masters(lm, where.slices)
+    terms = step_losses(lm, values, batch, UPDATES["edit"], inject=.5)
+    params = {s.param: lm.weight(s.param).requires_grad_() for s in values}
+    def mean(term):
+        rows = [r for r in batch if r.term == term]
+        if term != "text": return torch.stack([-lm.hf(torch.tensor([r.ids])).logits[0, -1].log_softmax(-1)[r.target] for r in rows]).mean()
+        return torch.cat([torch.nn.functional.cross_entropy(lm.hf(torch.tensor([r.ids])).logits[0, :-1], torch.tensor(r.ids[1:]), reduction="none") for r in rows]).mean()
+    losses = {t: mean(t) for t in ("forget", "retain", "text")}
+    (.5 * losses["forget"] + losses["retain"] + losses["text"]).backward()
+    assert {t: l.item() for t, l in losses.items()} == pytest.approx(terms, rel=1e-4)
+    for s, v in values.items():
+        full = params[s.param].grad.narrow(s.dim, s.start, s.stop - s.start)
+        assert torch.allclose(v.grad, full, atol=1e-5 * float(full.abs().max()) + 1e-7), s
+    assert any(v.grad.abs().sum() > 0 for v in values.values())
+
+
+def test_parts_and_shared_prefixes_give_the_gradient_of_the_whole(lm, monkeypatch):
+    task, where = task_for(lm), mixed(lm)
+    batch = next(draws(training_rows(lm, task), dict(forget=4, retain=4, text=4), 1, 0))
+    def gradients(**kw):
+        values = masters(lm, where.slices)
+        step_losses(lm, values, batch, UPDATES["edit"], **kw)
+        return [v.grad for v in values.values()]
+    shared, parts = gradients(), gradients(micro_batch=3)
+    assert shared_prefix([r.ids for r in batch if r.term != "text"]) > 5
+    monkeypatch.setattr(F, "shared_prefix", lambda ids: 0)
+    for a, b, c in zip(shared, parts, gradients()): assert torch.allclose(a, c, atol=1e-5) and torch.allclose(b, c, atol=1e-5)
+
+
+@pytest.mark.parametrize("ids, k", [([[1, 2, 3], [1, 2, 4]], 2), ([[1, 2, 3], [1, 2, 3]], 2), ([[1, 2], [1, 2, 3]], 0), ([[1, 2, 3]], 0), ([[1, 2], [3, 2]], 0)])
+def test_shared_prefix(ids, k): assert shared_prefix(ids) == k
+
+
+def test_prompts_of_several_lengths(lm):
+    prompts = ["Fact: the sport", "Fact: the sport of the", "Fact: golf"]
+    ids = lm.ids(prompts)
+    got = last_logits(lm, {}, ids)
+    for row, x in zip(got, ids): assert torch.allclose(row, lm.hf(torch.tensor([x])).logits[0, -1], atol=1e-4)
+
+
+def test_quantized_matrices_are_refused(qwen):
+    name = "model.layers.1.mlp.up_proj.weight"
+    qwen.hf.get_submodule("model.layers.1.mlp.up_proj").weight = torch.nn.Parameter(torch.zeros(8, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(Refusal, match="up_proj.weight is quantized"): masters(qwen, [Slice(name, 0, 0, 4)])
+
+
+# ---- training
+
+def test_training_is_adamw_with_masked_gradients(qwen, tiny):
+    task, where, ref = task_for(qwen), mixed(qwen), tiny("qwen3")
+    edit = finetune(qwen, task, where, seed=5, **SMALL)
+    params = {s.param: ref.weight(s.param).requires_grad_() for s in where.slices}
+    opt = torch.optim.AdamW(params.values(), lr=SMALL["lr"], weight_decay=0.)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, SMALL["steps"])
+    for rows in draws(training_rows(ref, task), dict(forget=4, retain=4, text=2), SMALL["steps"], 5):
+        loss = 0.
+        for term in ("forget", "retain"):
+            loss = loss + torch.stack([-ref.hf(torch.tensor([r.ids])).logits[0, -1].log_softmax(-1)[r.target] for r in rows if r.term == term]).mean()
+        text = [torch.nn.functional.cross_entropy(ref.hf(torch.tensor([r.ids])).logits[0, :-1], torch.tensor(r.ids[1:]), reduction="none") for r in rows if r.term == "text"]
+        opt.zero_grad(); (loss + torch.cat(text).mean()).backward()
+        for name, p in params.items():
+            keep = torch.zeros_like(p)
+            for s in where.slices:
+                if s.param == name: keep.narrow(s.dim, s.start, s.stop - s.start).fill_(1)
+            p.grad *= keep
+        torch.nn.utils.clip_grad_norm_(params.values(), 1.)
+        opt.step(); schedule.step()
+    with edit.applied(qwen):
+        for n, p in qwen.hf.named_parameters(): assert torch.allclose(p, ref.weight(n), atol=1e-4), n
+
+
+def test_learns_the_edit_answers(qwen):
+    task, where = task_for(qwen), build(qwen, "nonlocalized", components(qwen))
+    curve = finetune(qwen, task, where, **SMALL | dict(steps=30)).curve
+    assert curve.forget.iloc[-1] < .7 * curve.forget.iloc[0] and len(curve) == 30
+    assert curve.lr.iloc[0] == SMALL["lr"] and curve.lr.is_monotonic_decreasing and curve.lr.iloc[-1] < .01 * SMALL["lr"]
+
+
+def test_seeds_decide_and_repeat(qwen):
+    task, where = task_for(qwen), mixed(qwen)
+    a, b, c = (finetune(qwen, task, where, seed=s, **SMALL) for s in (1, 1, 2))
+    assert all(torch.equal(a.values[k], b.values[k]) for k in a.values) and not all(torch.equal(a.values[k], c.values[k]) for k in a.values)
+
+
+def test_small_terms_are_seen_whole_and_large_ones_drawn():
+    rows = dict(forget=[*range(16)], retain=[*range(100, 200)], text=[])
+    first, second = draws(rows, dict(forget=64, retain=48, text=8), 2, 0)
+    assert first[:16] == second[:16] == rows["forget"] and first[16:] != second[16:]
+    assert len(first) == 64 and len(set(first)) == 64
+
+
+def test_a_task_without_text_has_two_terms(qwen):
+    task = task_for(qwen).model_copy(update=dict(text_train=(), text_test=()))
+    curve = finetune(qwen, task, mixed(qwen), **SMALL).curve
+    assert curve.text.isna().all() and np.allclose(curve.loss, curve.forget + curve.retain)
+
+
+def test_divergence_and_memory_are_one_line(qwen, monkeypatch):
+    task, where = task_for(qwen), mixed(qwen)
+    with pytest.raises(Refusal, match="diverged at step .* lower the learning rate"): finetune(qwen, task, where, **SMALL | dict(lr=1e30))
+    def full(*a, **k): raise torch.OutOfMemoryError("no")
+    monkeypatch.setattr(F, "step_losses", full)
+    with pytest.raises(Refusal, match="out of memory .* lower micro_batch"): finetune(qwen, task, where, **SMALL)
+
+
+def test_unknown_updates_are_refused(qwen):
+    task = task_for(qwen).model_copy(update=dict(update="edits"))
+    with pytest.raises(Refusal, match="did you mean 'edit'"): finetune(qwen, task, mixed(qwen), **SMALL)
+
+
+# ---- bits
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_not_a_bit_outside_moves(lm, dtype):
+    lm.hf.to(dtype)
+    task, where = task_for(lm), mixed(lm)
+    before, outside = fingerprint(lm), fingerprint(lm, where.slices)
+    edit = finetune(lm, task, where, **SMALL)
+    assert fingerprint(lm) == before
+    with edit.applied(lm):
+        assert fingerprint(lm, where.slices) == outside
+        assert {n for n, h in fingerprint(lm).items() if h != before[n]} == {s.param for s in where.slices}
+        assert all(p.dtype == dtype for p in lm.hf.parameters())
+    assert fingerprint(lm) == before and not any(p.requires_grad for p in lm.hf.parameters())
+
+
+def test_masters_take_steps_that_bfloat16_cannot(qwen):
+    qwen.hf.to(torch.bfloat16)
+    where = mixed(qwen)
+    edit = finetune(qwen, task_for(qwen), where, **SMALL | dict(lr=1e-5, steps=1))
+    old = {slice_key(s): v.detach() for s, v in masters(qwen, where.slices).items()}
+    moved = torch.cat([(edit.values[k] != old[k]).flatten() for k in old])
+    rounded = torch.cat([(edit.values[k].bfloat16() != old[k].bfloat16()).flatten() for k in old])
+    assert moved.float().mean() > .5 > 5 * rounded.float().mean()
+
+
+def test_restores_after_an_exception_and_when_nested(qwen):
+    task, where, before = task_for(qwen), mixed(qwen), fingerprint(qwen)
+    a, b = (finetune(qwen, task, where, seed=s, **SMALL) for s in (1, 2))
+    with pytest.raises(KeyError):
+        with a.applied(qwen): raise KeyError
+    assert fingerprint(qwen) == before
+    with a.applied(qwen):
+        inner = fingerprint(qwen)
+        with b.applied(qwen): assert fingerprint(qwen) != inner
+        assert fingerprint(qwen) == inner
+    assert fingerprint(qwen) == before
+
+
+def test_bits_that_are_no_numbers_are_restored_too(qwen):
+    where = mixed(qwen)
+    edit = finetune(qwen, task_for(qwen), where, **SMALL)
+    s = where.slices[0]
+    qwen.weight(s.param).data.narrow(s.dim, s.start, 1).fill_(math.nan)
+    qwen.weight(s.param).data.narrow(s.dim, s.start + 1, 1).fill_(-0.)
+    before = fingerprint(qwen)
+    with edit.applied(qwen): assert fingerprint(qwen) != before
+    assert fingerprint(qwen) == before
+
+
+def test_an_edit_of_another_model_is_refused(qwen, tiny):
+    edit, other = finetune(qwen, task_for(qwen), mixed(qwen), **SMALL), tiny("qwen3", seed=1)
+    before = fingerprint(other)
+    with pytest.raises(Refusal, match="was made for tiny-qwen3 seed0, not for tiny-qwen3 seed1"):
+        with edit.applied(other): pass
+    assert fingerprint(other) == before
+
+
+# ---- files
+
+def test_saved_edits_come_back_or_are_broken(qwen, tmp_path):
+    edit = finetune(qwen, task_for(qwen), mixed(qwen), **SMALL)
+    edit.save(tmp_path, {"seed": 0})
+    back = load_edit(tmp_path)
+    assert back.localization == edit.localization and back.config == edit.config and set(back.values) == set(edit.values)
+    assert all(torch.equal(back.values[k], v) for k, v in edit.values.items())
+    pd.testing.assert_frame_equal(back.curve, edit.curve)
+    with edit.applied(qwen): one = fingerprint(qwen)
+    with back.applied(qwen): assert fingerprint(qwen) == one
+    for f in FILES:
+        data = (tmp_path / f).read_bytes()
+        (tmp_path / f).write_bytes(data[:-1])
+        with pytest.raises(Broken, match=f): load_edit(tmp_path)
+        (tmp_path / f).write_bytes(data)
+
+
+def test_slice_keys_name_their_slices():
+    s = Slice("model.layers.0.mlp.up_proj.weight", 0, 3, 9)
+    assert parse_slice(slice_key(s)) == s
+
+
+# ---- learning rates
+
+def table(*rows): return pd.DataFrame(rows, columns=["model", "task", "forget_size", "localization", "lr", "inject", "score", "source"])
+
+
+def test_the_committed_table_is_whole():
+    t = pd.read_csv(LEARNING_RATES)
+    assert not t.duplicated(["model", "task", "forget_size", "localization"]).any() and (t.lr > 0).all() and (t.inject > 0).all() and t.source.notna().all()
+    assert set(t.localization) <= {n for g in RATE_GROUPS for n in g}
+
+
+def test_published_rates():
+    got = learning_rate("google/gemma-7b", "sports-athlete-editing", 64, "flu@published")
+    assert (got.lr, got.inject) == (1e-5, 5.) and got.source.startswith("flu, 64 facts")
+    assert learning_rate("meta-llama/Meta-Llama-3-8B", "full-sports-editing", 243, "nonlocalized").lr == 1e-5
+
+
+def test_rates_fall_back_in_a_known_order():
+    t = table(("m", "t", 16, "flu", 1, 1, 3, "a"), ("m", "t", 64, "flu", 2, 1, 3, "b"), ("m", "t", 64, "random-mlps", 3, 1, 3, "c"), ("m", "t", 64, "random", 4, 1, 3, "d"))
+    pick = lambda size, name: learning_rate("org/M", "t", size, name, t).lr
+    assert [pick(64, "flu"), pick(16, "flu"), pick(100, "flu"), pick(16, "random-mlps#3"), pick(16, "flu-probe"), pick(64, "late")] == [2, 1, 2, 3, 1, 4]
+    for args in [("m", "t", 64, "nonlocalized"), ("m", "u", 64, "flu"), ("n", "t", 64, "flu"), ("m", "t", 64, "elsewhere")]:
+        with pytest.raises(Refusal, match="no learning rate"): learning_rate(*args, t)
+
+
+def test_given_rates_win(qwen):
+    where = mixed(qwen)
+    assert rates(qwen, task_for(qwen), where, 1e-3, None) == (1e-3, 1.) and rates(qwen, task_for(qwen), where, 1e-3, 5.) == (1e-3, 5.)
+    with pytest.raises(Refusal, match="no learning rate for mixed"): rates(qwen, task_for(qwen), where, None, None)
+
+
+def test_best_rates_reports_edges_and_skips_divergence():
+    trial = lambda loc, lr, score: dict(model="m", task="t", forget_size=64, localization=loc, draw=None, seed=0, lr=lr, inject=1., score=score)
+    got = best_rates(pd.DataFrame([trial("flu", 1, 2.), trial("flu", 2, 2.9), trial("flu", 4, math.nan), trial("late", 1, 2.), trial("late", 2, 1.),
+        trial("random", 1, 1.), trial("random", 1, 3.), trial("random", 2, 2.5), trial("random", 2, 2.), trial("random", 4, math.nan), trial("random", 4, 3.)]))
+    assert got.set_index("localization").lr.to_dict() == {"flu": 2, "late": 1, "random": 2}
+    assert got.set_index("localization").at_edge.to_dict() == {"flu": False, "late": True, "random": False}
+
+
+def test_score_does_not_reward_a_lower_text_loss():
+    assert score(dict(forget=0, edit=1, retain=1, text=1.), dict(text=2.)) == 3 and score(dict(forget=0, edit=1, retain=1, text=2.5), dict(text=2.)) == 2.5
+
+
+def test_sweep_edits_dev_facts_only(qwen):
+    task = task_for(qwen)
+    dev = dev_task(task)
+    assert dev.forget == task.dev_forget and dev.retain_test == task.dev_retain and not set(dev.text_train) & set(dev.text_test)
+    t = sweep(qwen, task, [mixed(qwen)], lrs=[1e-3, 1e30], seeds=[0, 1], **{k: v for k, v in SMALL.items() if k not in ("lr", "progress")})
+    assert len(t) == 4 and t.score.isna().sum() == 2 and t[t.lr == 1e-3].score.between(0, 3).all()
+    with pytest.raises(Refusal, match="no dev facts"): dev_task(dev)
+
+
+# ---- the stage
+
+def test_stage_trains_once_and_repairs(qwen, tmp_path, monkeypatch):
+    run = Run(tmp_path / "run", qwen.name, qwen.revision, "sports-athlete-editing", {})
+    go = lambda **kw: run_finetuning(qwen, lambda s: task_for(qwen, s), run, ["late", "random-mlps"], [0, 1], draws=2, budget=2000, **SMALL | kw)
+    curves = go()
+    assert set(zip(curves.localization, curves.seed)) == {(n, s) for n in ("late", "random-mlps#0", "random-mlps#1") for s in (0, 1)}
+    trained = []
+    real = F.finetune
+    monkeypatch.setattr(F, "finetune", lambda lm, task, where, **kw: trained.append((where.name, task.seed)) or real(lm, task, where, **kw))
+    pd.testing.assert_frame_equal(go(), curves)
+    file = run.path("late", "seed1", "edit.safetensors")
+    file.unlink()
+    go()
+    assert trained == []                                    # the curve is there; nobody asked for the edit
+    jobs = {(j.name, j.task.seed): j for j in edit_jobs(qwen, lambda s: task_for(qwen, s), run, ["none", "late"], [0, 1], budget=2000, **SMALL)}
+    assert list(jobs)[0] == ("none", 0) and jobs["none", 0].edit() is None
+    with jobs["none", 0].applied() as same: assert same is qwen
+    jobs["late", 1].edit()
+    assert trained == [("late", 1)] and file.exists()
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(Broken): jobs["late", 1].edit()
+    Job(**{**vars(jobs["late", 1]), "repair": True}).edit()
+    assert trained == [("late", 1)] * 2
+    go(steps=4)
+    assert len(trained) == 2 + 6
+
+
+def test_causes_tell_edits_apart(qwen):
+    job = lambda seed=0, lr=1e-3, **kw: Job(qwen, task_for(qwen, seed), mixed(qwen), None, dict(lr=lr, **kw)).causes()
+    assert job() == job() == job(progress=False, micro_batch=3)      # what cannot change the result is no cause
+    assert len({str(c) for c in (job(), job(1), job(lr=2e-3), job(steps=7), Job(qwen, task_for(qwen), None, None, {}).causes())}) == 5
+
+
+def test_stage_without_a_folder_writes_nothing(qwen, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert len(run_finetuning(qwen, lambda s: task_for(qwen, s), None, ["late"], [0], **SMALL)) == SMALL["steps"]
+    assert list(tmp_path.iterdir()) == []

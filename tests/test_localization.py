@@ -1,0 +1,253 @@
+import collections, random
+import numpy as np, pandas as pd, pytest, torch
+from mechunlearn import localization, stats
+from mechunlearn.facts import Fact, Task
+from mechunlearn.localization import (EmptyFLU, Evidence, Localization, at_random, build, by_score, compare, control_draws, describe, fill,
+    late, localizations_for, localize, localize_all, neuron_size, overlap, plot_localizations, run_localization, split_name, trained_share,
+    tracing_of, units)
+from mechunlearn.models import Component, components, n_params, slices
+from mechunlearn.store import Refusal, Run
+
+NAMES = ["flu", "flu-probe", "causal-tracing", "causal-tracing-mlps", "random", "random-mlps", "late", "all-mlps", "nonlocalized"]
+
+
+def task(name="sports-athlete-editing"):
+    f = tuple(Fact(id=f"{i}", relation="r", subject=f"s{i}", answer=" a", candidates=(" a",), prompt=f"s{i} of") for i in range(6))
+    return Task(name=name, source="world", forget=f[:2], retain=f[2:4], retain_test=f[4:])
+
+def evidence(lm, flu=(0, 1), seed=0, run=None):
+    "Evidence whose curve and scores are made up"
+    ev, comps = Evidence(lm, task(), run), components(lm)
+    score = np.random.default_rng(seed).normal(size=len(comps))
+    ev.layers, ev.tracing = list(flu), pd.DataFrame({"component": [str(c) for c in comps], "score": score})
+    return ev
+
+def mask(lm, loc):
+    "Trained entries by parameter, by assignment"
+    out = collections.defaultdict(lambda: None)
+    for s in loc.slices:
+        w = lm.weight(s.param)
+        assert 0 <= s.start < s.stop <= w.shape[s.dim]
+        if out[s.param] is None: out[s.param] = torch.zeros(w.shape, dtype=torch.bool)
+        part = out[s.param].narrow(s.dim, s.start, s.stop - s.start)
+        assert not part.any(), "a weight is in two slices"
+        part.fill_(True)
+    return out
+
+def shared(a, b): return sum((a[k] & b[k]).sum().item() for k in set(a) & set(b))
+
+
+# ---- counting
+
+@pytest.mark.parametrize("name", NAMES)
+def test_counts_equal_masks(lm, name):
+    l = localize(lm, task(), name, evidence=evidence(lm))
+    m = mask(lm, l)
+    assert l.n_params == sum(v.sum().item() for v in m.values()) == n_params(lm, list(l.slices))
+
+def test_overlap_equals_masks(lm):
+    made = list(localize_all(lm, task(), NAMES, draws=3, evidence=evidence(lm))[0].values())
+    made.append(build(lm, "part", [Component("head", 1, 2)], part=(1, 7)))
+    masks = [mask(lm, l) for l in made]
+    for a, ma in zip(made, masks):
+        for b, mb in zip(made, masks): assert overlap(a, b) == pytest.approx(shared(ma, mb) / a.n_params, abs=1e-12)
+    assert all(overlap(a, a) == 1 for a in made)
+
+def test_shared_keys_and_values_are_counted_once(tiny):
+    lm = tiny("llama")
+    one, both = (build(lm, "x", [Component("head", 0, h) for h in hs]) for hs in ([0], [0, 1]))
+    assert one.n_params == 4 * 8 * 32 and both.n_params == 6 * 8 * 32
+
+
+# ---- budgets
+
+def test_budget_is_met_to_less_than_a_neuron(lm):
+    rng, step = random.Random(0), neuron_size(lm)
+    total = build(lm, "all", components(lm, ("mlp",))).n_params
+    for k in range(40):
+        budget = rng.randint(step, total)
+        for name in ("causal-tracing", "causal-tracing-mlps", f"random#{k}", f"random-mlps#{k}"):
+            l = localize(lm, task(), name, budget=budget, evidence=evidence(lm, seed=k))
+            assert 0 <= budget - l.n_params
+            if not {str(c) for c in components(lm, ("mlp",))} <= set(l.components): assert budget - l.n_params < step and l.matched
+            mask(lm, l)
+
+def test_flu_gives_the_budget(lm):
+    ev = evidence(lm, (1,))
+    flu = localize(lm, task(), "flu", evidence=ev)
+    assert flu.components == ("mlp.1",) and flu.budget == flu.n_params == n_params(lm, slices(lm, "mlp.1")) and flu.matched and flu.neurons is None
+    mlps = localize(lm, task(), "random-mlps", evidence=ev)
+    assert len(mlps.components) == 1 and mlps.n_params == flu.n_params and mlps.neurons is None
+    assert 0 <= flu.n_params - localize(lm, task(), "causal-tracing", evidence=ev).n_params < neuron_size(lm)
+
+def test_best_components_come_first(lm):
+    ev = evidence(lm)
+    order = ev.tracing.sort_values("score", key=abs, ascending=False).component.tolist()
+    l = localize(lm, task(), "causal-tracing", evidence=ev)
+    assert list(l.components) == order[:len(l.components)]
+    wider = build(lm, "x", [Component.parse(c) for c in order[:len(l.components) + 1]])
+    assert wider.n_params > l.budget
+    if l.neurons: assert f"mlp.{l.neurons[0]}" == next(c for c in order[len(l.components):] if c.startswith("mlp"))
+
+def test_fill_by_hand(tiny):
+    lm = tiny("qwen3") # an MLP has 48 neurons of 3*32, a head 4*8*32
+    step, head, mlp = 96, 1024, 48 * 96
+    rank = [[c] for c in map(Component.parse, ["head.0.0", "mlp.2", "head.1.1", "mlp.0"])]
+    assert fill(lm, rank, head) == ([rank[0][0]], None)
+    assert fill(lm, rank, head + 5 * step + 95) == ([rank[0][0]], (2, 5))
+    assert fill(lm, rank, head + mlp) == ([rank[0][0], rank[1][0]], None)
+    assert fill(lm, rank, head + mlp + step) == ([rank[0][0], rank[1][0]], (0, 1))
+    assert fill(lm, rank, step - 1) == ([], None)
+
+def test_paper_budget_overshoots_by_whole_layers(lm):
+    for name in ("causal-tracing", "causal-tracing-mlps", "random", "random-mlps"):
+        for flu in ((0,), (0, 1)):
+            ev = evidence(lm, flu)
+            l = localize(lm, task(), name, paper_budget=True, evidence=ev)
+            assert l.n_params >= l.budget and l.neurons is None
+            parsed = [Component.parse(c) for c in l.components]
+            heads = collections.Counter(c.layer for c in parsed if c.kind == "head")
+            assert set(heads.values()) <= {lm.n_heads}
+            last = (parsed[-1].kind, parsed[-1].layer)
+            without = [c for c in parsed if (c.kind, c.layer) != last]
+            assert not without or build(lm, "x", without).n_params < l.budget
+
+def test_paper_units_rank_by_the_signed_sum(tiny):
+    lm = tiny("qwen3")
+    score = {str(c): 0. for c in components(lm)} | {"head.0.0": 5., "head.0.1": -5., "head.1.0": -2., "head.1.1": -2., "mlp.2": 3.}
+    order = by_score(pd.DataFrame({"component": list(score), "score": list(score.values())}), units(lm, whole_layers=True))
+    assert [(u[0].kind, u[0].layer) for u in order[:2]] == [("head", 1), ("mlp", 2)]
+
+def test_impossible_budgets_are_refused(lm):
+    total = build(lm, "all", components(lm, ("mlp",))).n_params
+    with pytest.raises(Refusal, match="more than"): localize(lm, task(), "random-mlps", budget=total + 1, evidence=evidence(lm))
+    with pytest.raises(Refusal, match="less than one MLP neuron"): localize(lm, task(), "random", budget=1, evidence=evidence(lm))
+
+def test_scores_that_are_nan_are_refused(lm):
+    ev = evidence(lm)
+    ev.tracing = ev.tracing.assign(score=np.nan)
+    with pytest.raises(Refusal, match="no scores"): localize(lm, task(), "causal-tracing", evidence=ev)
+
+
+# ---- draws
+
+def test_draws_are_reproducible_and_differ(lm):
+    a, b = ([localize(lm, task(), f"random#{k}", evidence=evidence(lm)).components for k in range(8)] for _ in range(2))
+    assert a == b and len(set(a)) > 4
+    assert localize(lm, task(), "random", draw=3, evidence=evidence(lm)) == localize(lm, task(), "random#3", evidence=evidence(lm))
+
+@pytest.mark.parametrize("name", ["random", "random-mlps"])
+def test_draws_are_uniform(tiny, name):
+    lm = tiny("llama")
+    u = units(lm, ("mlp", "head") if name == "random" else ("mlp",))
+    n, first, last = 3000, collections.Counter(), collections.Counter()
+    for k in range(n):
+        order = at_random(u, name, k)
+        assert sorted(order) == sorted(u)
+        first[str(order[0][0])] += 1; last[str(order[-1][0])] += 1
+    for count in (first, last):
+        chi2 = sum((count[str(x[0])] - n / len(u)) ** 2 / (n / len(u)) for x in u)
+        assert chi2 < len(u) + 4 * (2 * len(u)) ** .5
+
+
+# ---- definitions
+
+@pytest.mark.parametrize("n,first", [(12, 8), (8, 6), (28, 19), (42, 28), (32, 22), (3, 2)])
+def test_late_is_the_last_third(n, first, monkeypatch):
+    lm = type("L", (), dict(n_layers=n, n_heads=2))()
+    assert sorted({c.layer for c in late(lm)}) == list(range(first, n)) and len(late(lm)) == 3 * (n - first)
+
+def test_fixed_ones(lm):
+    ev = evidence(lm)
+    made = {n: localize(lm, task(), n, evidence=ev) for n in ("late", "all-mlps", "nonlocalized")}
+    assert not any(l.matched for l in made.values()) and all(l.budget is None for l in made.values())
+    trained = {s.param for s in made["nonlocalized"].slices}
+    assert trained == {n for n, p in lm.hf.named_parameters() if n.endswith("_proj.weight")}
+    assert made["nonlocalized"].n_params == sum(lm.weight(n).numel() for n in trained)
+    assert overlap(made["late"], made["nonlocalized"]) == overlap(made["all-mlps"], made["nonlocalized"]) == 1
+    np.testing.assert_allclose(trained_share(lm, made["nonlocalized"]), 1)
+    np.testing.assert_allclose(trained_share(lm, made["late"]), [0, 0, 1])
+
+def test_trained_share_adds_up(lm):
+    ev, every = evidence(lm), localize(lm, task(), "nonlocalized", evidence=evidence(lm)).n_params
+    for l in localize_all(lm, task(), NAMES, evidence=ev)[0].values():
+        assert trained_share(lm, l).sum() * every / lm.n_layers == pytest.approx(l.n_params)
+
+
+# ---- names
+
+def test_names():
+    assert split_name("random-mlps#2") == ("random-mlps#2", "random-mlps", 2) and split_name("random", draw=4) == ("random#4", "random", 4)
+    assert split_name("flu") == ("flu", "flu-probe", None)
+    assert localizations_for(["random", "flu", "random#9", "flu"], 2) == ["random#0", "random#1", "flu", "random#9"]
+
+@pytest.mark.parametrize("bad,hint", [("random-mlp", "did you mean 'random-mlps'"), ("FLU", "did you mean 'flu'"), ("flu#1", "#k"),
+                                      ("random#x", "#k"), ("", "unknown")])
+def test_bad_names_are_refused(tiny, bad, hint):
+    with pytest.raises(Refusal, match=hint): localize(tiny(), task(), bad, evidence=None)
+
+def test_flu_of_counterfact_is_path_patching(monkeypatch):
+    if "flu-path" not in localization.FIXED: monkeypatch.setitem(localization.FIXED, "flu-path", lambda ev: [])
+    assert split_name("flu", task("counterfact-editing")) == ("flu", "flu-path", None)
+
+
+# ---- an empty FLU
+
+def test_empty_flu_is_reported(lm):
+    ev = evidence(lm, ())
+    for name in ("flu", "random-mlps", "causal-tracing"):
+        with pytest.raises(EmptyFLU, match="budget="): localize(lm, task(), name, evidence=ev)
+    made, refused = localize_all(lm, task(), ["flu", "late", "random"], draws=1, evidence=ev)
+    assert list(made) == ["late"] and list(refused) == ["flu", "random#0"]
+    with pytest.raises(EmptyFLU): localize_all(lm, task(), ["flu"], evidence=ev)
+    assert localize(lm, task(), "random", budget=2000, evidence=ev).n_params <= 2000
+
+def test_curve_decides_flu(lm):
+    ev = Evidence(lm, task())
+    acc = [.3, .3, .9, .9]
+    rows = [(l - 1, "subject", c, a, 200, *stats.wilson(a * 200, 200)) for l, x in enumerate(acc) for c, a in ((False, x), (True, .3))]
+    ev.curve = pd.DataFrame(rows, columns=["layer", "position", "control", "accuracy", "n_test", "ci_low", "ci_high"])
+    assert ev.layers == [1] and [str(c) for c in ev.flu()] == ["mlp.1"]
+
+
+# ---- files, tables, figures
+
+def test_json_round_trip(lm):
+    for l in localize_all(lm, task(), NAMES, draws=1, evidence=evidence(lm))[0].values():
+        again = Localization.from_json(l.to_json())
+        assert again == l and again.slices[0].param == l.slices[0].param and hash(again.slices) == hash(l.slices)
+
+def test_run_folder_is_used(tiny, tmp_path, monkeypatch):
+    lm = tiny()
+    run = Run(tmp_path, lm.name, lm.revision, "sports-athlete-editing", {})
+    first = localize(lm, task(), "causal-tracing", run, evidence=evidence(lm, run=run))
+    assert (tmp_path / "localizations" / "causal-tracing.json").exists()
+    monkeypatch.setattr(localization, "_choose", None)
+    assert localize(lm, task(), "causal-tracing", run) == first
+    with pytest.raises(TypeError): localize(lm, task(), "causal-tracing", run, budget=5000)
+    with pytest.raises(TypeError): localize(lm, task(), "causal-tracing", run, corruption="noise")
+
+def test_stage(tiny, monkeypatch, tmp_path):
+    lm = tiny("llama")
+    monkeypatch.setattr(Evidence, "layers", [1])
+    monkeypatch.setattr(Evidence, "tracing", evidence(lm).tracing)
+    run = Run(tmp_path, lm.name, lm.revision, "sports-athlete-editing", {})
+    t = run_localization(lm, lambda seed: task(), run, ["flu", "random", "causal-tracing", "late"], seeds=[4], draws=2, lr=1)
+    assert list(t.localization) == ["flu", "random#0", "random#1", "causal-tracing", "late"] and list(t.matched) == [True] * 4 + [False]
+    assert t.overlap[0] == 1 and t.overlap.between(0, 1).all() and (t.note == "").all()
+    assert {p.name for p in (tmp_path / "localizations").glob("*.json") if not p.name.endswith("meta.json")} == {
+        "flu.json", "random#0.json", "random#1.json", "causal-tracing.json", "late.json"}
+    monkeypatch.setattr(Evidence, "layers", [])
+    t = run_localization(lm, lambda seed: task(), None, ["flu", "late"])
+    assert list(t.localization) == ["late", "flu"] and t.note[1].startswith("probe accuracy") and np.isnan(t.overlap[0])
+
+def test_views(lm):
+    ev = evidence(lm)
+    made, _ = localize_all(lm, task(), NAMES, draws=1, evidence=ev)
+    assert compare(made).set_index("localization").overlap["flu"] == 1
+    assert plot_localizations(lm, made).get_ylabel() == "layer"
+    some = build(lm, "x", map(Component.parse, ["mlp.0", "mlp.1", "head.2.3"]), part=(2, 5))
+    assert describe(some) == "MLP 0-1; heads 2.3; 5 neurons of MLP 2"
+    assert tracing_of(ev, some) == pytest.approx(ev.tracing.score[:2].sum())
+    d = control_draws(ev, n=4)
+    assert len(d) == 8 and d.overlap.between(0, 1).all()

@@ -1,0 +1,405 @@
+import hashlib, json, random
+import pytest, torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+from mechunlearn import models as M
+from mechunlearn.models import (Component, Slice, batches, check_structure, components, load, merge_slices, n_params, neurons, next_token, resid_at, slices,
+    wrap)
+from mechunlearn.store import Refusal
+
+PROMPTS = ["Fact: the sport", "the dog", "Question: What sport does the dog play ? Answer:", "of", "Fact: the dog plays the sport of"]
+
+
+def hooked(lm, batch, module, what):
+    "What a module read or wrote in a plain forward."
+    seen = []
+    def hook(_, args, kwargs, out):
+        x = (args[0] if args else kwargs["hidden_states"]) if what == "input" else out
+        seen.append(x[0] if isinstance(x, tuple) else x)
+    handle = lm.hf.get_submodule(module).register_forward_hook(hook, with_kwargs=True)
+    with torch.no_grad(): lm.hf(**batch)
+    handle.remove()
+    return seen[0]
+
+
+# ---- accessors
+
+def test_accessors_are_the_modules_of_a_plain_forward(lm):
+    batch, l = lm.encode(PROMPTS), 1
+    with torch.no_grad(), lm.nn.trace(batch):
+        embed = lm.embed.output.save()
+        before = lm.layer(l).input.save()
+        attn_norm = lm.attn_norm(l).output.save()
+        z = lm.o_proj(l).input.save()
+        if not lm.post_norms: attn_add = lm.attn_add(l).output.save()
+        attn = lm.attn(l).output[0].save()
+        if lm.post_norms: attn_add = lm.attn_add(l).output.save()
+        mlp_norm = lm.mlp_norm(l).output.save()
+        mlp = lm.mlp(l).output.save()
+        mlp_add = lm.mlp_add(l).output.save()
+        after = lm.layer(l).output.save()
+        final = lm.final_norm.output.save()
+        head = lm.lm_head.output.save()
+        logits = lm.nn.output.logits.save()
+    b, post = "model.layers.1", lm.family == "gemma2"
+    expected = [(embed, "model.embed_tokens", "output"), (embed, "model.layers.0", "input"), (before, "model.layers.0", "output"), (before, b, "input"),
+        (attn_norm, f"{b}.input_layernorm", "output"), (z, f"{b}.self_attn.o_proj", "input"), (attn, f"{b}.self_attn", "output"),
+        (attn_add, f"{b}.post_attention_layernorm" if post else f"{b}.self_attn.o_proj", "output"),
+        (mlp_norm, f"{b}.mlp", "input"), (mlp, f"{b}.mlp", "output"),
+        (mlp_add, f"{b}.post_feedforward_layernorm" if post else f"{b}.mlp", "output"), (after, b, "output"), (after, "model.layers.2", "input"),
+        (final, "model.norm", "output"), (head, "lm_head", "output")]
+    for got, module, what in expected: assert torch.equal(got, hooked(lm, batch, module, what)), (module, what)
+    with torch.no_grad(): plain = lm.hf(**batch).logits
+    assert torch.equal(logits, plain)
+    assert torch.equal(head, logits) == (not post)      # Gemma-2 caps them afterwards
+
+
+def test_contributions_sum_to_the_residual_stream(lm):
+    added = []
+    with torch.no_grad(), lm.nn.trace(lm.encode(PROMPTS)):
+        start = lm.layer(0).input.save()
+        for l in range(lm.n_layers):
+            added.append(lm.attn_add(l).output)
+            added.append(lm.mlp_add(l).output)
+            end = lm.layer(l).output.save()
+    assert torch.allclose(start + sum(added), end, atol=1e-4)
+    assert not torch.allclose(start, end, atol=1e-1)
+
+
+def test_writing_one_head_equals_a_hook(lm):
+    batch, l, h = lm.encode(PROMPTS), 1, 2
+    cols = slice(h * lm.head_dim, (h + 1) * lm.head_dim)
+    assert lm.z(l, h) == cols
+    with torch.no_grad(), lm.nn.trace(batch):
+        lm.o_proj(l).input[:, -1, lm.z(l, h)] = 0
+        traced = lm.nn.output.logits.save()
+    def ablate(_, args):
+        x = args[0].clone()
+        x[:, -1, cols] = 0
+        return (x,)
+    handle = lm.hf.get_submodule("model.layers.1.self_attn.o_proj").register_forward_pre_hook(ablate)
+    with torch.no_grad(): hook = lm.hf(**batch).logits
+    handle.remove()
+    with torch.no_grad(): clean = lm.hf(**batch).logits
+    assert torch.allclose(traced, hook, atol=1e-6) and not torch.allclose(traced, clean, atol=1e-4)
+
+
+def test_layers_out_of_range_are_errors_and_negative_ones_count_from_the_end(lm):
+    assert lm.path("mlp", -1) == "model.layers.2.mlp"
+    with pytest.raises(IndexError): lm.mlp(lm.n_layers)
+    with pytest.raises(IndexError): lm.z(0, lm.n_heads)
+
+
+def test_everything_is_frozen_and_in_evaluation_mode(lm):
+    assert not lm.hf.training and not any(p.requires_grad for p in lm.hf.parameters())
+
+
+# ---- text
+
+def test_encode_pads_on_the_left_with_one_bos(lm):
+    batch = lm.encode(PROMPTS)
+    for text, row, mask, pos in zip(PROMPTS, *batch.values()):
+        n = int(mask.sum())
+        assert row[-n:].tolist() == lm.tok(text).input_ids and row[-n] == lm.tok.bos_token_id
+        assert mask.tolist() == [0] * (len(mask) - n) + [1] * n and pos[-n:].tolist() == list(range(n))
+        assert lm.tok.bos_token_id not in row[-n + 1:] and set(row[:-n].tolist()) <= {lm.tok.pad_token_id}
+
+
+def test_a_tokenizer_without_bos_gets_none(tiny):
+    lm = tiny("qwen3")
+    lm.tok.bos_token = None
+    assert lm.ids(["the dog"]) == [lm.tok.convert_tokens_to_ids(["the", "dog"])]
+
+
+def byte_level(texts):
+    "A tokenizer as Llama 3's: the leading space is part of the token."
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tok.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=600, special_tokens=["<bos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<bos>")
+
+
+def metaspace(texts):
+    "A tokenizer as Gemma's: spaces are replaced by a visible character, nothing is split beforehand but at spaces."
+    tok = Tokenizer(models.BPE(unk_token="<unk>"))
+    tok.normalizer, tok.pre_tokenizer = normalizers.Replace(" ", "▁"), pre_tokenizers.Split("▁", "merged_with_next")
+    tok.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=600, special_tokens=["<bos>", "<unk>"], show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<bos>", unk_token="<unk>")
+
+
+TEXTS = ["Fact: Ann Lee plays the sport of football", "Fact: Bo Zürn plays the sport of baseball", "Answer: A", "Answer: B"] * 20
+
+
+@pytest.fixture(params=[byte_level, metaspace])
+def spaced(request, tiny):
+    "A model whose tokenizer keeps the leading space in the token."
+    lm = tiny("llama")
+    lm.tok = request.param(TEXTS)
+    return lm
+
+
+def test_an_answer_is_the_token_that_follows_the_prompt(spaced, tiny):
+    for lm in (spaced, tiny("qwen3")):
+        for prompt, word in (("Fact: Ann Lee plays the sport of", " football"), ("Answer:", " A")):
+            assert lm.ids([prompt + word])[0] == lm.ids([prompt])[0] + [lm.token_id(word)]
+            assert lm.first_token(word) == lm.token_id(word)
+
+
+def test_a_split_answer_is_refused_with_its_pieces(spaced, tiny):
+    with pytest.raises(Refusal, match=r"' football baseball'.*football.*baseball"): spaced.token_id(" football baseball")
+    with pytest.raises(Refusal, match=r"splits ' footballer' into \['football', '##er'\]"): tiny("qwen3").token_id(" footballer")
+    assert spaced.first_token(" football baseball") == spaced.token_id(" football")
+
+
+@pytest.mark.parametrize("word", [" xyzzy", "", " "])
+def test_an_unknown_or_empty_word_is_refused(tiny, word):
+    with pytest.raises(Refusal, match="does not know the word"): tiny("qwen3").first_token(word)
+
+
+def check_span(lm, prompt, subject):
+    (start, stop), = lm.subject_positions([prompt], [subject])
+    ids = lm.ids([prompt])[0]
+    assert start < stop <= 0
+    assert " ".join(lm.tok.decode(ids[start:stop or None]).replace("▁", " ").split()) == subject
+    return start, stop, len(ids)
+
+
+def test_subjects_are_found_from_the_end(spaced):
+    prompt = "Fact: Ann Lee plays the sport of football\nFact: Bo Zürn plays the sport of"
+    for subject in ("Ann Lee", "Bo Zürn"): check_span(spaced, prompt, subject)
+    assert check_span(spaced, "Fact: Ann Lee", "Ann Lee")[1] == 0
+
+
+def test_the_last_occurrence_of_a_subject_counts(tiny):
+    lm = tiny("qwen3")
+    assert lm.subject_positions(["the dog plays the dog in the city"], ["the dog"]) == [(-5, -3)]
+
+
+def test_positions_hold_in_a_padded_batch(tiny):
+    lm = tiny("qwen3")
+    prompts = ["Fact: the dog plays the sport of", "the dog plays"]
+    batch = lm.encode(prompts)["input_ids"]
+    for row, (start, stop) in zip(batch, lm.subject_positions(prompts, ["the dog"] * 2)): assert lm.tok.decode(row[start:stop]) == "the dog"
+
+
+def test_an_absent_or_merged_subject_is_refused(spaced, tiny):
+    with pytest.raises(Refusal, match="does not occur"): spaced.subject_positions(["Fact: Ann Lee plays"], ["Bo"])
+    with pytest.raises(Refusal, match="does not occur"): spaced.subject_positions(["Fact: Ann Lee plays"], [""])
+    with pytest.raises(Refusal, match="merges the subject 'spor'.*'sport'"): tiny("qwen3").subject_positions(["the sport of"], ["spor"])
+    with pytest.raises(Refusal, match="merges the subject 'ball'"): spaced.subject_positions(["the sport of football"], ["ball"])
+
+
+# ---- forwards
+
+def test_batches_cover_every_prompt_once(tiny):
+    lm = tiny("qwen3")
+    got = [(rows, b["input_ids"].shape[1]) for rows, b in batches(lm, PROMPTS, 2)]
+    assert sorted(i for rows, _ in got for i in rows) == list(range(len(PROMPTS))) and [n for _, n in got] == sorted(n for _, n in got)
+    assert list(batches(lm, [], 2)) == []
+
+
+def test_next_token_is_the_plain_forward_whatever_the_batch(lm):
+    ids = [[5, 6, 7], [8], [9, 10], [], [11]]
+    logp, top1 = next_token(lm, PROMPTS, ids, batch_size=64)
+    for size in (1, 2):
+        again, top = next_token(lm, PROMPTS, ids, batch_size=size)
+        assert torch.allclose(logp, again, atol=1e-5, equal_nan=True) and torch.equal(top1, top)
+    for i, prompt in enumerate(PROMPTS):
+        with torch.no_grad(): plain = lm.hf(torch.tensor(lm.ids([prompt]))).logits[0, -1].log_softmax(-1)
+        assert torch.allclose(logp[i, :len(ids[i])], plain[ids[i]], atol=1e-5) and top1[i] == plain.argmax()
+        assert logp[i, len(ids[i]):].isnan().all()
+
+
+def test_next_token_equals_a_trace(lm):
+    ids = [[5, 6]] * len(PROMPTS)
+    with torch.no_grad(), lm.nn.trace(lm.encode(PROMPTS)):
+        logits = lm.nn.output.logits[:, -1].save()
+    logp, top1 = next_token(lm, PROMPTS, ids)
+    assert torch.allclose(logits.log_softmax(-1)[:, [5, 6]], logp, atol=1e-5) and torch.equal(logits.argmax(-1), top1)
+
+
+def test_next_token_of_nothing(tiny):
+    logp, top1 = next_token(tiny("qwen3"), [], [])
+    assert logp.shape == (0, 0) and top1.shape == (0,)
+
+
+def test_resid_at_is_the_plain_residual_stream_whatever_the_batch(lm):
+    positions = [[-3, -1], [-1, -2], [-4, -4], [-2, -1], [-1, -5]]
+    resid = resid_at(lm, PROMPTS, positions)
+    assert resid.shape == (5, lm.n_layers + 1, 2, lm.d_model)
+    for size in (1, 2): assert torch.allclose(resid, resid_at(lm, PROMPTS, positions, batch_size=size), atol=1e-4)
+    for i, prompt in enumerate(PROMPTS):
+        alone = lm.encode([prompt])
+        stream = [hooked(lm, alone, "model.layers.0", "input")] + [hooked(lm, alone, f"model.layers.{l}", "output") for l in range(lm.n_layers)]
+        assert torch.allclose(resid[i], torch.stack([x[0, positions[i]] for x in stream]), atol=1e-4)
+
+
+# ---- components
+
+def test_all_components_are_the_projections_exactly_once(lm):
+    count = {n: torch.zeros(p.shape, dtype=torch.int) for n, p in lm.hf.named_parameters() if n.endswith("_proj.weight")}
+    union = merge_slices([s for c in components(lm) for s in slices(lm, c)])
+    for s in union: count[s.param].narrow(s.dim, s.start, s.stop - s.start).add_(1)
+    assert all((c == 1).all() for c in count.values()) and len(count) == 7 * lm.n_layers
+    assert n_params(lm, union) == sum(c.numel() for c in count.values())
+
+
+def test_heads_of_a_group_share_keys_and_values_only(lm):
+    h0, h1, last = (set(slices(lm, Component("head", 1, h))) for h in (0, 1, lm.n_heads - 1))
+    shared = {s.param.split(".")[-2] for s in h0 & h1}
+    assert shared == ({"k_proj", "v_proj"} if lm.n_kv_heads < lm.n_heads else set())
+    assert bool(h0 & last) == (lm.n_kv_heads == 1)
+    assert n_params(lm, h0) == 4 * lm.head_dim * lm.d_model
+    assert not any("norm" in s.param for s in h0)
+
+
+def test_a_head_s_slices_are_all_it_computes(lm):
+    "Zeroing a head's output columns removes exactly its part of z; the rest of the stream's input is untouched."
+    batch, l, h = lm.encode(PROMPTS), 0, 3
+    z = hooked(lm, batch, "model.layers.0.self_attn.o_proj", "input")
+    out = hooked(lm, batch, "model.layers.0.self_attn.o_proj", "output")
+    o = next(s for s in slices(lm, Component("head", l, h)) if "o_proj" in s.param)
+    part = z[..., lm.z(l, h)] @ lm.weight(o.param)[:, o.start:o.stop].T
+    with torch.no_grad(): lm.weight(o.param)[:, o.start:o.stop] = 0
+    assert torch.allclose(hooked(lm, batch, "model.layers.0.self_attn.o_proj", "output"), out - part, atol=1e-5)
+
+
+def test_neurons_are_the_first_ones(lm):
+    some = neurons(lm, 2, 5)
+    assert n_params(lm, some) == 3 * 5 * lm.d_model and merge_slices(some + slices(lm, "mlp.2")) == merge_slices(slices(lm, "mlp.2"))
+    for n in (0, lm.d_mlp + 1):
+        with pytest.raises(Refusal, match="neurons"): neurons(lm, 0, n)
+
+
+def test_merged_slices_are_the_union():
+    rng = random.Random(0)
+    cells = lambda ss: {(s.param, i) for s in ss for i in range(s.start, s.stop)}
+    for _ in range(300):
+        given = [Slice(rng.choice("ab"), 0, k := rng.randrange(20), k + rng.randint(1, 6)) for _ in range(rng.randrange(8))]
+        merged = merge_slices(given)
+        assert cells(merged) == cells(given) and sum(s.stop - s.start for s in merged) == len(cells(given))
+        assert merged == merge_slices(merged) == merge_slices(given[::-1])
+        assert all(a.param != b.param or a.stop < b.start for a, b in zip(merged, merged[1:]))
+    with pytest.raises(ValueError, match="by rows and by columns"): merge_slices([Slice("a", 0, 0, 2), Slice("a", 1, 0, 2)])
+
+
+def test_component_names_round_trip(lm):
+    for c in components(lm): assert Component.parse(str(c)) == c
+    assert len(components(lm, ("head",))) == lm.n_layers * lm.n_heads and len(components(lm, ("mlp",))) == lm.n_layers
+
+
+@pytest.mark.parametrize("name", ["mlp", "mlp.x", "head.1", "head.1.2.3", "mlp.-1", "attn.3", ""])
+def test_bad_component_names_are_refused(name):
+    with pytest.raises(Refusal, match="names no component"): Component.parse(name)
+
+
+def test_components_the_model_lacks_are_refused(lm):
+    for name in ("mlp.3", "head.0.4"):
+        with pytest.raises(Refusal, match=f"has no component {name}"): slices(lm, name)
+    with pytest.raises(Refusal, match="kind of component"): components(lm, ("mlps",))
+
+
+# ---- structure and loading
+
+def test_unsupported_families_are_refused():
+    with pytest.raises(Refusal, match="'gpt2' is not supported.*no module 'model.embed_tokens'.*FAMILIES"):
+        check_structure(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=10)))
+    mistral = MistralConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, vocab_size=10)
+    with pytest.raises(Refusal, match="'mistral' is not supported.*has all of Llama's modules"): check_structure(MistralForCausalLM(mistral))
+
+
+def test_a_missing_module_or_wrong_shape_is_named(tiny):
+    lm = tiny("llama")
+    lm.hf.model.layers[0].self_attn.o_proj = torch.nn.Linear(16, 32)
+    with pytest.raises(Refusal, match="o_proj of this llama model is 32 x 16, its config says 32 x 32"): check_structure(lm.hf)
+    del lm.hf.model.layers[2].mlp.up_proj
+    with pytest.raises(Refusal, match="no module 'model.layers.2.mlp.up_proj'"): check_structure(lm.hf)
+
+
+def test_a_slow_tokenizer_is_refused(tiny):
+    class Slow: is_fast = False
+    with pytest.raises(Refusal, match="fast tokenizer"): wrap(tiny("llama").hf, Slow())
+
+
+@pytest.fixture
+def folder(lm, tmp_path):
+    "A tiny model saved in half precision, as the organism is."
+    where = tmp_path / "organism"
+    for p in lm.hf.parameters(): p.data = p.data.bfloat16()
+    lm.hf.save_pretrained(where)
+    for p in lm.hf.parameters(): p.data = p.data.float()
+    lm.tok.save_pretrained(where)
+    return where
+
+
+def test_a_folder_loads_in_float32_and_predicts_the_same(lm, folder):
+    back = load(str(folder), device="cpu")
+    assert back.hf.dtype == torch.float32 and back.name == "organism" and len(back.revision) == 16
+    for a, b in zip(next_token(lm, PROMPTS, [[5]] * 5), next_token(back, PROMPTS, [[5]] * 5)): assert torch.equal(a, b)
+    assert load(str(folder), dtype="bfloat16", device="cpu").hf.dtype == torch.bfloat16
+
+
+@pytest.fixture
+def shipped(tiny, tmp_path, monkeypatch):
+    "A packaged model in a data folder of its own."
+    where, lm = tmp_path / "organism", tiny("qwen3", hidden_size=64, intermediate_size=64, head_dim=16)
+    lm.hf.save_pretrained(where)
+    lm.tok.save_pretrained(where)
+    sums = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in where.iterdir()}
+    (where / "checksums.json").write_text(json.dumps({"files": sums}))
+    monkeypatch.setattr(M, "DATA", tmp_path)
+    return where
+
+
+def test_the_packaged_model_loads_by_name(shipped):
+    lm = load("organism", device="cpu")
+    assert lm.name == "organism" and lm.revision == M.folder_revision(shipped)
+
+
+def test_an_altered_packaged_file_is_refused(shipped):
+    with open(shipped / "model.safetensors", "r+b") as f: f.truncate(1000)
+    with pytest.raises(Refusal, match="model.safetensors .* not the file we shipped: reinstall .*--retrain"): load("organism")
+    (shipped / "model.safetensors").unlink()
+    with pytest.raises(Refusal, match="model.safetensors .* is missing: reinstall"): load("organism")
+    (shipped / "checksums.json").unlink()
+    with pytest.raises(Refusal, match="no checksums.json"): load("organism")
+
+
+@pytest.mark.parametrize("name", ["organsim", "./nowhere/at/all", "gemma"])
+def test_a_name_that_can_be_nothing_is_refused(shipped, name):
+    with pytest.raises(Refusal, match="organism"): load(name)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(Refusal, match="no config.json"): load(str(tmp_path))
+
+
+def test_a_hub_id_out_of_reach_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(Refusal, match="cannot load 'nobody/nothing': .*not in the local cache") as e: load("nobody/nothing")
+    assert "\n" not in str(e.value)
+
+
+def test_the_cause_of_a_failed_load_is_found():
+    import httpx
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    for kind, words in ((GatedRepoError, "gated"), (RepositoryNotFoundError, "no such hub repository")):
+        try:
+            try: raise kind("x", response=httpx.Response(401, request=httpx.Request("GET", "https://hub/x")))
+            except Exception as cause: raise OSError("long\ntext") from cause
+        except OSError as e: assert words in M.why(e)
+    assert M.why(OSError("first\nsecond")) == "first"
+
+
+def test_options_are_checked(shipped):
+    with pytest.raises(Refusal, match="quantization '5bit'"): load("organism", device="cpu", quantize="5bit")
+    with pytest.raises(Refusal, match="dtype 'float23'.*float32"): load("organism", device="cpu", dtype="float23")
+
+
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_quantized_models_have_the_same_names_and_counts(shipped, bits):
+    plain, lm = load("organism", device="cpu"), load("organism", device="cpu", quantize=bits)
+    for c in ("mlp.1", "head.0.2"): assert n_params(lm, slices(lm, c)) == n_params(plain, slices(plain, c))
+    a, b = (resid_at(m, PROMPTS, [[-1]] * 5)[:, -1] for m in (plain, lm))
+    assert torch.nn.functional.cosine_similarity(a, b, dim=-1).min() > .9

@@ -1,0 +1,124 @@
+import numpy as np, pandas as pd, pytest, torch
+from mechunlearn import probing, stats
+from mechunlearn.facts import Fact, Task
+from mechunlearn.probing import POSITIONS, features, fit_probe, flu_layers, plot_probe_curve, probe_curve, run_probing, selectivity
+from mechunlearn.store import Refusal, Run
+
+SPORTS = (" football", " baseball", " basketball", " golf")
+
+
+def facts(start, stop, relation="sport", prefix="p"):
+    "Facts with balanced answers; subjects need no tokenizer here"
+    return tuple(Fact(id=f"{relation}/{i}", relation=relation, subject=f"{prefix}{relation}{i}", answer=SPORTS[i % 3], candidates=SPORTS,
+                      prompt=f"{i % 3} of") for i in range(start, stop))
+
+def task(**kw):
+    splits = dict(forget=facts(0, 4), retain=facts(10, 100), retain_test=facts(100, 160), dev_forget=facts(160, 170),
+                  dev_retain=facts(170, 180))
+    return Task(name="t", source="world", **splits | kw)
+
+@pytest.fixture
+def planted(monkeypatch):
+    "Activations in which the answer can be read at the subject from layer 1 on, at the last token from layer 3 on (5 layers and embeddings)"
+    seen = []
+    def fake(lm, fs, batch_size=64):
+        seen.append([f.id for f in fs])
+        rng = np.random.default_rng(len(fs))
+        x, y = rng.normal(size=(len(fs), 6, 2, 12)), np.array([SPORTS.index(f.answer) for f in fs])
+        for l in range(6):
+            for p, first in enumerate((1, 3)):
+                if l - 1 >= first: x[np.arange(len(fs)), l, p, y] += 6
+        return x.astype("float32")
+    monkeypatch.setattr(probing, "features", fake)
+    return seen
+
+
+def test_curve_finds_what_was_planted(planted):
+    c = probe_curve(None, task())
+    acc = c[~c.control].pivot(index="layer", columns="position", values="accuracy")
+    assert list(acc.index) == [-1, 0, 1, 2, 3, 4]
+    assert (acc.subject.loc[:0] < .6).all() and (acc.subject.loc[1:] > .95).all()
+    assert (acc["last"].loc[:2] < .6).all() and (acc["last"].loc[3:] > .95).all()
+    assert flu_layers(c) == [1]
+    control = c[c.control].accuracy
+    assert abs(control.mean() - 1 / 3) < .1 and control.max() < .6
+    s = selectivity(c).pivot(index="layer", columns="position", values="selectivity")
+    assert (s.subject.loc[1:] > .4).all() and abs(s.subject.loc[-1]) < .3
+    assert (c.ci_low <= c.accuracy).all() and (c.accuracy <= c.ci_high).all() and (c.n_test == 80).all()
+    assert plot_probe_curve(c, [1]).get_xlabel().startswith("layer")
+
+def test_train_and_test_are_disjoint_and_without_the_forget_set(planted):
+    t = task()
+    probe_curve(None, t)
+    train, test = map(set, planted)
+    assert train == {f.id for f in t.retain} and test == {f.id for s in (t.retain_test, t.dev_forget, t.dev_retain) for f in s}
+
+def test_curve_is_reproducible(planted):
+    a, b, c = (probe_curve(None, task(), seed=s, n_control=1) for s in (1, 1, 2))
+    assert a.equals(b) and not a.equals(c) and a[~a.control].equals(c[~c.control])
+
+def test_rare_and_unseen_answers_are_left_out(planted):
+    golf = tuple(f.model_copy(update={"answer": " golf", "id": f"g{f.id}", "subject": f"g{f.subject}"}) for f in facts(0, 8))
+    c = probe_curve(None, task(retain=facts(10, 100) + golf[:4], retain_test=facts(100, 160) + golf[4:]))
+    assert (c.n_test == 80).all() and not any(i.startswith("g") for ids in planted for i in ids)
+
+def test_relations_have_their_own_probes(planted):
+    cities = facts(0, 90, "city", "c")
+    c = probe_curve(None, task(forget=facts(0, 4) + cities[:3], retain=facts(10, 100) + cities[3:60],
+                               retain_test=facts(100, 160) + cities[60:]))
+    assert len(planted) == 4 and all(len({i.split("/")[0] for i in ids}) == 1 for ids in planted) and (c.n_test == 80 + 30).all()
+
+def test_nothing_to_probe_is_refused(planted):
+    one = tuple(f for f in facts(10, 100) if f.answer == " golf" or f.answer == " football")
+    with pytest.raises(Refusal, match="probed"): probe_curve(None, task(retain=one))
+    with pytest.raises(Refusal, match="probed"): probe_curve(None, task(retain_test=(), dev_forget=(), dev_retain=()))
+
+
+def curve(accuracy, n=200, position="subject", floor=.33):
+    rows = [(l - 1, position, c, a, n, *stats.wilson(a * n, n)) for l, acc in enumerate(accuracy) for c, a in ((False, acc), (True, floor))]
+    return pd.DataFrame(rows, columns=["layer", "position", "control", "accuracy", "n_test", "ci_low", "ci_high"])
+
+@pytest.mark.parametrize("accuracy,layers", [
+    ([.33, .60, .89, .99, 1., 1.], [0, 1, 2]),
+    ([.33, .33, .60, .60, .95, .96], [1, 2, 3]),            # contiguous from first to last
+    ([.33, .95, .80, .95, .95, .95], [0]),                   # a dip and its recovery
+    ([.33, .95, .80, .99, .99, .99], [0, 1, 2]),             # but a rise above the best counts
+    ([.33, .35, .31, .36, .34, .33], []),                    # flat
+    ([.90, .80, .60, .40, .35, .33], []),                    # falling
+    ([.50, .532, .95, .95, .95, .95], [0, 1]),               # just above 5 % of .95 - .33
+    ([.50, .530, .95, .95, .95, .95], [1]),                  # just below
+    ([.33, .38, .95, .95, .95, .95], [1]),                   # a rise that does not leave the floor's noise
+])
+def test_flu_rule(accuracy, layers): assert flu_layers(curve(accuracy)) == layers
+
+def test_flu_reads_the_subject_without_control_in_any_order():
+    c = pd.concat([curve([.3, .3, .9]), curve([.3, .9, .9], position="last")])
+    assert flu_layers(c) == [1] and flu_layers(c.sample(frac=1, random_state=0)) == [1]
+
+def test_flu_needs_more_than_noise():
+    assert flu_layers(curve([.33, .43], n=20)) == [] and flu_layers(curve([.33, .43], n=2000)) == [0]
+
+
+def test_features_are_hf_hidden_states(lm):
+    fs = [Fact(id=str(i), relation="r", subject=s, answer=" golf", candidates=SPORTS, prompt=p.format(s)) for i, (s, p) in enumerate(
+        [("dog", "Fact: {} plays the sport of"), ("the doger", "{} plays"), ("player", "of of of {} is a professional")])]
+    x = features(lm, fs, batch_size=2)
+    assert x.shape == (3, lm.n_layers + 1, len(POSITIONS), lm.d_model) and x.dtype == np.float32
+    for i, f in enumerate(fs):
+        (_, stop), = lm.subject_positions([f.prompt], [f.subject])
+        with torch.no_grad(): h = lm.hf(torch.tensor(lm.ids([f.prompt])), output_hidden_states=True).hidden_states
+        for l in range(lm.n_layers): # HF's last hidden state is behind the final norm
+            np.testing.assert_allclose(x[i, l], h[l][0, [stop - 1, -1]].numpy(), atol=1e-5)
+
+def test_constant_features_predict_the_most_frequent():
+    p = fit_probe(np.ones((9, 4), "float32"), ["a"] * 6 + ["b"] * 3)
+    assert set(p.predict(np.ones((5, 4)))) == {"a"}
+
+def test_stage_is_made_once(planted, tiny, tmp_path, monkeypatch):
+    lm, t = tiny(), task()
+    run = Run(tmp_path, lm.name, lm.revision, t.name, {})
+    first = run_probing(lm, lambda seed: t, run, seeds=(3,), draws=7)
+    monkeypatch.setattr(probing, "probe_curve", None)
+    assert run_probing(lm, lambda seed: t, run).equals(first) and (tmp_path / "scores" / "probing.parquet").exists()
+    with pytest.raises(TypeError): run_probing(lm, lambda seed: task(retain=facts(10, 60)), run)
+    with pytest.raises(TypeError): run_probing(lm, lambda seed: t, run, recompute=True)

@@ -1,0 +1,241 @@
+import json, re
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+from mechunlearn import report as r
+from mechunlearn.stats import bootstrap_clustered
+from mechunlearn.store import Broken, Refusal
+from synthetic import synthetic_run
+
+SMALL = ("flu", "causal-tracing-mlps", "random-mlps#0", "random-mlps#1", "late")
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory): return synthetic_run(tmp_path_factory.mktemp("run"), SMALL, seeds=(0, 1), n=12)
+
+@pytest.fixture(scope="module")
+def found(run_dir): return r.find(run_dir)
+
+def one(localization="flu", seed=0, draw=0, n=20, truth=0., group="forget", fmt="mcq", variants=1, **more):
+    "Records of n facts of which the share `truth` gives the old answer"
+    base = dict(localization=localization, draw=draw, seed=seed, evaluation="standard", format=fmt, group=group, relation="sport", truth="a", edit="b")
+    return pd.DataFrame([base | dict(fact=f"f{i:03d}", subject=f"s{i}", variant=v, top1_truth=i < truth*n, top1_edit=i >= truth*n, prob_truth=float(i < truth*n),
+                                     prob_edit=float(i >= truth*n)) | more for i in range(n) for v in range(variants)])
+
+# reading
+
+def test_records_carry_localization_draw_and_seed(run_dir):
+    got = r.records(run_dir)[["localization", "draw", "seed"]].drop_duplicates()
+    assert set(got.localization) == {"none", "flu", "causal-tracing-mlps", "random-mlps", "late"}
+    assert set(got[got.localization == "random-mlps"].draw) == {0, 1} and set(got.seed) == {0, 1}
+
+def test_unfinished_artefact_is_left_out_and_a_damaged_one_named(tmp_path):
+    run = synthetic_run(tmp_path, ("flu",), seeds=(0, 1), n=6, stages=("standard",))
+    (run/"flu/seed1/evaluation.parquet.meta.json").unlink()
+    assert set(r.records(run).query("localization == 'flu'").seed) == {0}
+    with open(run/"flu/seed0/evaluation.parquet", "ab") as f: f.write(b"x")
+    with pytest.raises(Broken, match="flu/seed0/evaluation.parquet"): r.records(run)
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(Refusal, match="run.json"): r.about(tmp_path)
+    with pytest.raises(Refusal, match="no records"): r.records(tmp_path)
+    with pytest.raises(Refusal, match="no records"): r.per_fact(pd.DataFrame({"a": [1]}))
+
+# counting
+
+def test_n_counts_facts_not_prompts():
+    m = r.summarise(one(n=20, truth=.5, variants=4))
+    assert set(m.n) == {20}
+    narrow, wide = (r.summarise(one(n=20, truth=.5, variants=v)).query("seed == 0 and measure == 'top1' and answer == 'truth'").iloc[0] for v in (4, 1))
+    assert (narrow.ci_low, narrow.ci_high) == (wide.ci_low, wide.ci_high)
+
+def test_relearning_halves_are_put_together():
+    halves = [one(evaluation="relearning", fmt="completion", step=5, setting=f"half{h}").query("index % 2 == @h") for h in (0, 1)]
+    m = r.summarise(pd.concat(halves)).query("seed == 0 and measure == 'top1' and answer == 'truth'")
+    assert len(m) == 1 and m.n.item() == 20 and m.setting.isna().all()
+
+def test_no_edit_score_without_an_edit_answer():
+    kept = one(group="retain", fmt="completion", edit=None, top1_edit=False, prob_edit=None)
+    assert set(r.summarise(kept).answer) == {"truth"}
+
+def test_metrics_have_the_columns_and_honest_intervals(found):
+    m = found.metrics
+    assert list(m.columns) == r.METRICS and len(m) > 500
+    assert m[["value", "ci_low", "ci_high", "n"]].notna().all(axis=None)
+    assert (m.ci_low <= m.value).all() and (m.value <= m.ci_high).all() and (m.n > 0).all()
+    shares = m[m.measure.isin(["top1", "prob", "accuracy"])]
+    assert shares.ci_low.min() >= 0 and shares.ci_high.max() <= 1
+    assert {"standard", "relearning", "latent", "probing"} == set(m.evaluation)
+    assert set(m[m.evaluation == "latent"].measure) == {"accuracy", "prob"}
+
+def test_random_draws_are_separate_by_seed_and_pooled_together(found):
+    m = r.column_rows(found.metrics, "MCQ truth")
+    assert set(m[m.seed >= 0].localization) >= {"random-mlps#0", "random-mlps#1"} and "random-mlps" not in set(m[m.seed >= 0].localization)
+    pooled = m[(m.seed == -1) & (m.localization == "random-mlps")].iloc[0]
+    each = m[m.localization.isin(["random-mlps#0", "random-mlps#1"])]
+    assert pooled.n == each.n.sum() and np.isclose(pooled.value, each.value.mean()) and pooled.n_params == each.n_params.iloc[0]
+
+def test_weights_resample_like_stats():
+    rng = np.random.default_rng(1)
+    df = pd.DataFrame({"seed": np.repeat([0, 1, 2, 3], [30, 30, 30, 20]), "fact": np.r_[0:30, 0:30, 0:30, 0:20]})
+    df["value"] = rng.random(len(df)) + .5*df.seed
+    _, n, lo, hi = r._estimate(df.value, df.seed, False)
+    theirs = bootstrap_clustered(df, n_boot=4000)
+    assert n == 110 and np.allclose((lo, hi), theirs, atol=.05*(theirs[1] - theirs[0]))
+    assert np.allclose(r._weights((30, 20)).sum(1), 1, atol=1e-5)
+
+def test_pooling_weighs_seeds_that_disagree():
+    same, differ = (r.summarise(pd.concat([one(seed=s, truth=t) for s, t in enumerate(ts)])) for ts in ([.5, .5, .5], [0., .5, 1.]))
+    width = lambda m: (lambda x: x.ci_high - x.ci_low)(m.query("seed == -1 and measure == 'top1' and answer == 'truth'").iloc[0])
+    assert width(differ) > 2*width(same)
+    m = r.summarise(pd.concat([one(seed=s, truth=0.) for s in range(3)])).query("seed == -1 and answer == 'truth' and measure == 'top1'").iloc[0]
+    assert m.value == 0 and m.ci_high > .05  # 0 of 60 is not certainty
+
+# comparing
+
+def test_compare_pairs_facts_of_the_same_seed():
+    data = pd.concat([one("flu", seed=s, truth=.0) for s in (0, 1)] + [one("late", seed=s, truth=.6) for s in (0, 1, 2)] + [one("all-mlps", seed=0, truth=0.)])
+    c = r.compare(data.sample(frac=1, random_state=0)).set_index("localization")
+    assert c.n.to_dict() == {"late": 40, "all-mlps": 20} and np.isclose(c.difference["late"], .6) and (c.test == "McNemar").all()
+    assert c.p["all-mlps"] == 1 and c.p_holm["late"] == min(1, 2*c.p["late"]) < 1e-4
+
+def test_means_of_several_prompts_use_the_bootstrap():
+    mixed = lambda name, k: pd.concat([one(name, n=20, variants=1, truth=t).assign(variant=v) for v, t in enumerate(k)])
+    c = r.compare(pd.concat([mixed("flu", [0, .1, .1, 0]), mixed("late", [.9, 1, .8, 1])]))
+    assert c.test.item() == "paired bootstrap" and c.ci_low.item() > .5
+
+def test_a_reference_is_needed_and_can_be_chosen():
+    data = pd.concat([one("late"), one("all-mlps", truth=.5)])
+    assert r.compare(data).empty and r.compare(data, against="late").localization.tolist() == ["all-mlps"]
+    with pytest.raises(Refusal, match="did you mean 'MCQ truth'"): r.compare(data, "MCQ truht")
+
+@pytest.mark.parametrize("flu,late,verdict", [(0., .9, "appears"), (.9, 0., "reversed"), (.1, .15, "no difference seen")])
+def test_verdicts(flu, late, verdict):
+    tests = r.orderings(pd.concat([one("flu", truth=flu, n=40), one("late", truth=late, n=40)]))
+    got = tests.set_index("column").verdict
+    assert got["MCQ truth"] == got["MCQ edit"] == verdict
+    assert ("REVERSED" in " ".join(r.say_orderings(tests))) == (verdict == "reversed")
+
+def test_claims_of_equality_are_never_confirmed():
+    tests = r.orderings(pd.concat([one(n, fmt="completion", truth=t) for n, t in [("flu", 0.), ("late", .8), ("all-mlps", 0.)]]))
+    assert tests[tests.column == "forget error"].set_index("localization").verdict.to_dict() == {"late": "differs", "all-mlps": "no difference seen"}
+
+def test_chance_is_counted_from_the_facts():
+    facts = pd.concat([one(fmt="completion", n=1).assign(fact=i, truth="abc"[i % 3], edit="bca"[i % 3]) for i in range(9)])
+    assert np.allclose(r.chance(facts), (1/3, 1/2))
+    assert np.isnan(r.chance(one(fmt="mcq"))).all()
+
+def test_frontier_takes_the_better_attack():
+    data = pd.concat([one("flu", truth=.2), one("flu", evaluation="relearning", fmt="completion", truth=.5, step=3), one("flu", evaluation="relearning", fmt="completion", step=0, truth=1.),
+                      one("flu", group="same-subject", fmt="completion", truth=.9, edit=None)])
+    f = r.frontier(r.summarise(data)).query("seed == -1").iloc[0]
+    assert f.attack == "relearned truth" and np.isclose(f.robust, .5) and np.isclose(f.kept, .9)
+    assert f.robust_low <= f.robust <= f.robust_high and f.kept_low <= f.kept <= f.kept_high
+
+# tables
+
+def test_table_says_what_is_budget_matched(found):
+    table = r.results_table(found.metrics)
+    assert table[("matched", "value")].to_dict() == {"none": "–", "flu": "yes", "causal-tracing-mlps": "yes", "random-mlps": "yes", "late": "no"}
+    assert table.loc["none", ("MCQ truth", "value")] == 1 and pd.isna(table.loc["none", ("relearned truth", "value")])
+    assert (table[("forget error", "lo")] <= table[("forget error", "value")]).all()
+
+def test_text_fits_a_terminal(found):
+    m = found.metrics.assign(localization=found.metrics.localization.replace("causal-tracing-mlps", "attribution-patching-mlps"))
+    text = r.results_text(r.results_table(m))
+    assert max(map(len, text.splitlines())) <= 120
+    assert "n=24" in text and "Not budget-matched" in text and re.search(r"\d\.\d\d \[\d\.\d\d,\d\.\d\d\]", text) and "unedited" in text
+
+def test_tables_of_two_runs_are_not_mixed(found):
+    with pytest.raises(Refusal, match="mixes runs"): r.results_table(pd.concat([found.metrics, found.metrics.assign(model="another")]))
+
+# figures
+
+FIGURES = ("plot_bars", "plot_frontier", "plot_relearning", "plot_latent")
+
+@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize("keep", [("flu",), ("none", "late"), ("none", "flu", "random-mlps", "random-mlps#0")])
+def test_figures_of_few_localizations(found, name, keep):
+    m = found.metrics[found.metrics.localization.isin(keep)]
+    assert isinstance(getattr(r, name)(m), Figure)
+    says = getattr(r, name.replace("plot", "say"))(m)
+    assert says.endswith(".") and "nan" not in says and len(says) > 40
+
+def test_map_figures(found):
+    for plot, say, data in [(r.plot_probe, r.say_probe, found.curve), (r.plot_components, r.say_components, found.traced), (r.plot_trace, r.say_trace, found.grid)]:
+        assert isinstance(plot(data, found.flu), Figure) and isinstance(plot(data), Figure) and "nan" not in say(data, found.flu)
+    assert found.flu == [1, 2, 3] and isinstance(r.plot_training(found.curves), Figure)
+    assert "late" in r.say_training(found.curves) and "late 2.0 times" in r.say_localizations(found.where)
+
+def test_frontier_labels_do_not_cover_each_other(found):
+    rng = np.random.default_rng(0)
+    m = pd.concat([found.metrics[found.metrics.localization == "flu"].assign(localization=n, value=lambda d: (d.value + rng.normal(0, .004)).clip(0, 1))
+                   for n in ("flu", "flu-path", "late", "all-mlps", "nonlocalized", "causal-tracing", "attribution-patching-mlps")])
+    fig = r.plot_frontier(m); fig.draw_without_rendering()
+    texts = [t for t in fig.axes[0].texts if t.get_text() in set(m.localization)]
+    boxes = [type(t).__mro__[1].get_window_extent(t, fig.canvas.get_renderer()) for t in texts]
+    assert len(boxes) == 7 and not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+@pytest.mark.parametrize("ys", [[.5]*4, [1., .99, .98], [0., 0., 1.], []])
+def test_spread_keeps_the_gap_and_the_order(ys):
+    at = r._spread(ys, .1)
+    assert np.all(np.diff(np.sort(at)) >= .1 - 1e-9) and list(np.argsort(at, kind="stable")) == list(np.argsort(ys, kind="stable"))
+    assert len(at) == 0 or (at.min() >= -1e-9 and at.max() <= 1 + 1e-9)
+
+def test_before_after_names_the_words(found):
+    table = r.before_after(found.facts, n=2)
+    assert len(table) == 4 and set(table["asked in"]) == {"completion", "MCQ"}
+    assert (table.before.str.split(" ").str[0] == table["old answer"]).all()
+    assert table["old answer"].isin(["football", "baseball", "basketball"]).all()
+
+# report
+
+def test_report_is_one_file_without_outside_resources(run_dir, tmp_path):
+    page = r.write_report(run_dir, tmp_path/"report.html").read_text()
+    assert not re.search(r"(?:src|href)=[\"'](?!data:|#)", page) and "@import" not in page and "<script" not in page
+    assert page.count("<img alt=") == 10 and "class=\"missing\"" not in page
+    assert [t for t in r.SECTIONS if f">{r.html.escape(t)}</h2>" in page] == list(r.SECTIONS)
+    assert page == r.write_report(run_dir, tmp_path/"again.html").read_text()
+    assert r.load_table(run_dir/"metrics.parquet").equals(r.metrics(run_dir))
+
+@pytest.mark.parametrize("stages,says", [((), "none yet"), (("maps",), "The results table is missing"), (("standard", "localizations"), "relearning</b> has not run"),
+                                         (("maps", "localizations", "training"), "Latent knowledge is missing")])
+def test_unfinished_runs_say_what_is_missing(tmp_path, stages, says):
+    page = r.write_report(synthetic_run(tmp_path/"run", ("flu", "late"), seeds=(0,), n=6, stages=stages)).read_text()
+    assert says in page and "How to make it again" in page
+
+def test_names_are_escaped(tmp_path):
+    run = synthetic_run(tmp_path, ("flu",), seeds=(0,), n=6, stages=("standard",), model="<script>alert(1)</script>")
+    assert "<script" not in r.write_report(run).read_text()
+
+def test_command_repeats_the_options(found):
+    about = {"model": "m", "task": "t", "options": {"forget_size": 8, "paper_split": True, "inject": None}}
+    assert r.command(found._replace(about=about)) == ("mechunlearn run --model m --task t --forget-size 8 --paper-split "
+        "--localizations flu,causal-tracing-mlps,random-mlps,late --draws 2 --seeds 0,1 --out runs")
+
+# recorded tables
+
+def test_recorded_tables_give_the_same_results(run_dir, found, tmp_path):
+    out = r.record([run_dir], tmp_path/"recorded")
+    tables = {t: pd.read_parquet(out/f"{t}.parquet") for t in r.RECORDED}
+    assert sum(p.stat().st_size for p in out.iterdir()) < 400_000
+    pd.testing.assert_frame_equal(r.results_table(tables["metrics"]), r.results_table(found.metrics))
+    pd.testing.assert_frame_equal(r.orderings(tables["records_small"]), r.orderings(found.facts), rtol=1e-5, atol=1e-6)
+    pd.testing.assert_frame_equal(r.before_after(tables["records_small"]), r.before_after(found.facts))
+    assert np.allclose(r.chance(tables["records_small"]), found.guess)
+    for name in FIGURES: getattr(r, name)(tables["metrics"])
+    r.plot_probe(tables["probing"], tables["probing"].query("flu").layer.unique()); r.plot_trace(tables["trace_grid"]); r.plot_components(tables["traced"])
+    r.plot_localizations(tables["localizations"]); r.plot_training(tables["training"])
+
+def test_stale_tables_are_named(run_dir, tmp_path):
+    assert r.check_recorded(tmp_path/"nothing") == list(r.RECORDED)
+    out = r.record([run_dir], tmp_path)
+    assert r.check_recorded(out) == []
+    known = json.loads((out/"sources.json").read_text()); known["probing"]["probing"] = "another"
+    (out/"sources.json").write_text(json.dumps(known)); (out/"training.parquet").unlink()
+    assert r.check_recorded(out) == ["probing", "training"]
+
+def test_comments_do_not_make_results_stale(tmp_path):
+    for name, text in {"a.py": "# %% nbs/1\nx = 1\n", "b.py": "\n# other words\n\nx = 1   \n", "c.py": "x = 2\n"}.items(): (tmp_path/name).write_text(text)
+    a, b, c = (r.source_hash(tmp_path/f"{n}.py") for n in "abc")
+    assert a == b != c and r.source_hash(tmp_path/"none.py") == ""
