@@ -202,7 +202,7 @@ def plot_accuracy(
     ax = ax or plt.subplots(figsize=(7, 3))[1]
     groups, hues = metrics["group"].unique(), metrics[hue].unique()
     for j, (h, rows) in enumerate(metrics.groupby(hue, sort=False)):
-        x = np.array([list(groups).index(g) for g in rows["group"]]) + (j - (len(hues) - 1) / 2) * .2
+        x = np.array([list(groups).index(g) for g in rows["group"]]) + (j - (len(hues) - 1) / 2) * .6 / len(hues)
         ax.errorbar(x, rows.value, [rows.value - rows.ci_low, rows.ci_high - rows.value], fmt="o", capsize=2, label=h)
     ax.set(xticks=range(len(groups)), xticklabels=groups, ylim=(-.03, 1.03))
     ax.legend(frameon=False, ncols=len(hues), loc="lower center", bbox_to_anchor=(.5, 1)); ax.spines[["top", "right"]].set_visible(False)

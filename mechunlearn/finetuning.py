@@ -161,14 +161,15 @@ def step_losses(
     rows:list[Row], # one batch
     update:Update, # what is done to forget rows
     inject:float=1., # weight of the forget term
-    micro_batch:int=128, # prompts in one forward; texts an eighth of it
+    micro_batch:int=128, # prompts in one forward; texts a thirty-second of it
 ) -> dict[str, float]: # mean loss of each term; nan for a term without rows
     "Loss of one batch and its gradients. A forward and a backward a row."
-    facts, text = sorted((r for r in rows if r.term != "text"), key=lambda r: len(r.ids)), [r for r in rows if r.term == "text"]
+    rows = sorted(rows, key=lambda r: len(r.ids))
+    facts, text = [r for r in rows if r.term != "text"], [r for r in rows if r.term == "text"]
     n = {t: sum(r.term == t for r in facts) for t in ("forget", "retain")} | dict(text=sum(len(r.ids) - 1 for r in text))
     weight = lambda r: (inject if r.term == "forget" else 1.) / n[r.term]
     each = _accumulate(lambda part: fact_losses(lm, values, part, update.loss), facts, weight, micro_batch)
-    each += _accumulate(lambda part: text_losses(lm, values, part), text, weight, max(1, micro_batch // 8))
+    each += _accumulate(lambda part: text_losses(lm, values, part), text, weight, max(1, micro_batch // 32))
     return {t: sum(l for r, l in zip(facts + text, each) if r.term == t) / n[t] if n[t] else math.nan for t in n}
 
 # %% ../nbs/20_finetuning.ipynb #200029
@@ -345,7 +346,7 @@ def plot(self:Edit,
     ax.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(.5, 1))
     return ax
 
-# %% ../nbs/20_finetuning.ipynb #200052
+# %% ../nbs/20_finetuning.ipynb #200053
 def fingerprint(
     lm:LM, # any state of the model
     without:Sequence[Slice]=(), # slices that are left out
@@ -359,7 +360,7 @@ def fingerprint(
         return hashlib.sha256(w.cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
     return {name: digest(name, w) for name, w in lm.hf.named_parameters()}
 
-# %% ../nbs/20_finetuning.ipynb #200056
+# %% ../nbs/20_finetuning.ipynb #200057
 N_TEXT = 100  # training texts that a sweep measures on, and does not train on
 
 def dev_task(
@@ -388,7 +389,7 @@ def score(
     "(1 - forget) + edit + retain - increase of the text loss"
     return 1 - metrics["forget"] + metrics["edit"] + metrics["retain"] - max(0., metrics["text"] - base["text"])
 
-# %% ../nbs/20_finetuning.ipynb #200057
+# %% ../nbs/20_finetuning.ipynb #200058
 LRS = tuple(2e-4 * 2**k for k in range(7))  # 2e-4 ... 1.28e-2, for the organism
 
 def _trial(lm, task, base, where, lr, seed, training):
@@ -416,7 +417,7 @@ def sweep(
     base, trials = training_metrics(lm, task), [(w, lr, s) for w in localizations for lr in lrs for s in seeds]
     return pd.DataFrame([_trial(lm, task, base, w, lr, s, training) for w, lr, s in tqdm(trials, "sweep", disable=None if progress else True)])
 
-# %% ../nbs/20_finetuning.ipynb #200059
+# %% ../nbs/20_finetuning.ipynb #200060
 def best_rates(
     table:pd.DataFrame, # of `sweep`
     source:str="sweep", # goes into the table
@@ -438,7 +439,7 @@ def plot_sweep(
     ax.set(xlabel="learning rate", ylabel="", title="(1 - forget) + edit + retain - text loss increase")
     return ax
 
-# %% ../nbs/20_finetuning.ipynb #200063
+# %% ../nbs/20_finetuning.ipynb #200064
 @dataclass
 class Job:
     "One localization and seed of a run; `where` is none for the unedited model"
@@ -455,7 +456,7 @@ class Job:
     def folder(self) -> Path|None: return self.run.edit_dir(self.name, self.task.seed) if self.run else None # none: nothing is written
     def path(self, file) -> Path|None: return self.folder and self.folder/file
 
-# %% ../nbs/20_finetuning.ipynb #200064
+# %% ../nbs/20_finetuning.ipynb #200065
 TRAINING = dict(lr=None, inject=None, steps=50, batch=64, retain_batch=48, text_batch=8, clip=1.)
 
 @patch
@@ -467,7 +468,7 @@ def causes(self:Job, **more) -> dict:
     options["lr"], options["inject"] = rates(self.lm, self.task, self.where, options["lr"], options["inject"])
     return base | dict(localization=self.where.name, slices=list(self.where.slices), training=options) | more
 
-# %% ../nbs/20_finetuning.ipynb #200065
+# %% ../nbs/20_finetuning.ipynb #200066
 @patch
 def edit(self:Job,
     recompute:bool=False, # train even if it is there
@@ -487,7 +488,7 @@ def applied(self:Job):
     edit = self.edit()
     return edit.applied(self.lm) if edit else nullcontext(self.lm)
 
-# %% ../nbs/20_finetuning.ipynb #200066
+# %% ../nbs/20_finetuning.ipynb #200067
 def edit_jobs(
     lm:LM, # unedited model
     task_for_seed:Callable[[int], Task], # the task as each seed draws it; localizations are drawn on the first seed's
@@ -504,7 +505,7 @@ def edit_jobs(
     where = [None] * ("none" in localizations) + list(made.values())
     return [Job(lm, tasks[s], w, run, training, recompute) for w in where for s in seeds]
 
-# %% ../nbs/20_finetuning.ipynb #200067
+# %% ../nbs/20_finetuning.ipynb #200068
 def run_finetuning(
     lm:LM, # unedited model
     task_for_seed:Callable[[int], Task], # the task as each seed draws it
@@ -523,10 +524,10 @@ def run_finetuning(
         curves.append(curve.assign(localization=job.name, seed=job.task.seed, n_params=job.where.n_params))
     return pd.concat(curves, ignore_index=True)
 
-# %% ../nbs/20_finetuning.ipynb #200068
+# %% ../nbs/20_finetuning.ipynb #200069
 def plot_curves(
     curves:pd.DataFrame, # of `run_finetuning`
 ):
     "The losses of several edits side by side; a band over seeds"
-    long = curves.melt(["localization", "seed", "step"], ["forget", "retain", "text"], "term", "loss")
+    long = curves.drop(columns="loss").melt(["localization", "seed", "step"], ["forget", "retain", "text"], "term", "loss")
     return sns.relplot(long, x="step", y="loss", hue="localization", col="term", kind="line", height=2.6, aspect=1.2, facet_kws=dict(sharey=False))

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from typing import Callable, Sequence
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns
 from tqdm.auto import tqdm
-from .evaluation import as_records, some, summarise
+from .evaluation import as_records, interval, some
 from .facts import Fact, Task
 from .finetuning import Edit, edit_jobs
 from .models import LM
@@ -97,7 +97,8 @@ def latent(
     with edit.applied(lm) if edit else nullcontext():
         x, seen = features(lm, train, batch_size), {g: features(lm, facts, batch_size) for g, facts in groups.items() if facts}
     kinds = {"": Probes(train, x), "/shuffled": Probes(train, x, seed)} | ({"/transferred": original} if edit else {})
-    return pd.concat([read(probes, groups[g], xg, g, suffix) for suffix, probes in kinds.items() for g, xg in seen.items()], ignore_index=True)
+    return pd.concat([read(probes, groups[g], xg, g, suffix) for suffix, probes in kinds.items() for g, xg in seen.items()],
+        ignore_index=True)
 
 # %% ../nbs/31_latent_knowledge.ipynb #310016
 def latent_curve(
@@ -105,8 +106,11 @@ def latent_curve(
     by:Sequence[str]=("group", "setting", "layer"), # what tells the rows of the result apart
 ) -> pd.DataFrame: # `by`, answer (truth or edit), value (share of facts the probe gives that answer), n, ci_low, ci_high (Wilson)
     "Which answer the probes read, by layer"
-    s = summarise(records[records.evaluation == "latent"], by)
-    return s[s.measure == "top1"].drop(columns="measure").reset_index(drop=True)
+    by, r, rows = list(by), records[records.evaluation == "latent"], []
+    for answer in ("truth", "edit"):
+        facts = r.groupby([*by, "fact"], dropna=False, sort=False)[f"top1_{answer}"].mean().astype(float).dropna().reset_index(name="hit")
+        rows += [dict(zip(by, key), answer=answer) | interval(part.hit, "top1") for key, part in facts.groupby(by, dropna=False, sort=False)]
+    return pd.DataFrame(rows)
 
 # %% ../nbs/31_latent_knowledge.ipynb #310017
 LINES = {("forget", "truth"): ("truth", "C3"), ("forget", "edit"): ("edit answer", "C0"), ("ghost", "truth"): ("truth of ghosts", "0.45"),
@@ -122,9 +126,10 @@ def plot_latent(
     panels = list(curves.groupby(by, sort=False)) if by else [("", curves)]
     fig, axes = plt.subplots(1, len(panels), figsize=(1 + 3.4 * len(panels), 3), sharey=True, squeeze=False)
     for ax, (name, rows) in zip(axes[0], panels):
-        for (group, setting, reads), r in rows.groupby(["group", "setting", "answer"], sort=False): _line(ax, r, group, setting, reads, position)
+        for key, r in rows.groupby(["group", "setting", "answer"], sort=False): _line(ax, r, *key, position)
         ax.set(title=name, xlabel="layer (-1: embeddings)", ylim=(-.03, 1.03))
-    axes[0, 0].set_ylabel(f"probe at {'the subject' if position == 'subject' else 'the last token'} says"); axes[0, -1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    axes[0, 0].set_ylabel({"subject": "probe at the subject says", "last": "probe at the last token says"}[position])
+    axes[0, -1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return fig
 
 def _line(ax, rows, group, setting, reads, position):

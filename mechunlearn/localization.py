@@ -319,7 +319,7 @@ def compare(
     reference = reference or made.get("flu")
     rows = [(name, l.n_params, l.budget, l.matched, overlap(l, reference) if reference else np.nan, describe(l)) for name, l in made.items()]
     out = pd.DataFrame(rows, columns=["localization", "n_params", "budget", "matched", "overlap", "trains"])
-    return out.astype({"budget": "Int64"})
+    return out.astype({"n_params": "Int64", "budget": "Int64", "matched": "boolean"})
 
 # %% ../nbs/13_localization.ipynb #130044
 def trained_share(

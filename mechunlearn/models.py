@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['LLAMA', 'FAMILIES', 'TOP', 'DATA', 'missing_module', 'head_dim', 'expected_shapes', 'check_structure', 'LM', 'wrap',
-           'packaged', 'sha256', 'verify', 'folder_revision', 'why', 'locate', 'as_dtype', 'load', 'quantization',
-           'span', 'batches', 'next_token', 'resid_at', 'Component', 'components', 'Slice', 'cut', 'neurons', 'slices',
-           'merge_slices', 'n_params']
+           'packaged', 'sha256', 'verify', 'folder_revision', 'why', 'locate', 'as_dtype', 'quiet_loading', 'load',
+           'quantization', 'span', 'batches', 'next_token', 'resid_at', 'Component', 'components', 'Slice', 'cut',
+           'neurons', 'slices', 'merge_slices', 'n_params']
 
 # %% ../nbs/00_models.ipynb #000003
 import hashlib, json, logging, mechunlearn, re, torch, transformers
 import huggingface_hub.errors as hub_errors
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Iterator, NamedTuple
 from fastcore.basics import patch
@@ -259,6 +260,16 @@ def as_dtype(
     return dtype if isinstance(dtype, torch.dtype) else getattr(torch, choose(dtype, ("float32", "bfloat16", "float16"), "dtype"))
 
 # %% ../nbs/00_models.ipynb #000031
+@contextmanager
+def quiet_loading():
+    "No bar for a load that takes no time"
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try: yield
+    finally:
+        if shown: transformers.utils.logging.enable_progress_bar()
+
+# %% ../nbs/00_models.ipynb #000032
 def load(
     model:str, # "organism", a folder, or a hub id such as "google/gemma-7b"
     device:str|None=None, # default: cuda if there is one, else cpu
@@ -274,15 +285,17 @@ def load(
         config = AutoConfig.from_pretrained(source, revision=revision)
         with torch.device("meta"): skeleton = AutoModelForCausalLM.from_config(config)
         check_structure(skeleton)
-        dtype = as_dtype(dtype or ("float32" if skeleton.num_parameters() < 1e8 else "bfloat16"))
+        small = skeleton.num_parameters() < 1e8
+        dtype = as_dtype(dtype or ("float32" if small else "bfloat16"))
         quant = quantization(quantize, dtype) if quantize else None
         tok = AutoTokenizer.from_pretrained(source, revision=revision)
-        hf = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, revision=revision, device_map=device_map or {"": device},
-            quantization_config=quant)
+        with quiet_loading() if small else nullcontext():
+            hf = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, revision=revision, device_map=device_map or {"": device},
+                quantization_config=quant)
     except (OSError, ValueError) as e: raise Refusal(f"cannot load {model!r}: {why(e)}") from e
     return wrap(hf, tok, name, rev or getattr(hf.config, "_commit_hash", None) or "")
 
-# %% ../nbs/00_models.ipynb #000033
+# %% ../nbs/00_models.ipynb #000034
 def quantization(
     bits:str, # "8bit" or "4bit"
     dtype:torch.dtype, # what 4-bit matrices compute in
@@ -292,7 +305,7 @@ def quantization(
     if choose(bits, ("8bit", "4bit"), "quantization") == "8bit": return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
-# %% ../nbs/00_models.ipynb #000037
+# %% ../nbs/00_models.ipynb #000038
 @patch
 def ids(self:LM,
     texts:list[str], # prompts
@@ -319,7 +332,7 @@ def encode(self:LM,
     "Tokenize and pad on the left; goes into `lm.hf(**batch)` and `lm.nn.trace(batch)`."
     return self.pad(self.ids(texts))
 
-# %% ../nbs/00_models.ipynb #000044
+# %% ../nbs/00_models.ipynb #000045
 @patch
 def pieces(self:LM,
     word:str, # an answer, with its leading space
@@ -348,7 +361,7 @@ def token_id(self:LM,
     if len(ids) == 1: return first
     raise Refusal(f"the tokenizer of {self.name} splits {word!r} into {self.tok.convert_ids_to_tokens(ids)}; an answer must be one token")
 
-# %% ../nbs/00_models.ipynb #000048
+# %% ../nbs/00_models.ipynb #000049
 def span(
     offsets:list[tuple[int, int]], # character range of each token
     text:str, # the prompt
@@ -372,7 +385,7 @@ def subject_positions(self:LM,
     offsets = self.tok(list(prompts), add_special_tokens=False, return_offsets_mapping=True).offset_mapping
     return [span(o, p, s) for o, p, s in zip(offsets, prompts, subjects, strict=True)]
 
-# %% ../nbs/00_models.ipynb #000051
+# %% ../nbs/00_models.ipynb #000052
 def batches(
     lm:LM,
     prompts:list[str], # texts
@@ -385,7 +398,7 @@ def batches(
         rows = order[k:k + batch_size]
         yield rows, lm.pad([ids[i] for i in rows])
 
-# %% ../nbs/00_models.ipynb #000052
+# %% ../nbs/00_models.ipynb #000053
 @torch.no_grad()
 def next_token(
     lm:LM,
@@ -404,7 +417,7 @@ def next_token(
         top1[rows] = logits.argmax(-1).cpu()
     return logp.where(given, torch.nan), top1
 
-# %% ../nbs/00_models.ipynb #000057
+# %% ../nbs/00_models.ipynb #000058
 @torch.no_grad()
 def resid_at(
     lm:LM,
@@ -425,7 +438,7 @@ def resid_at(
         out[rows] = torch.stack(resid, 1)
     return out
 
-# %% ../nbs/00_models.ipynb #000069
+# %% ../nbs/00_models.ipynb #000070
 class Component(NamedTuple):
     "An MLP or an attention head; `str` gives \"mlp.3\" or \"head.5.1\" (layer 5, head 1)."
     kind:str # "mlp" or "head"
@@ -440,7 +453,7 @@ class Component(NamedTuple):
         if m := re.fullmatch(r"head\.(\d+)\.(\d+)", name): return cls("head", int(m[1]), int(m[2]))
         raise Refusal(f"{name!r} names no component: write mlp.LAYER or head.LAYER.HEAD")
 
-# %% ../nbs/00_models.ipynb #000070
+# %% ../nbs/00_models.ipynb #000071
 def components(
     lm:LM,
     kinds:tuple[str, ...]=("mlp", "head"), # which kinds
@@ -450,7 +463,7 @@ def components(
     per_layer = dict(mlp=[None], head=range(lm.n_heads))
     return [Component(k, l, h) for k in kinds for l in range(lm.n_layers) for h in per_layer[k]]
 
-# %% ../nbs/00_models.ipynb #000073
+# %% ../nbs/00_models.ipynb #000074
 class Slice(NamedTuple):
     "Rows (`dim` 0) or columns (`dim` 1) `start` to `stop - 1` of a weight matrix."
     param:str # parameter name in `lm.hf`
@@ -468,7 +481,7 @@ def cut(
     "A slice of one of a block's matrices, in the direction in which that matrix is cut."
     return Slice(lm.path(key, layer) + ".weight", int(key in ("o_proj", "down_proj")), start, stop)
 
-# %% ../nbs/00_models.ipynb #000074
+# %% ../nbs/00_models.ipynb #000075
 def neurons(
     lm:LM,
     layer:int, # block
@@ -491,7 +504,7 @@ def slices(
     kv = slice(group * lm.head_dim, (group + 1) * lm.head_dim)
     return [cut(lm, c.layer, key, s.start, s.stop) for key, s in dict(q_proj=own, k_proj=kv, v_proj=kv, o_proj=own).items()]
 
-# %% ../nbs/00_models.ipynb #000077
+# %% ../nbs/00_models.ipynb #000078
 def merge_slices(
     slices:list[Slice], # in any order, overlapping or not
 ) -> list[Slice]: # disjoint, sorted

@@ -251,8 +251,8 @@ def sentence(rng: random.Random) -> str:
 
 
 def paragraph(rng: random.Random) -> str:
-    "Two to five sentences."
-    return " ".join(sentence(rng) for _ in range(rng.randint(2, 5)))
+    "Two to five sentences, one a line, as in training."
+    return "\n".join(sentence(rng) for _ in range(rng.randint(2, 5)))
 
 # %% ../nbs/05_organism.ipynb #050024
 def vocabulary(world: dict) -> list[str]:
@@ -521,7 +521,7 @@ def check(
     rows = json.loads(table.to_json(orient="records"))
     return dict(model=model, passed=not below and not known, below_floor=below, ghosts_above_chance=known, measured=rows)
 
-# %% ../nbs/05_organism.ipynb #050043
+# %% ../nbs/05_organism.ipynb #050049
 def world_of(
     model: str,  # packaged name or folder
 ) -> Path:
@@ -531,7 +531,7 @@ def world_of(
         raise Refusal(f"{model!r} has no world.json: it is no organism, so what it should know is not written down")
     return path
 
-# %% ../nbs/05_organism.ipynb #050045
+# %% ../nbs/05_organism.ipynb #050051
 def make_optimizers(model: torch.nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     "Muon on the layers' matrices, AdamW on embeddings, norms and unembedding."
     matrices = [p for name, p in model.named_parameters() if "layers" in name and p.ndim == 2]
@@ -547,7 +547,7 @@ def schedule(step: int, recipe: Recipe) -> float:
     done = step / recipe.steps
     return min(1.0, (step + 1) / 50) * (1.0 if done < recipe.hold else max(0.02, (1 - done) / (1 - recipe.hold)))
 
-# %% ../nbs/05_organism.ipynb #050047
+# %% ../nbs/05_organism.ipynb #050053
 def train_step(model, forward, optimizers, ids: torch.Tensor, weights: torch.Tensor) -> tuple[float, float]:
     "One step; returns the weighted loss and the mean loss on answers (nats)."
     logits = forward(input_ids=ids[:, :-1]).logits
@@ -560,7 +560,7 @@ def train_step(model, forward, optimizers, ids: torch.Tensor, weights: torch.Ten
         optimizer.zero_grad(set_to_none=True)
     return loss.item(), losses[weights[:, 1:] == 1].mean().item()
 
-# %% ../nbs/05_organism.ipynb #050048
+# %% ../nbs/05_organism.ipynb #050054
 def train(
     world: dict,
     tok: PreTrainedTokenizerFast,
@@ -593,7 +593,7 @@ def train(
             curve += [dict(**at, what=row.what, value=row.value) for row in known.itertuples()]
     return model.eval(), pd.DataFrame(curve)
 
-# %% ../nbs/05_organism.ipynb #050052
+# %% ../nbs/05_organism.ipynb #050060
 CARD = """# organism
 
 A {params:.2f} M parameter Qwen3 (12 layers, the first six attend to two tokens only) trained from scratch on a generated,
@@ -638,7 +638,7 @@ def write_checksums(folder: Path) -> None:
     digests = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
     (folder / "checksums.json").write_text(json.dumps({"files": digests}, indent=1) + "\n")
 
-# %% ../nbs/05_organism.ipynb #050053
+# %% ../nbs/05_organism.ipynb #050061
 def retrain(
     out: str | Path,  # folder for the new organism; must not hold another one
     recipe: Recipe = Recipe(),

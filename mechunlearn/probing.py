@@ -9,7 +9,6 @@ __all__ = ['POSITIONS', 'features', 'fit_probe', 'probe_curve', 'selectivity', '
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler

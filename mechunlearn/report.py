@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LOOKS', 'FLU', 'TRACING', 'UNMATCHED', 'PLACE', 'MEASURED', 'METRICS', 'EDITED', 'ATTACKED', 'SIDE', 'COLUMNS', 'KEY',
            'NOTE', 'LATENT', 'MCQ_CHANCE', 'BARS', 'CLAIMS', 'SECTIONS', 'RECORDED', 'printed', 'family', 'look',
-           'ordered', 'baseline', 'about', 'records', 'training', 'settings', 'localizations', 'scores', 'per_fact',
-           'summarise', 'metrics', 'Column', 'column_rows', 'results_table', 'results_text', 'results_html',
+           'ordered', 'baseline', 'about', 'records', 'training', 'recorded', 'settings', 'localizations', 'scores',
+           'per_fact', 'summarise', 'metrics', 'Column', 'column_rows', 'results_table', 'results_text', 'results_html',
            'fact_values', 'compare', 'Chance', 'chance', 'flu_layers', 'plot_probe', 'say_probe', 'plot_components',
            'say_components', 'plot_trace', 'say_trace', 'trained', 'plot_localizations', 'plot_bars', 'say_bars',
            'frontier', 'undominated', 'plot_frontier', 'say_frontier', 'plot_relearning', 'say_relearning',
@@ -17,6 +17,7 @@ __all__ = ['LOOKS', 'FLU', 'TRACING', 'UNMATCHED', 'PLACE', 'MEASURED', 'METRICS
 # %% ../nbs/41_report.ipynb #410002
 import base64, hashlib, html, io, json, re, textwrap
 from functools import lru_cache
+from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
@@ -55,12 +56,14 @@ def printed(
     "The name as tables and figures print it"
     return "unedited" if name == "none" else name
 
+# %% ../nbs/41_report.ipynb #410008
 def family(
     name:str, # a localization, e.g. 'random-mlps#2'
 ) -> str: # without its draw
     "The localization that a random draw belongs to"
     return name.split("#")[0]
 
+# %% ../nbs/41_report.ipynb #410009
 def look(
     name:str, # a localization
 ) -> dict: # color, marker, linestyle
@@ -68,7 +71,7 @@ def look(
     colour, marker, line = LOOKS.get(family(name), ("#444444", "x", "-"))
     return {"color": colour, "marker": marker, "linestyle": line}
 
-# %% ../nbs/41_report.ipynb #410008
+# %% ../nbs/41_report.ipynb #410011
 def ordered(
     names, # localizations
 ) -> list[str]: # each once: unedited, FLU, output tracing, random, unmatched
@@ -76,13 +79,14 @@ def ordered(
     rank = {n: i for i, n in enumerate(LOOKS)}
     return sorted(set(names), key=lambda n: (rank.get(family(n), len(rank)), n))
 
+# %% ../nbs/41_report.ipynb #410012
 def baseline(
     names, # localizations of a run
 ) -> str|None: # the FLU localization that others are compared with
     "The reference of every paired test"
     return next((n for n in FLU if n in set(names)), None)
 
-# %% ../nbs/41_report.ipynb #410012
+# %% ../nbs/41_report.ipynb #410016
 def about(
     run_dir, # a run folder
 ) -> dict: # model, revision, task, options
@@ -92,7 +96,7 @@ def about(
         raise Refusal(f"{run_dir} holds no run.json: give the folder of one run, such as runs/organism/sports-athlete-editing-64")
     return json.loads(file.read_text())
 
-# %% ../nbs/41_report.ipynb #410013
+# %% ../nbs/41_report.ipynb #410017
 def _tables(run_dir, want):
     "Finished tables below `<localization>/seed<k>/` whose stem `want` accepts, labelled"
     for path in sorted(Path(run_dir).glob("*/seed*/*.parquet")):
@@ -100,7 +104,7 @@ def _tables(run_dir, want):
         name, _, draw = path.parts[-3].partition("#")
         yield load_table(path).assign(localization=name, draw=int(draw or 0), seed=int(path.parts[-2][4:]))
 
-# %% ../nbs/41_report.ipynb #410014
+# %% ../nbs/41_report.ipynb #410018
 def records(
     run_dir, # a run folder
 ) -> pd.DataFrame: # one row a measurement: localization, draw, seed, and the columns of `evaluation`
@@ -109,7 +113,7 @@ def records(
     if not parts: raise Refusal(f"{run_dir} holds no records yet: run the edit and attack stages first")
     return pd.concat(parts, ignore_index=True)
 
-# %% ../nbs/41_report.ipynb #410015
+# %% ../nbs/41_report.ipynb #410019
 def training(
     run_dir, # a run folder
 ) -> pd.DataFrame: # localization, draw, seed, step, lr, loss, forget, retain, text, grad_norm; empty if nothing was trained
@@ -117,7 +121,22 @@ def training(
     parts = list(_tables(run_dir, lambda stem: stem == "training"))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
-# %% ../nbs/41_report.ipynb #410016
+# %% ../nbs/41_report.ipynb #410021
+def recorded(
+    table:str, # 'metrics', 'records_small', 'probing', 'traced', 'trace_grid', 'localizations', 'training'
+    folder="recorded", # where `record` put them
+    **which, # model, task, forget_size; default: the first run in the table
+) -> pd.DataFrame: # rows of one run
+    "A recorded table of one run"
+    file = Path(folder)/f"{table}.parquet"
+    if not file.exists(): raise Refusal(f"{file} does not exist: `make record` runs configs/organism.yaml and writes it")
+    df = pd.read_parquet(file)
+    for k, v in which.items(): df = df[df[k] == v]
+    if df.empty: raise Refusal(f"{file} has no run with {which}")
+    first = df[["model", "task", "forget_size"]].drop_duplicates().iloc[:1]
+    return df.merge(first, how="inner")
+
+# %% ../nbs/41_report.ipynb #410024
 def settings(
     run_dir, # a run folder
 ) -> pd.DataFrame: # localization, lr, inject, steps, seeds; empty if nothing was trained
@@ -128,7 +147,7 @@ def settings(
     out = pd.DataFrame(rows).groupby(["localization", "lr", "inject", "steps"], dropna=False).size().rename("edits").reset_index()
     return out.sort_values("localization", key=lambda c: c.map({n: i for i, n in enumerate(ordered(c))}), ignore_index=True)
 
-# %% ../nbs/41_report.ipynb #410017
+# %% ../nbs/41_report.ipynb #410025
 def localizations(
     run_dir, # a run folder
 ) -> dict: # name (with draw) -> the saved localization
@@ -137,7 +156,7 @@ def localizations(
     found = {p.stem: load_json(p) for p in files}
     return {name: found[name] for name in ordered(found)}
 
-# %% ../nbs/41_report.ipynb #410018
+# %% ../nbs/41_report.ipynb #410026
 def scores(
     run_dir, # a run folder
     pattern:str, # e.g. 'probing', 'trace-grid*'
@@ -146,12 +165,12 @@ def scores(
     files = [p for p in sorted(Path(run_dir).glob(f"scores/{pattern}.parquet")) if sidecar(p).exists()]
     return pd.concat([load_table(p).assign(method=p.stem) for p in files], ignore_index=True) if files else pd.DataFrame()
 
-# %% ../nbs/41_report.ipynb #410020
+# %% ../nbs/41_report.ipynb #410028
 PLACE = ["localization", "draw", "seed", "evaluation", "format", "group", "layer", "setting", "step"]
 MEASURED = {"prob_truth": ("truth", "prob"), "prob_edit": ("edit", "prob"), "top1_truth": ("truth", "top1"), "top1_edit": ("edit", "top1"),
             "compliance": (None, "compliance"), "loss": (None, "loss")} # record column -> answer, measure
 
-# %% ../nbs/41_report.ipynb #410021
+# %% ../nbs/41_report.ipynb #410030
 def _clean(df):
     "Plain floats, no edit score where there is no edit answer, relearning halves put together"
     df = df.assign(**{c: pd.to_numeric(df[c], errors="coerce").astype(float) if c in df else np.nan for c in MEASURED})
@@ -160,7 +179,7 @@ def _clean(df):
     half = df.setting.astype("string").str.fullmatch(r"half\d+").fillna(False).astype(bool)
     return df.assign(setting=df.setting.astype("string").mask(half), layer=df.layer.astype("Int64"), step=df.step.astype("Int64"))
 
-# %% ../nbs/41_report.ipynb #410022
+# %% ../nbs/41_report.ipynb #410031
 def per_fact(
     records:pd.DataFrame, # from `records`
 ) -> pd.DataFrame: # PLACE, fact, subject, relation, truth, edit, variants, and the measured columns averaged over variants
@@ -171,7 +190,7 @@ def per_fact(
     first = by[["subject", "relation", "truth", "edit"]].first()
     return first.assign(variants=by.size()).join(by[list(MEASURED)].mean()).reset_index()
 
-# %% ../nbs/41_report.ipynb #410026
+# %% ../nbs/41_report.ipynb #410035
 @lru_cache(maxsize=16)
 def _weights(sizes, n_boot=2000, seed=0):
     "[n_boot, sum(sizes)]: seeds are drawn with replacement, then facts within each; rows sum to 1"
@@ -179,7 +198,7 @@ def _weights(sizes, n_boot=2000, seed=0):
     drawn = rng.multinomial(k, np.full(k, 1/k), n_boot)
     return np.hstack([rng.multinomial(drawn[:, i]*n, np.full(n, 1/n))/(k*n) for i, n in enumerate(sizes)]).astype("float32")
 
-# %% ../nbs/41_report.ipynb #410027
+# %% ../nbs/41_report.ipynb #410036
 def _estimate(values, clusters, proportion):
     "Mean of the cluster means, number of facts, interval"
     values, clusters = np.asarray(values, float), np.asarray(clusters)
@@ -192,11 +211,12 @@ def _estimate(values, clusters, proportion):
     if proportion: lo, hi = max(lo, 0.), min(hi, 1.)
     return mean, len(values), float(min(lo, mean)), float(max(hi, mean))
 
-# %% ../nbs/41_report.ipynb #410030
+# %% ../nbs/41_report.ipynb #410040
 METRICS = ["model", "task", "forget_size", "localization", "n_params", "seed", "evaluation", "format", "group", "answer", "measure",
            "layer", "setting", "step", "value", "n", "ci_low", "ci_high"] # the columns of `metrics`
 _WHERE = ["evaluation", "format", "group", "layer", "setting", "step"]
-_INTS = {"n_params": "Int64", "layer": "Int64", "step": "Int64", "forget_size": "Int64"}
+_TYPES = {c: "str" for c in ("model", "task", "localization", *_WHERE[:3], "answer", "measure", "setting")} | {
+    c: "Int64" for c in ("n_params", "layer", "step", "forget_size")}
 
 def _groups(df, by):
     "Row positions of each group, and the groups' keys as a frame"
@@ -205,6 +225,7 @@ def _groups(df, by):
     places = np.split(order, np.flatnonzero(np.diff(code[order])) + 1)
     return places, df[by].iloc[[p[0] for p in places]].reset_index(drop=True)
 
+# %% ../nbs/41_report.ipynb #410041
 def _rows(facts, column, pooled):
     "Metrics rows of one measured column"
     answer, measure = MEASURED[column]
@@ -218,7 +239,7 @@ def _rows(facts, column, pooled):
     shown = np.where((keys.evaluation == "latent") & (measure == "top1"), "accuracy", measure)
     return keys.assign(answer=answer, measure=shown).join(pd.DataFrame(found, columns=["value", "n", "ci_low", "ci_high"]))
 
-# %% ../nbs/41_report.ipynb #410031
+# %% ../nbs/41_report.ipynb #410042
 def summarise(
     records:pd.DataFrame, # from `records` or `per_fact`
     n_params:dict|None=None, # localization (with draw) -> trained parameters
@@ -233,9 +254,9 @@ def summarise(
     params = {"none": 0} | {family(k): v for k, v in (n_params or {}).items()} | (n_params or {})
     rows = [_rows(facts, c, pooled) for pooled in (True, False) for c in MEASURED]
     out = pd.concat([r for r in rows if len(r)], ignore_index=True).assign(model=model, task=task, forget_size=size)
-    return out.assign(n_params=out.localization.map(params)).astype(_INTS)[METRICS]
+    return out.assign(n_params=out.localization.map(params)).astype(_TYPES)[METRICS]
 
-# %% ../nbs/41_report.ipynb #410033
+# %% ../nbs/41_report.ipynb #410044
 def _probing_rows(curve):
     "The probe curve of the base model as metrics rows"
     setting = curve.position + np.where(curve.control, " control", "")
@@ -243,7 +264,7 @@ def _probing_rows(curve):
                          "answer": "truth", "measure": "accuracy", "layer": curve.layer, "setting": setting, "value": curve.accuracy,
                          "n": curve.n_test, "ci_low": curve.ci_low, "ci_high": curve.ci_high})
 
-# %% ../nbs/41_report.ipynb #410034
+# %% ../nbs/41_report.ipynb #410045
 def metrics(
     run_dir, # a run folder
 ) -> pd.DataFrame: # the columns METRICS; pooled rows have seed -1
@@ -254,9 +275,9 @@ def metrics(
     if not len(curve): return out
     same = {c: out[c].iloc[0] for c in ("model", "task", "forget_size")} | {"n_params": 0}
     out = pd.concat([out, _probing_rows(curve).assign(**same).reindex(columns=METRICS)], ignore_index=True)
-    return out.astype(_INTS)
+    return out.astype(_TYPES)
 
-# %% ../nbs/41_report.ipynb #410037
+# %% ../nbs/41_report.ipynb #410048
 class Column(NamedTuple):
     "One quantity of the results table"
     name:str # heading
@@ -269,7 +290,7 @@ class Column(NamedTuple):
     measure:str|None=None # None: the table's own measure, top1 or prob
     error:bool=False # show 1 - value
 
-# %% ../nbs/41_report.ipynb #410038
+# %% ../nbs/41_report.ipynb #410049
 _E, _C, _Q = "standard", ("completion",), ("mcq",)
 EDITED, ATTACKED, SIDE = "The edit", "Under attack", "Side effects"
 COLUMNS = {c.name: c for c in [
@@ -286,7 +307,7 @@ COLUMNS = {c.name: c for c in [
     Column("MCQ compliance", SIDE, _E, _Q, "forget", None, "high", "compliance"),
     Column("text loss", SIDE, _E, ("text",), "text", None, "low", "loss")]}
 
-# %% ../nbs/41_report.ipynb #410039
+# %% ../nbs/41_report.ipynb #410051
 def _at(df, column):
     "Rows of metrics or per-fact records that a column means; relearning at its last step, latent at the subject"
     df = df[(df.evaluation == column.evaluation) & (df.group == column.group)]
@@ -295,7 +316,7 @@ def _at(df, column):
     df = df[df.format == fmt]
     return df[df.step == df.step.max()] if column.evaluation == "relearning" and df.step.notna().any() else df
 
-# %% ../nbs/41_report.ipynb #410040
+# %% ../nbs/41_report.ipynb #410052
 def column_rows(
     metrics:pd.DataFrame, # from `metrics`
     name:str, # a key of COLUMNS
@@ -307,7 +328,7 @@ def column_rows(
     rows = rows[(rows.measure == (c.measure or measure)) & (rows.answer.isna() if c.answer is None else rows.answer == c.answer)]
     return rows.assign(value=1 - rows.value, ci_low=1 - rows.ci_high, ci_high=1 - rows.ci_low) if c.error else rows
 
-# %% ../nbs/41_report.ipynb #410042
+# %% ../nbs/41_report.ipynb #410055
 def _single(df):
     "Refuse tables that mix runs"
     keys = [k for k in ("model", "task", "forget_size") if k in df]
@@ -315,7 +336,7 @@ def _single(df):
     if len(many) == 1: return df
     raise Refusal("this table mixes runs (" + "; ".join(" ".join(map(str, r)) for r in many.values) + "); select one of them first")
 
-# %% ../nbs/41_report.ipynb #410043
+# %% ../nbs/41_report.ipynb #410056
 _STATS = {"value": "value", "lo": "ci_low", "hi": "ci_high", "n": "n"}
 
 def results_table(
@@ -332,7 +353,7 @@ def results_table(
         if rows.value.notna().any(): out |= {(name, to): rows[c] for to, c in _STATS.items()}
     return pd.DataFrame(out, index=pd.Index(names, name="localization"))
 
-# %% ../nbs/41_report.ipynb #410044
+# %% ../nbs/41_report.ipynb #410057
 KEY = "Value and 95 % interval; n facts over all seeds and draws. ↑ higher is better, ↓ lower is better."
 NOTE = ("Not budget-matched: late, extraction, all-mlps and nonlocalized train another number of weights than FLU, so "
         "differences between them and FLU may come from size alone.")
@@ -345,9 +366,10 @@ def _n(table, name):
 def _count(x):
     if pd.isna(x) or x == 0: return "–" if pd.isna(x) else "0"
     return f"{x/1e9:.2f}B" if x >= 1e9 else f"{x/1e6:.2f}M" if x >= 1e6 else f"{x/1e3:.0f}k"
+
 def _arrow(name): return "↑" if COLUMNS[name].good == "high" else "↓"
 
-# %% ../nbs/41_report.ipynb #410046
+# %% ../nbs/41_report.ipynb #410059
 def _block(table, names, sizes):
     "One block of the text rendering, with or without the sizes"
     cell = lambda r, c: "–" if pd.isna(r[(c, "value")]) else f"{r[(c, 'value')]:.2f} [{r[(c, 'lo')]:.2f},{r[(c, 'hi')]:.2f}]"
@@ -359,7 +381,7 @@ def _block(table, names, sizes):
     wide = [max(len(line[j]) for line in lines) for j in range(len(lines[0]))]
     return ["  ".join(x.ljust(w) if j == 0 else x.rjust(w) for j, (x, w) in enumerate(zip(line, wide))).rstrip() for line in lines]
 
-# %% ../nbs/41_report.ipynb #410047
+# %% ../nbs/41_report.ipynb #410060
 def results_text(
     table:pd.DataFrame, # from `results_table`
 ) -> str: # lines of at most 120 characters for names of up to 25
@@ -370,15 +392,16 @@ def results_text(
         if names: out += [part, *_block(table, names, part == EDITED), ""]
     return "\n".join(out + textwrap.wrap(KEY, 118) + textwrap.wrap(NOTE, 118))
 
-# %% ../nbs/41_report.ipynb #410049
+# %% ../nbs/41_report.ipynb #410062
 def results_html(
     table:pd.DataFrame, # from `results_table`
     title:str|None=None, # heading
 ) -> GT: # displays itself; `.as_raw_html()` for a page
     "The results table as HTML"
     names = [c for c in COLUMNS if c in table.columns.get_level_values(0)]
-    cell = lambda r, c: "–" if pd.isna(r[(c, "value")]) else (f"{r[(c, 'value')]:.2f}<br><span style='font-size:.78em;color:#666'>"
-                                                             f"{r[(c, 'lo')]:.2f}–{r[(c, 'hi')]:.2f}</span>")
+    small = "<br><span style='font-size:.78em;color:#666;white-space:nowrap'>"
+    text = lambda value, lo, hi: "–" if pd.isna(value) else f"{value:.2f}{small}{lo:.2f}–{hi:.2f}</span>"
+    cell = lambda r, c: text(*(r[(c, x)] for x in ("value", "lo", "hi")))
     head = lambda i, r: [printed(i), _count(r[("params", "value")]), r[("matched", "value")]]
     rows = [head(i, r) + [cell(r, c) for c in names] for i, r in table.iterrows()]
     shown = pd.DataFrame(rows, columns=["localization", "params", "matched"] + names)
@@ -388,7 +411,7 @@ def results_html(
         if inside := [c for c in names if COLUMNS[c].part == part]: out = out.tab_spanner(part, inside)
     return _dress(out, shown, title)
 
-# %% ../nbs/41_report.ipynb #410050
+# %% ../nbs/41_report.ipynb #410064
 def _label(table, name):
     from great_tables import html as raw
     return raw(f"{name}&nbsp;{_arrow(name)}<br><span style='font-weight:normal;color:#666;white-space:nowrap'>n={_n(table, name)}</span>")
@@ -402,7 +425,7 @@ def _dress(out, shown, title):
     out = out.tab_source_note(KEY).tab_source_note(NOTE)
     return out.tab_header(title) if title else out
 
-# %% ../nbs/41_report.ipynb #410053
+# %% ../nbs/41_report.ipynb #410068
 LATENT = {c.name: c for c in [Column("latent truth", "", "latent", (), "forget", "truth", "low"),
                               Column("latent edit", "", "latent", (), "forget", "edit", "high")]}
 
@@ -418,7 +441,7 @@ def fact_values(
     rows = rows.assign(value=1 - rows[source] if c.error else rows[source]).dropna(subset=["value"])
     return rows.groupby(["localization", "draw", "seed", "fact"], as_index=False, sort=False).value.mean()
 
-# %% ../nbs/41_report.ipynb #410054
+# %% ../nbs/41_report.ipynb #410070
 def _paired(ours, theirs):
     "Compare one localization with the reference on the facts of the same seeds"
     both = theirs.merge(ours[["seed", "fact", "value"]], on=["seed", "fact"], suffixes=("", "_ref"))
@@ -430,7 +453,7 @@ def _paired(ours, theirs):
     return {"n": len(one), "value": one.value.mean(), "reference": one.value_ref.mean(), "difference": diff, "ci_low": lo, "ci_high": hi,
             "test": "McNemar" if binary else "paired bootstrap", "p": p}
 
-# %% ../nbs/41_report.ipynb #410055
+# %% ../nbs/41_report.ipynb #410071
 def _facts(data): return per_fact(data if isinstance(data, pd.DataFrame) else records(data))
 
 def compare(
@@ -448,7 +471,7 @@ def compare(
     out = pd.DataFrame([{"localization": other, **row} for other, row in rows if row])
     return out.assign(p_holm=holm(out.p)) if len(out) else out
 
-# %% ../nbs/41_report.ipynb #410058
+# %% ../nbs/41_report.ipynb #410077
 MCQ_CHANCE = .25
 
 class Chance(NamedTuple):
@@ -456,6 +479,7 @@ class Chance(NamedTuple):
     blind: float # among the answers of the relation
     not_edit: float # among those that are not the edit answer
 
+# %% ../nbs/41_report.ipynb #410078
 def chance(
     records:pd.DataFrame, # from `records` or `per_fact`
 ) -> Chance: # means over forget facts
@@ -469,7 +493,7 @@ def chance(
     left = [known[r] - {e} for r, e in zip(asked.relation, asked.edit)]
     return Chance(float(np.mean([1/len(known[r]) for r in asked.relation])), float(np.mean([1/len(x) for x in left if x] or [np.nan])))
 
-# %% ../nbs/41_report.ipynb #410061
+# %% ../nbs/41_report.ipynb #410081
 _RC = {"font.size": 9, "axes.titlesize": 9.5, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8, "figure.dpi": 80,
        "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left", "axes.titleweight": "bold"}
 
@@ -478,7 +502,7 @@ def _figure(width, height, *grid, **kw):
     fig = Figure(figsize=(width, height), layout="constrained"); FigureCanvasAgg(fig)
     return fig, fig.subplots(*grid, **kw)
 
-# %% ../nbs/41_report.ipynb #410062
+# %% ../nbs/41_report.ipynb #410082
 def _spread(ys, gap, lo=0., hi=1.):
     "Positions nearest to `ys` that are at least `gap` apart and, if they fit, within [lo, hi]"
     if not len(ys): return np.array([])
@@ -487,7 +511,7 @@ def _spread(ys, gap, lo=0., hi=1.):
     out = np.clip(free, lo, max(lo, hi - step[-1])) + step
     return out[np.argsort(order, kind="stable")]
 
-# %% ../nbs/41_report.ipynb #410064
+# %% ../nbs/41_report.ipynb #410085
 _LEADER = {"arrowstyle": "-", "lw": .6, "alpha": .7, "shrinkA": 1, "shrinkB": 2, "relpos": (0, .5)}
 
 def _margin_labels(ax, names, ys, x, colours, size=8):
@@ -499,7 +523,7 @@ def _margin_labels(ax, names, ys, x, colours, size=8):
         ax.annotate(name, (x, y), (1.05, to), textcoords="axes fraction", xycoords="data", va="center", ha="left", color=c, fontsize=size,
                     annotation_clip=False, arrowprops=_LEADER | {"color": c})
 
-# %% ../nbs/41_report.ipynb #410065
+# %% ../nbs/41_report.ipynb #410086
 _HEAT = {"cmap": "RdBu_r", "linewidths": .3, "linecolor": "white"}
 
 def _mark_layers(ax, flu):
@@ -508,31 +532,35 @@ def _mark_layers(ax, flu):
     for t in ax.get_yticklabels():
         if t.get_text() in {str(l) for l in flu}: t.set(color="#0072B2", weight="bold")
 
-# %% ../nbs/41_report.ipynb #410066
+# %% ../nbs/41_report.ipynb #410087
 def _say(value, lo, hi): return f"{value:.2f} [{lo:.2f}, {hi:.2f}]"
+
 def _and(names):
     names = list(names)
     return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
 
+# %% ../nbs/41_report.ipynb #410089
 def _extremes(rows, good):
-    "'lowest for A (..); intervals do not tell it apart from B; highest for D (..)' over metrics rows"
+    "'lowest for A (..); intervals do not tell apart B; highest for D (..)' over metrics rows"
     rows = rows[rows.localization != "none"].sort_values("value", ascending=good == "low", kind="stable")
-    if rows.empty: return "no edit was measured"
-    best, worst, said = rows.iloc[0], rows.iloc[-1], lambda r: f"{r.localization} ({_say(r.value, r.ci_low, r.ci_high)}, n={int(r.n)})"
-    near = [r.localization for r in rows.iloc[1:].itertuples() if r.ci_low <= best.ci_high and r.ci_high >= best.ci_low]
+    best, worst = rows.iloc[0], rows.iloc[-1]
+    tied = lambda end: rows[np.isclose(rows.value, end.value)].localization
+    said = lambda end: f"{_and(ordered(tied(end)))} ({_say(end.value, end.ci_low, end.ci_high)}, n={int(end.n)})"
+    rest = rows[~rows.localization.isin(tied(best))]
+    near = rest[(rest.ci_low <= best.ci_high) & (rest.ci_high >= best.ci_low)].localization
     text = ("lowest" if good == "low" else "highest") + f" for {said(best)}"
-    if len(near) == len(rows) - 1: return text + ("; its interval overlaps all others: no difference seen here" if near else "")
-    near = f"; intervals do not tell it apart from {_and(near)}" if near else ""
+    if len(near) == len(rest): return text + ("; its interval overlaps all others: no difference seen here" if len(rest) else "")
+    near = f"; intervals do not tell apart {_and(ordered(near))}" if len(near) else ""
     return text + near + f"; {'highest' if good == 'low' else 'lowest'} for {said(worst)}"
 
-# %% ../nbs/41_report.ipynb #410068
+# %% ../nbs/41_report.ipynb #410091
 def flu_layers(
     where:dict, # a saved localization
 ) -> list[int]: # layers whose MLP it trains
     "MLP layers of a localization"
     return sorted(int(c.split(".")[1]) for c in where["components"] if c.startswith("mlp."))
 
-# %% ../nbs/41_report.ipynb #410069
+# %% ../nbs/41_report.ipynb #410092
 @mpl.rc_context(_RC)
 def plot_probe(
     curve:pd.DataFrame, # layer, position, control, accuracy, ci_low, ci_high (`scores(run_dir, 'probing')`)
@@ -550,11 +578,12 @@ def plot_probe(
         ax.fill_between(g.layer, g.ci_low, g.ci_high, color=colour, alpha=.15, lw=0)
     layers = sorted(curve.layer.unique()); ticks = layers[::1 if len(layers) < 20 else 4]
     ax.set(xlabel="after layer", ylabel="probe accuracy", title="Where the answer becomes readable")
-    ax.set(ylim=(0, 1.12), yticks=np.arange(0, 1.01, .25), xlim=(layers[0] - .6, layers[-1] + .6), xticks=ticks, xticklabels=["emb" if l < 0 else l for l in ticks])
+    ax.set(ylim=(0, 1.12), yticks=np.arange(0, 1.01, .25), xlim=(layers[0] - .6, layers[-1] + .6))
+    ax.set(xticks=ticks, xticklabels=["emb" if l < 0 else l for l in ticks])
     _margin_labels(ax, *zip(*[(n, y) for n, y, _ in ends]), layers[-1], [c for *_, c in ends])
     return fig
 
-# %% ../nbs/41_report.ipynb #410070
+# %% ../nbs/41_report.ipynb #410094
 def say_probe(
     curve:pd.DataFrame, # see `plot_probe`
     flu=(), # FLU layers
@@ -571,7 +600,7 @@ def say_probe(
     span = f"{min(flu)}–{max(flu)}" if len(flu) > 1 else f"{min(flu)}" if len(flu) else ""
     return text + (f"FLU trains the MLPs of layers {span}." if span else "No layer rises enough for FLU.")
 
-# %% ../nbs/41_report.ipynb #410072
+# %% ../nbs/41_report.ipynb #410097
 def _one_method(table): return table[table.method == table.method.iloc[0]] if "method" in table else table
 
 @mpl.rc_context(_RC)
@@ -593,7 +622,7 @@ def plot_components(
     _mark_layers(axes[0], flu); axes[0].invert_yaxis()
     return fig
 
-# %% ../nbs/41_report.ipynb #410073
+# %% ../nbs/41_report.ipynb #410098
 def say_components(
     table:pd.DataFrame, # see `plot_components`
     flu=(), # FLU layers
@@ -606,13 +635,14 @@ def say_components(
     n = int(table.n.iloc[0])
     return f"Restored on its own at all tokens, most of the answer comes back with {_and(top)} (1 = all of it, n={n} facts)." + tail
 
-# %% ../nbs/41_report.ipynb #410075
+# %% ../nbs/41_report.ipynb #410101
 _KINDS = {"resid": "residual stream", "attn": "attention", "mlp": "MLP"}
 
 def _token(text):
     "A token as a tick label; only blanks are made visible"
     return repr(text)[1:-1].strip() or "␣"
 
+# %% ../nbs/41_report.ipynb #410102
 @mpl.rc_context(_RC)
 def plot_trace(
     grid:pd.DataFrame, # layer, position, token, kind, score (`scores(run_dir, 'trace-grid*')`)
@@ -633,7 +663,7 @@ def plot_trace(
     _mark_layers(axes[0, 0], flu); axes[0, 0].invert_yaxis()
     return fig
 
-# %% ../nbs/41_report.ipynb #410076
+# %% ../nbs/41_report.ipynb #410104
 def say_trace(
     grid:pd.DataFrame, # see `plot_trace`
     flu=(), # FLU layers
@@ -649,7 +679,7 @@ def say_trace(
     n = int(grid.n.iloc[0])
     return f"The place that restores most of the lost answer (1 = all of it, n={n} facts) is, for the " + "; for the ".join(said) + tail + "."
 
-# %% ../nbs/41_report.ipynb #410078
+# %% ../nbs/41_report.ipynb #410107
 def trained(
     where:dict, # name -> saved localization (`localizations(run_dir)`)
 ) -> pd.DataFrame: # localization, layer, mlp (share of the layer's MLP), heads (number)
@@ -663,7 +693,7 @@ def trained(
             rows.append((name, l, 1. if ["mlp", str(l)] in parts else part.get(l, 0.), heads))
     return pd.DataFrame(rows, columns=["localization", "layer", "mlp", "heads"])
 
-# %% ../nbs/41_report.ipynb #410079
+# %% ../nbs/41_report.ipynb #410109
 @mpl.rc_context(_RC)
 def plot_localizations(
     parts:pd.DataFrame, # from `trained`
@@ -680,7 +710,7 @@ def plot_localizations(
     ax.tick_params(length=0); ax.spines[["left", "bottom"]].set_visible(False)
     return fig
 
-# %% ../nbs/41_report.ipynb #410081
+# %% ../nbs/41_report.ipynb #410112
 BARS = ("MCQ truth", "MCQ edit", "relearned truth", "same subject")
 
 def _lines(column, guess):
@@ -688,6 +718,7 @@ def _lines(column, guess):
     if column.startswith("MCQ"): return [MCQ_CHANCE]
     return [g for g in guess or () if not np.isnan(g)] if column == "relearned truth" else []
 
+# %% ../nbs/41_report.ipynb #410113
 def _bar_panel(ax, rows, each, names, lines, title):
     for r in rows.itertuples():
         y, l = names.index(r.localization), look(r.localization)
@@ -695,13 +726,14 @@ def _bar_panel(ax, rows, each, names, lines, title):
         ax.barh(y, r.value, color=l["color"], height=.62, alpha=.85, hatch=hatch, edgecolor="white", lw=0)
         ax.plot([r.ci_low, r.ci_high], [y, y], color="#222222", lw=1)
         ax.text(1.04, y, f"{r.value:.2f}", va="center", fontsize=7.5, color="#222222")
-    y = each.localization.map(lambda n: names.index(family(n))) + .3
+    each = each[each.groupby(each.localization.map(family)).value.transform("size") > 1]
+    y = [names.index(family(n)) + .3 for n in each.localization]
     ax.scatter(each.value, y, s=5, color="#222222", alpha=.45, lw=0, zorder=3)
     for line in lines: ax.axvline(line, color="#666666", ls=":", lw=1)
     ax.set(xlim=(0, 1.02), ylim=(len(names) - .4, -.6), title=title, xticks=[0, .5, 1])
     ax.spines["left"].set_visible(False); ax.tick_params(axis="y", length=0)
 
-# %% ../nbs/41_report.ipynb #410082
+# %% ../nbs/41_report.ipynb #410114
 @mpl.rc_context(_RC)
 def plot_bars(
     metrics:pd.DataFrame, # from `metrics`, one run
@@ -711,7 +743,7 @@ def plot_bars(
 ) -> Figure:
     "Bars with 95 % intervals; dots are seeds and draws; dotted: guessing"
     found = {c: column_rows(_single(metrics), c, measure) for c in columns}
-    found = {c: r for c, r in found.items() if len(r)}
+    found = {c: r for c, r in found.items() if (r.localization != "none").any()}
     names = ordered(n for r in found.values() for n in r[r.seed == -1].localization)
     fig, axes = _figure(8, .8 + .24*len(names), 1, len(found), sharey=True, squeeze=False)
     for ax, (c, r) in zip(axes[0], found.items()):
@@ -719,7 +751,7 @@ def plot_bars(
     axes[0, 0].set(yticks=range(len(names)), yticklabels=[printed(n) for n in names])
     return fig
 
-# %% ../nbs/41_report.ipynb #410083
+# %% ../nbs/41_report.ipynb #410115
 def say_bars(
     metrics:pd.DataFrame, # from `metrics`, one run
     measure:str="top1", # or 'prob'
@@ -731,24 +763,28 @@ def say_bars(
     for c in columns:
         rows = column_rows(metrics[metrics.seed == -1], c, measure)
         lines = " or ".join(f"{x:.2f}" for x in _lines(c, guess))
-        if len(rows): said.append(f"{c} is {_extremes(rows, COLUMNS[c].good)}" + (f" (guessing: {lines})" if lines else "") + ".")
+        if not (rows.localization != "none").any(): continue
+        said.append(f"{c} is {_extremes(rows, COLUMNS[c].good)}" + (f" (guessing: {lines})" if lines else "") + ".")
     return " ".join(s[0].upper() + s[1:] for s in said)
 
-# %% ../nbs/41_report.ipynb #410085
+# %% ../nbs/41_report.ipynb #410118
 def frontier(
     metrics:pd.DataFrame, # from `metrics`, one run
     measure:str="top1", # or 'prob'
-) -> pd.DataFrame: # localization, seed, attack (the better one), robust, robust_low, robust_high, kept, kept_low, kept_high, n
+) -> pd.DataFrame: # localization, seed, attack (the better one), robust, robust_low, robust_high, kept, kept_low, kept_high, n, attacks
     "Robustness against side effects, by seed and pooled (seed -1); intervals are those of the two numbers used"
     index = ["localization", "seed"]
-    attacks = pd.concat([column_rows(_single(metrics), c, measure).assign(attack=c) for c in ("MCQ truth", "relearned truth")])
+    attacks = [column_rows(_single(metrics), c, measure).assign(attack=a) for c, a in (("MCQ truth", "MCQ"), ("relearned truth", "relearning"))]
+    attacks = pd.concat([a.query("localization != 'none'") for a in attacks])
+    tried = attacks.groupby(index).attack.transform("size") # where some edits went through both attacks, the others are not compared yet
+    attacks = attacks[tried == tried.max()]
     worst = attacks.sort_values("value", kind="stable").drop_duplicates(index, keep="last").set_index(index)
     kept = column_rows(metrics, "same subject", measure).set_index(index)
     out = pd.DataFrame({"attack": worst.attack, "robust": 1 - worst.value, "robust_low": 1 - worst.ci_high, "robust_high": 1 - worst.ci_low,
                         "kept": kept.value, "kept_low": kept.ci_low, "kept_high": kept.ci_high, "n": worst.n})
-    return out.dropna().query("localization != 'none'").reset_index()
+    return out.assign(attacks=" or ".join(sorted(set(attacks.attack)))).dropna().reset_index()
 
-# %% ../nbs/41_report.ipynb #410086
+# %% ../nbs/41_report.ipynb #410119
 def undominated(
     pooled:pd.DataFrame, # localization, robust, kept
 ) -> list[str]: # from most robust to most specific
@@ -757,7 +793,7 @@ def undominated(
     rows = list(pooled.itertuples())
     return [b.localization for b in sorted(rows, key=lambda r: (-r.robust, r.kept)) if not any(beats(a, b) for a in rows)]
 
-# %% ../nbs/41_report.ipynb #410088
+# %% ../nbs/41_report.ipynb #410122
 _AROUND = [(r, a) for r in (9, 14, 24, 36, 52, 70) for a in np.deg2rad([45, 315, 135, 225, 0, 180, 90, 270])] # distance (pixels), angle
 
 def _extent(fig, ax, name, **kw):
@@ -775,7 +811,7 @@ def _badness(box, r, inside, boxes, dots):
     out = not (inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1)
     return 1000*out + 300*sum(box.overlaps(o) for o in boxes) + 25*box.padded(2).count_contains(dots) + r
 
-# %% ../nbs/41_report.ipynb #410089
+# %% ../nbs/41_report.ipynb #410123
 def _label_points(fig, ax, points, names, avoid, size=8):
     "Names beside their points, where they cover least; a thin line if they had to move away"
     fig.draw_without_rendering()
@@ -791,7 +827,7 @@ def _label_points(fig, ax, points, names, avoid, size=8):
         text = ax.annotate(name, point, at, textcoords="axes fraction", ha="center", va="center", zorder=5, arrowprops=line, **kw)
         text.set_path_effects([Stroke(linewidth=2, foreground="white"), Normal()])
 
-# %% ../nbs/41_report.ipynb #410090
+# %% ../nbs/41_report.ipynb #410124
 @mpl.rc_context(_RC)
 def plot_frontier(
     metrics:pd.DataFrame, # from `metrics`, one run
@@ -818,17 +854,17 @@ def plot_frontier(
     _label_points(fig, ax, pooled[["kept", "robust"]].values, pooled.localization, np.vstack([each[["kept", "robust"]].values, *bars]))
     return fig
 
-# %% ../nbs/41_report.ipynb #410091
+# %% ../nbs/41_report.ipynb #410126
 def _frontier_axes(ax, rows, guess):
     low = max(0, np.floor((np.where(rows.seed == -1, rows.kept_low, rows.kept).min() - .03)*20)/20)
     ax.set(xlim=(low, 1.02), ylim=(-.03, 1.06), title="Robust and specific is up and to the right",
-           xlabel="accuracy kept on other facts of the edited subjects", ylabel="1 − truth recovered\n(better of MCQ and relearning)")
+           xlabel="accuracy kept on other facts of the edited subjects", ylabel=f"1 − truth recovered\nby {rows.attacks.iloc[0]}")
     for g, name in zip(guess or (), ("blind guess", "guess, not the edit answer")):
         if not np.isnan(g):
             ax.axhline(1 - g, color="#666666", ls=":", lw=1, zorder=0)
             ax.text(low + .01*(1 - low), 1 - g + .015, name, fontsize=7.5, color="#666666")
 
-# %% ../nbs/41_report.ipynb #410092
+# %% ../nbs/41_report.ipynb #410127
 def say_frontier(
     metrics:pd.DataFrame, # from `metrics`, one run
     measure:str="top1", # or 'prob'
@@ -839,13 +875,13 @@ def say_frontier(
     said = [f"{n} (robust {_say(r.robust, r.robust_low, r.robust_high)}, kept {_say(r.kept, r.kept_low, r.kept_high)})"
             for n, r in pooled.loc[names].iterrows()]
     flu = baseline(pooled.index)
-    text = f"Not beaten in both directions: {_and(said)}."
+    text = f"Not beaten in both robustness (1 − truth recovered by {rows.attacks.iloc[0]}) and other facts kept: {_and(said)}."
     if flu is None or flu in names: return text
     above = [n for n in pooled.index if pooled.robust[n] >= pooled.robust[flu] and pooled.kept[n] >= pooled.kept[flu] and n != flu]
     clear = [n for n in above if pooled.robust_low[n] > pooled.robust_high[flu] or pooled.kept_low[n] > pooled.kept_high[flu]]
     return text + f" {flu} is beaten in both by {_and(above)}" + ("." if clear else ", but all these intervals overlap: no difference seen.")
 
-# %% ../nbs/41_report.ipynb #410094
+# %% ../nbs/41_report.ipynb #410130
 def _relearning(metrics, group, measure):
     rows = metrics[(metrics.evaluation == "relearning") & (metrics.group == group) & (metrics.format == "completion")]
     return rows[(rows.seed == -1) & rows.step.notna() & (rows.answer == "truth") & (rows.measure == measure)].sort_values("step")
@@ -861,7 +897,7 @@ def _guessing(ax, ghosts, guess, grey="#666666"):
         if not np.isnan(g): ax.axhline(g, color=grey, ls=":", lw=1); ends.append((f"{name} {g:.2f}", g, grey))
     return ends
 
-# %% ../nbs/41_report.ipynb #410095
+# %% ../nbs/41_report.ipynb #410131
 @mpl.rc_context(_RC)
 def plot_relearning(
     metrics:pd.DataFrame, # from `metrics`, one run
@@ -881,11 +917,12 @@ def plot_relearning(
     ends += _guessing(ax, ghosts, guess)
     edge = last*(1.03 + .012*rows.localization.nunique())
     ax.set(ylim=(-.02, 1.03), xlim=(0, edge), xticks=sorted(rows.step.unique())[::max(1, rows.step.nunique()//6)])
-    ax.set(ylabel="true answer on the other half", xlabel="relearning step (bars after the last: 95 % intervals there)", title="What comes back when half is retaught")
+    ax.set(ylabel="true answer on the other half", xlabel="relearning step (bars after the last: 95 % intervals there)",
+           title="What comes back when half is retaught")
     _margin_labels(ax, *zip(*[(n, y) for n, y, _ in ends]), edge, [c for *_, c in ends])
     return fig
 
-# %% ../nbs/41_report.ipynb #410096
+# %% ../nbs/41_report.ipynb #410133
 def say_relearning(
     metrics:pd.DataFrame, # from `metrics`, one run
     measure:str="top1", # or 'prob'
@@ -893,6 +930,7 @@ def say_relearning(
 ) -> str:
     "What the relearning curves show"
     rows, ghosts = (column_rows(metrics[metrics.seed == -1], c, measure) for c in ("relearned truth", "ghosts relearned"))
+    if not (rows.localization != "none").any(): return "Relearning of edited models has not been measured yet."
     text = f"After the last step, the truth on facts that were not retaught is {_extremes(rows, 'low')}"
     if guess and not np.isnan(guess.blind):
         text += f"; a blind guess gets {guess.blind:.2f}, one that avoids the edit answer {guess.not_edit:.2f}"
@@ -900,19 +938,20 @@ def say_relearning(
     text += f"; the half that was retaught is at {taught[taught.step == taught.step.max()].value.min():.2f} or above" if len(taught) else ""
     if ghosts.empty: return text + "."
     high = ghosts.set_index("localization").ci_high
-    above = [r.localization for r in rows.itertuples() if r.localization in high and r.ci_low > high[r.localization]]
+    edits = rows[(rows.localization != "none") & rows.localization.isin(high.index)]
+    above = edits[edits.ci_low > edits.localization.map(high)].localization
     text += f"; ghosts, whose answers were never in the model, score {ghosts.value.min():.2f} to {ghosts.value.max():.2f}. "
-    if not above: return text + "No edit gives back clearly more than its ghosts do."
+    if above.empty: return text + "No edit gives back clearly more than its ghosts do."
     return text + f"Clearly above the ghosts of the same edit, hence recovered: {_and(ordered(above))}."
 
-# %% ../nbs/41_report.ipynb #410098
+# %% ../nbs/41_report.ipynb #410136
 _TRUTH, _EDIT = "#D55E00", "#0072B2"
 
 def _latent(metrics, setting="subject"):
     rows = metrics[(metrics.evaluation == "latent") & (metrics.group == "forget") & (metrics.seed == -1) & metrics.layer.notna()]
     return rows[(rows.setting == setting) & (rows.measure == "accuracy")].sort_values("layer")
 
-# %% ../nbs/41_report.ipynb #410099
+# %% ../nbs/41_report.ipynb #410137
 @mpl.rc_context(_RC)
 def plot_latent(
     metrics:pd.DataFrame, # from `metrics`, one run
@@ -940,7 +979,7 @@ def plot_latent(
     for x, text, colour in key: fig.text(x, 1.0, text, color=colour, fontsize=9, va="bottom")
     return fig
 
-# %% ../nbs/41_report.ipynb #410100
+# %% ../nbs/41_report.ipynb #410138
 def say_latent(
     metrics:pd.DataFrame, # from `metrics`, one run
     setting:str="subject", # or 'last': the token probed
@@ -955,7 +994,7 @@ def say_latent(
     where = "subject" if setting == "subject" else "prompt"
     return f"Averaged over layers, at the {where}'s last token, " + "; ".join(said) + ". Whether these differ is tested below, fact by fact."
 
-# %% ../nbs/41_report.ipynb #410102
+# %% ../nbs/41_report.ipynb #410141
 @mpl.rc_context(_RC)
 def plot_training(
     curves:pd.DataFrame, # from `training`
@@ -973,7 +1012,7 @@ def plot_training(
     fig.legend([handles[n] for n in ordered(handles)], ordered(handles), loc="outside lower center", ncols=5, frameon=False, fontsize=7.5)
     return fig
 
-# %% ../nbs/41_report.ipynb #410103
+# %% ../nbs/41_report.ipynb #410142
 def say_training(
     curves:pd.DataFrame, # from `training`
 ) -> str:
@@ -983,7 +1022,7 @@ def say_training(
     return (f"Mean forget loss at the last step is at most {last.max():.3f} nats: every edit was completed." if not slow else
             f"Not completed (forget loss above 0.1 nats at the last step): {_and(slow)}. They are judged as edits only partly made.")
 
-# %% ../nbs/41_report.ipynb #410105
+# %% ../nbs/41_report.ipynb #410145
 def _said(rows, words):
     "The answers in rows of one fact and format, with how often"
     r = rows.iloc[0]; n = int(r.variants)
@@ -991,12 +1030,13 @@ def _said(rows, words):
     k["other"] = n - sum(k.values())
     return ", ".join(f"{w} {c}/{n}" if n > 1 else w for w, c in sorted(k.items(), key=lambda kv: -kv[1]) if c)
 
+# %% ../nbs/41_report.ipynb #410147
 def _four(names):
     "FLU and up to three others to show beside it"
     wish = [baseline(names), *TRACING[::2], "late", "nonlocalized", *TRACING[1::2], "random-mlps", "all-mlps"]
     return [n for n in dict.fromkeys(wish) if n in set(names)][:4]
 
-# %% ../nbs/41_report.ipynb #410106
+# %% ../nbs/41_report.ipynb #410148
 def before_after(
     records:pd.DataFrame, # from `records` or `per_fact`
     n:int=4, # facts
@@ -1018,7 +1058,7 @@ def before_after(
                                      | {x: _said(r, w) if len(r) else "–" for x, r in at.items()})
     return pd.DataFrame(out)
 
-# %% ../nbs/41_report.ipynb #410108
+# %% ../nbs/41_report.ipynb #410151
 class Claim(NamedTuple):
     "An ordering that the paper reports"
     says: str # in words
@@ -1039,13 +1079,14 @@ CLAIMS = [
     Claim("In the training format all localizations take the edit alike", "edit", "A.7.1", True),
     Claim("In the training format all localizations maintain other facts alike", "maintain", "A.7.1", True)]
 
-# %% ../nbs/41_report.ipynb #410109
+# %% ../nbs/41_report.ipynb #410153
 def _verdict(row, good, equal):
     clear = row.p_holm < .05 and (row.ci_low > 0 or row.ci_high < 0)
     if not clear: return "no difference seen"
     if equal: return "differs"
     return "appears" if (row.difference > 0) == (good == "low") else "reversed"
 
+# %% ../nbs/41_report.ipynb #410154
 def orderings(
     data, # records, the table of `per_fact`, or a run folder
     measure:str="top1", # or 'prob'
@@ -1059,7 +1100,7 @@ def orderings(
             out.append({"claim": claim.says, "source": claim.source, "column": claim.column, **row._asdict(), "verdict": verdict})
     return pd.DataFrame(out)
 
-# %% ../nbs/41_report.ipynb #410110
+# %% ../nbs/41_report.ipynb #410156
 def say_orderings(
     tests:pd.DataFrame, # from `orderings`
 ) -> list[str]: # one sentence a claim
@@ -1077,7 +1118,7 @@ def say_orderings(
         out.append(f"{claim} [{g.source.iloc[0]}; {g.column.iloc[0]}, FLU {flu}, n={int(g.n.max())}]: " + "; ".join(parts) + ".")
     return out
 
-# %% ../nbs/41_report.ipynb #410113
+# %% ../nbs/41_report.ipynb #410161
 _VERDICTS = {"appears": "#9CCBE8", "reversed": "#F4B48C", "differs": "#D9C7E0", "no difference seen": "#EFEFEF"}
 
 @mpl.rc_context(_RC)
@@ -1094,19 +1135,20 @@ def plot_orderings(
         ax.text(x, y, f"{r.difference:+.2f}", ha="center", va="center", fontsize=7.5, color=ink)
     ax.set(xlim=(-.5, len(names) - .5), ylim=(len(columns) - .5, -.5), xticks=range(len(names)), yticks=range(len(columns)))
     ax.set_yticklabels([f"{c} {_wish(c)}" for c in columns])
-    ax.set_xticklabels([n.replace("-mlps", "\n-mlps").replace("-patching", "\n-patching") for n in names], fontsize=7.5)
+    ax.set_xticklabels(names, fontsize=7.5, rotation=30, ha="left")
     ax.xaxis.tick_top(); ax.tick_params(length=0); ax.spines[["left", "bottom"]].set_visible(False)
     for i, (verdict, colour) in enumerate(_VERDICTS.items()):
         darker = np.array(mpl.colors.to_rgb(colour))*.8
         ax.text(.02 + .25*i, -.04, f"■ {verdict}", color=darker, transform=ax.transAxes, va="top", fontsize=8.5)
     return fig
 
-# %% ../nbs/41_report.ipynb #410114
+# %% ../nbs/41_report.ipynb #410162
 def _wish(column):
     "What the paper says of FLU in a column"
     if next(c.equal for c in CLAIMS if c.column == column): return "(alike)"
     return "(FLU lower)" if (COLUMNS | LATENT)[column].good == "low" else "(FLU higher)"
 
+# %% ../nbs/41_report.ipynb #410163
 def say_tally(
     tests:pd.DataFrame, # from `orderings`
 ) -> str:
@@ -1115,11 +1157,11 @@ def say_tally(
     n = order.verdict.value_counts().reindex(["appears", "reversed", "no difference seen"], fill_value=0)
     always = [c for c, g in order.groupby("column", sort=False) if (g.verdict == "appears").all()]
     never = [c for c, g in order.groupby("column", sort=False) if (g.verdict != "appears").all()]
-    text = (f"Of {len(order)} orderings tested (claims x localizations), {n.iloc[0]} appear, {n.iloc[1]} are reversed, and in "
+    text = (f"Of the paper's orderings, {len(order)} were tested (claims x localizations): {n.iloc[0]} appear, {n.iloc[1]} are reversed, and in "
             f"{n.iloc[2]} no difference was seen. FLU is ahead of every localization in {_and(always) if always else 'no column'}")
-    return text + (f", and of none in {_and(never)}." if never else ".")
+    return text + (f"; it is ahead of none in {_and(never)}." if never else ".")
 
-# %% ../nbs/41_report.ipynb #410116
+# %% ../nbs/41_report.ipynb #410166
 class Found(NamedTuple):
     "What a run folder holds, read once"
     about: dict
@@ -1139,34 +1181,43 @@ class Found(NamedTuple):
         return flu_layers(self.where[name]) if name else []
     @property
     def guess(self): return None if self.facts is None else chance(self.facts)
-    def has(self, evaluation): return len(self.metrics) > 0 and (self.metrics.evaluation == evaluation).any()
+    def has(self, evaluation): return ((self.metrics.evaluation == evaluation) & (self.metrics.localization != "none")).any() # of an edit
+    @property
+    def seeds(self): return [] if self.facts is None else sorted(self.facts.seed.unique())
 
-# %% ../nbs/41_report.ipynb #410117
+# %% ../nbs/41_report.ipynb #410167
 def find(
     run_dir, # a run folder
 ) -> Found:
     "Read a run folder, finished or not"
     run, where = about(run_dir), localizations(run_dir)
     done = next(_tables(run_dir, lambda stem: stem != "training"), None) is not None
-    made = [json.loads(p.read_text())["provenance"] for p in sorted(Path(run_dir).rglob("*.meta.json"))]
+    sidecars = [p for p in sorted(Path(run_dir).rglob("*.meta.json")) if p != sidecar(Path(run_dir)/"metrics.parquet")]
+    made = [json.loads(p.read_text())["provenance"] for p in sidecars]
     return Found(run, per_fact(records(run_dir)) if done else None, metrics(run_dir) if done else pd.DataFrame(columns=METRICS),
                  scores(run_dir, "probing"), scores(run_dir, "causal-tracing-*"), scores(run_dir, "trace-grid*"), where, training(run_dir),
                  settings(run_dir), made)
 
-# %% ../nbs/41_report.ipynb #410118
+# %% ../nbs/41_report.ipynb #410169
 def _image(fig, alt):
     "A figure as a self-contained <img>; the same figure gives the same bytes"
     buffer = io.BytesIO()
     with mpl.rc_context({"svg.hashsalt": "mechunlearn"}): fig.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
     return f'<img alt="{html.escape(alt, quote=True)}" src="data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
+def _one_seed(f):
+    if len(f.seeds) != 1: return ""
+    return ('<p class="missing">One seed only: the intervals say how far other facts could differ, not how far another edit, '
+            'with other facts and another order of training, would.</p>')
+
 def _shown(fig, says): return f"<figure>{_image(fig, says)}<figcaption>{html.escape(says)}</figcaption></figure>"
+
 def _missing(what, stage):
     return f'<p class="missing">{html.escape(what)} is missing: the stage <b>{stage}</b> has not run for this folder.</p>'
 
 def _html_table(df): return '<div class="wide">' + df.to_html(index=False, border=0, na_rep="–", justify="left") + "</div>"
 
-# %% ../nbs/41_report.ipynb #410119
+# %% ../nbs/41_report.ipynb #410171
 def command(
     found:Found, # from `find`
 ) -> str:
@@ -1178,7 +1229,7 @@ def command(
     return " ".join(["mechunlearn run", f"--model {run['model']}", f"--task {run['task']}", *options, f"--localizations {','.join(names)}",
                      f"--draws {draws}", f"--seeds {','.join(str(s) for s in seeds)}", "--out runs"])
 
-# %% ../nbs/41_report.ipynb #410120
+# %% ../nbs/41_report.ipynb #410173
 def _when(time): return time[:16].replace("T", " ") + " UTC"
 
 def what_was_done(
@@ -1189,25 +1240,25 @@ def what_was_done(
     packages = {f"{k} {v}" for p in found.made for k, v in p.get("packages", {}).items()}
     dates, facts = sorted(p["time"] for p in found.made), found.facts
     n = {} if facts is None else facts.drop_duplicates(["group", "seed", "fact"]).groupby("group", sort=False).fact.nunique()
-    seeds = [] if facts is None else sorted(facts.seed.unique())
     dirty = " (with uncommitted changes)" if any(p.get("dirty") for p in found.made) else ""
     return {"model": f"{found.about['model']} (revision {str(found.about['revision'])[:16]})", "task": found.about["task"],
             "options": ", ".join(f"{k} = {v}" for k, v in found.about["options"].items()) or "defaults",
             "localizations": ", ".join(dict.fromkeys(map(family, ordered(found.where)))) or "none yet",
-            "seeds": ", ".join(map(str, seeds)) or "none yet",
+            "seeds": ", ".join(map(str, found.seeds)) or "none yet",
             "different facts asked": ", ".join(f"{k} {v}" for k, v in dict(n).items()) or "none yet",
             "made": f"{_when(dates[0])} to {_when(dates[-1])}" if dates else "–",
             "software": f"Python {each('python')}; " + ", ".join(sorted(packages)), "commit": each("commit")[:100] + dirty}
 
-# %% ../nbs/41_report.ipynb #410122
+# %% ../nbs/41_report.ipynb #410175
 def _done(f):
     rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(str(v))}</td></tr>" for k, v in what_was_done(f).items())
     return f'<table class="facts">{rows}</table>'
 
 def _results(f):
     if not f.has("standard"): return _missing("The results table", "evaluation")
-    return f'<div class="wide">{results_html(results_table(f.metrics)).as_raw_html()}</div>'
+    return _one_seed(f) + f'<div class="wide">{results_html(results_table(f.metrics)).as_raw_html()}</div>'
 
+# %% ../nbs/41_report.ipynb #410176
 def _map(f):
     draw = lambda plot, say, data, what, stage: _shown(plot(data, f.flu), say(data, f.flu)) if len(data) else _missing(what, stage)
     out = draw(plot_probe, say_probe, f.curve, "The probe curve", "probing")
@@ -1216,7 +1267,7 @@ def _map(f):
     if not f.where: return out + _missing("The list of localizations", "localization")
     return out + _shown(plot_localizations(trained(f.where)), say_localizations(f.where))
 
-# %% ../nbs/41_report.ipynb #410123
+# %% ../nbs/41_report.ipynb #410178
 def say_localizations(
     where:dict, # name -> saved localization
 ) -> str:
@@ -1229,21 +1280,21 @@ def say_localizations(
     return (f"{flu} trains {_count(size[flu])} parameters. " + (f"The same to within 2 %: {', '.join(same)}. " if same else "")
             + (f"Not matched: {', '.join(other)}." if other else "") + " Squares are MLPs (pale: some neurons), 3h means three heads.")
 
-# %% ../nbs/41_report.ipynb #410124
+# %% ../nbs/41_report.ipynb #410179
 def _edits(f):
     if not f.has("standard"): return _missing("The comparison", "evaluation")
     return _shown(plot_bars(f.metrics, guess=f.guess), say_bars(f.metrics, guess=f.guess))
 
 def _frontier(f):
     if not len(f.metrics) or not len(frontier(f.metrics)): return _missing("The frontier", "evaluation")
-    only = "" if f.has("relearning") else _missing("Relearning, so robustness here is that of multiple choice alone; it", "relearning")
+    only = "" if f.has("relearning") else _missing("Robustness here is that of multiple choice alone. The relearning attack", "relearning")
     return only + _shown(plot_frontier(f.metrics, guess=f.guess), say_frontier(f.metrics))
 
 def _relearn(f):
     if not f.has("relearning"): return _missing("The relearning attack", "relearning")
     return _shown(plot_relearning(f.metrics, guess=f.guess), say_relearning(f.metrics, guess=f.guess))
 
-# %% ../nbs/41_report.ipynb #410125
+# %% ../nbs/41_report.ipynb #410181
 def _probes(f):
     if not f.has("latent"): return _missing("Latent knowledge", "latent knowledge")
     return _shown(plot_latent(f.metrics), say_latent(f.metrics))
@@ -1252,6 +1303,7 @@ def _train(f):
     if not len(f.curves): return _missing("The training curves", "fine-tuning")
     return _shown(plot_training(f.curves), say_training(f.curves)) + (_html_table(f.settings) if len(f.settings) else "")
 
+# %% ../nbs/41_report.ipynb #410182
 def _examples(f):
     if not f.has("standard"): return _missing("The list of answers", "evaluation")
     table = before_after(f.facts).map(html.escape)
@@ -1259,11 +1311,13 @@ def _examples(f):
         table[c] = [_coloured(a, r) for a, r in zip(table[c], table.to_dict("records"))]
     return '<div class="wide">' + table.to_html(index=False, border=0, escape=False, justify="left") + "</div>"
 
+# %% ../nbs/41_report.ipynb #410183
 def _coloured(answer, row):
     "An answer with the old one in orange, the edit answer in blue"
     colours = {row["old answer"]: _TRUTH, row["edit answer"]: _EDIT}
     return re.sub("|".join(map(re.escape, colours)), lambda m: f'<b style="color:{colours[m[0]]}">{m[0]}</b>', answer)
 
+# %% ../nbs/41_report.ipynb #410184
 def _claims(f):
     tests = orderings(f.facts) if f.facts is not None else []
     if not len(tests): return _missing("A comparison with FLU (it needs FLU and one other localization)", "evaluation")
@@ -1272,7 +1326,7 @@ def _claims(f):
 
 def _again(f): return f"<pre>{html.escape(command(f))}</pre>"
 
-# %% ../nbs/41_report.ipynb #410126
+# %% ../nbs/41_report.ipynb #410185
 SECTIONS = {
     "What was done": (_done, ""),
     "Results": (_results, "Pooled over seeds and draws. Apart from paraphrases, ‘The edit’ is what training asked for; the rest was never trained."),
@@ -1292,7 +1346,7 @@ SECTIONS = {
     "How to make it again": (_again, ""),
 }
 
-# %% ../nbs/41_report.ipynb #410127
+# %% ../nbs/41_report.ipynb #410186
 _CSS = """
 body {font: 15px/1.5 system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif; color: #222; background: #fff;
   max-width: 1160px; margin: 0 auto; padding: 1.5rem 2rem 4rem}
@@ -1306,14 +1360,15 @@ table {border-collapse: collapse; font-size: .86rem}
 .facts th {text-align: left; font-weight: 600; padding: .15rem 1.2rem .15rem 0; vertical-align: top; white-space: nowrap}
 .facts td {padding: .15rem 0}
 .wide {overflow-x: auto}
-.dataframe td, .dataframe th {padding: .25rem .8rem .25rem 0; text-align: left; border-bottom: 1px solid #eee; white-space: nowrap}
+.dataframe td, .dataframe th {padding: .25rem .8rem .25rem 0; text-align: left; border-bottom: 1px solid #eee}
+.dataframe td {white-space: nowrap} .dataframe th {vertical-align: bottom}
 .short {background: #f3f7fa; border-left: 3px solid #0072B2; padding: .6rem .9rem; max-width: 60rem}
 .missing {background: #fff6e5; border-left: 3px solid #E69F00; padding: .5rem .8rem; max-width: 50rem}
 li {max-width: 60rem; margin: .35rem 0}
 pre {background: #f6f6f6; padding: .8rem; white-space: pre-wrap; word-break: break-word}
 """
 
-# %% ../nbs/41_report.ipynb #410128
+# %% ../nbs/41_report.ipynb #410188
 def say_short(
     found:Found, # from `find`
 ) -> str:
@@ -1322,7 +1377,7 @@ def say_short(
     text = say_frontier(found.metrics) if len(frontier(found.metrics)) else "No edit was measured for robustness and side effects yet."
     return text + (" " + say_tally(tests) if len(tests) else "")
 
-# %% ../nbs/41_report.ipynb #410129
+# %% ../nbs/41_report.ipynb #410189
 def page(
     found:Found, # from `find`
 ) -> str: # HTML
@@ -1337,7 +1392,7 @@ def page(
             f"<title>{html.escape(title)}</title><style>{_CSS}</style></head><body><h1>{html.escape(title)}</h1>{short}<nav>{links}</nav>"
             f"{''.join(parts)}</body></html>")
 
-# %% ../nbs/41_report.ipynb #410130
+# %% ../nbs/41_report.ipynb #410190
 def write_report(
     run_dir, # a run folder, finished or not
     path=None, # HTML file; default `<run_dir>/report.html`
@@ -1352,7 +1407,7 @@ def write_report(
 def _hashes(run_dir): return {"/".join(p.parts[-3:-1] + (p.stem,)): json.loads(sidecar(p).read_text())["hash"]
                               for p in sorted(Path(run_dir).glob("*/seed*/*.parquet")) if sidecar(p).exists()}
 
-# %% ../nbs/41_report.ipynb #410132
+# %% ../nbs/41_report.ipynb #410192
 def source_hash(
     file, # a module, or a data file
 ) -> str: # 12 hexadecimal digits; '' if it does not exist
@@ -1362,7 +1417,7 @@ def source_hash(
     if file.suffix == ".py": text = b"\n".join(l.rstrip() for l in text.splitlines() if l.strip() and not l.strip().startswith(b"#"))
     return hashlib.sha256(text).hexdigest()[:12]
 
-# %% ../nbs/41_report.ipynb #410133
+# %% ../nbs/41_report.ipynb #410193
 _BASE = ("models", "facts", "data/organism/checksums.json", "data/organism/world.json")
 _RUN = _BASE + ("probing", "tracing", "localization", "evaluation", "finetuning", "relearning", "latent", "data/learning_rates.csv")
 RECORDED = {"probing": _BASE + ("probing",), "traced": _BASE + ("tracing",), "trace_grid": _BASE + ("tracing",),
@@ -1370,10 +1425,10 @@ RECORDED = {"probing": _BASE + ("probing",), "traced": _BASE + ("tracing",), "tr
             "records_small": _RUN, "metrics": _RUN + ("report", "stats")} # table -> what it depends on
 
 def _sources(table):
-    here = Path(__file__).parent
+    here = Path(str(files("mechunlearn")))
     return {s: source_hash(here/(s if "." in s else f"{s}.py")) for s in RECORDED[table]}
 
-# %% ../nbs/41_report.ipynb #410134
+# %% ../nbs/41_report.ipynb #410195
 def _small(facts):
     "The per-fact rows that comparisons and examples need, latent ones averaged over layers"
     wanted = [COLUMNS[c] for c in dict.fromkeys([*BARS, *(c.column for c in CLAIMS), "ghosts relearned"]) if c in COLUMNS]
@@ -1382,14 +1437,15 @@ def _small(facts):
     latent = latent.groupby(keys, dropna=False, as_index=False)[list(MEASURED) + ["variants"]].mean().assign(layer=pd.NA)
     rows = pd.concat([_at(facts, c) for c in wanted]).drop_duplicates(PLACE + ["fact"])
     out = pd.concat([rows, latent], ignore_index=True).reindex(columns=facts.columns)
-    return out.astype({"layer": "Int64", "step": "Int64"} | {c: "float32" for c in MEASURED})
+    return out.astype({"layer": "Int64", "step": "Int64"})
 
+# %% ../nbs/41_report.ipynb #410196
 def _slim(metrics):
     "Pooled rows, and of single seeds those that the results table has"
     seeds = pd.concat([column_rows(metrics[metrics.seed >= 0], c, m) for c in COLUMNS for m in ("top1", "prob")])
     return metrics[(metrics.seed == -1) | metrics.index.isin(seeds.index)]
 
-# %% ../nbs/41_report.ipynb #410135
+# %% ../nbs/41_report.ipynb #410197
 def _tables_of(f):
     "What is kept of one run"
     curves = f.curves.groupby(["localization", "step"], as_index=False)[["forget", "retain", "text"]].mean() if len(f.curves) else f.curves
@@ -1397,7 +1453,7 @@ def _tables_of(f):
             "localizations": trained(f.where), "training": curves, "metrics": _slim(f.metrics),
             "records_small": pd.DataFrame() if f.facts is None else _small(f.facts)}
 
-# %% ../nbs/41_report.ipynb #410136
+# %% ../nbs/41_report.ipynb #410198
 def record(
     run_dirs, # run folders
     out_dir="recorded", # where the small tables go
@@ -1415,7 +1471,7 @@ def record(
     (out/"sources.json").write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
     return out
 
-# %% ../nbs/41_report.ipynb #410137
+# %% ../nbs/41_report.ipynb #410199
 def check_recorded(
     out_dir="recorded", # folder written by `record`
 ) -> list[str]: # tables whose sources have changed since, or that are missing

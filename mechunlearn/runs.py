@@ -453,7 +453,7 @@ def finish(self:View,
     "Show how a part ended"
     self.update(part)
     if part.name in self.tasks: self.bars.remove_task(self.tasks.pop(part.name))
-    if out["state"] != "done": self.print(f"{part.name}  {out['state']}: {out['why']}")
+    if out["state"] != "done": self.print(f"{part.name}  {out['state']}")
 
 # %% ../nbs/40_runs.ipynb #400063
 def _schedule(todo, workers, view):

@@ -32,7 +32,7 @@ def render() -> tuple[str, dict[str, bytes]]:
             parts.append(re.sub(r"\]\((\w+\.ipynb)", r"](nbs/\1", cell.source))
             continue
         lines = cell.source.splitlines()
-        if not any(line.startswith("#|") and ("hide" in line or "export" in line or "echo: false" in line) for line in lines):
+        if not any(line.startswith("#|") and any(word in line for word in ("hide", "export", "default_exp", "echo: false")) for line in lines):
             code = "\n".join(line for line in lines if not line.startswith("#|")).strip()
             parts.append(f"```python\n{code}\n```")
         if not any("hide" in line for line in lines if line.startswith("#|")):

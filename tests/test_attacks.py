@@ -1,6 +1,6 @@
 "One edit, all attacks, one table."
 import numpy as np, pandas as pd, pytest
-from mechunlearn.attacks import GONE, HOLDS, QUESTIONS, Attacks, attack, chance_of, per_fact
+from mechunlearn.attacks import RECOVERED, KEPT, QUESTIONS, Attacks, attack, chance_of, per_fact
 from mechunlearn.evaluation import as_records
 from mechunlearn.facts import sports_athlete_editing
 from mechunlearn.finetuning import Edit, fingerprint, slice_key
@@ -32,8 +32,8 @@ def test_every_question_is_answered_with_an_interval(attacked, task):
     t = attacked.table()
     assert len(t) == len(QUESTIONS) and not t.index.duplicated().any()
     assert (t.ci_low <= t.value).all() and (t.value <= t.ci_high).all() and t.before.notna().all()
-    assert t.loc[[GONE, HOLDS]].n.eq(len(task.forget)).all() and t.loc[GONE].n_ghosts.eq(4).all()
-    assert t.loc[GONE].chance.between(.2, .8).all()
+    assert t.loc[[RECOVERED, KEPT]].n.eq(len(task.forget)).all() and t.loc[RECOVERED].n_ghosts.eq(4).all()
+    assert t.loc[RECOVERED].chance.between(.2, .8).all()
 
 
 def test_the_edited_model_was_asked_and_not_the_other(attacked):
@@ -67,5 +67,8 @@ def test_a_question_not_asked_has_no_row(attacked, task):
 
 def test_chance_beside_each_row(task):
     c = chance(task)
-    assert chance_of(question("completion"), task) == c.uniform and chance_of(question("mcq"), task) == 1 / 4
-    assert chance_of(question("relearning"), task) == max(c) and chance_of(question("mcq", "top1_edit"), task) == 1 / 4
+    assert chance_of(question("completion"), task) == chance_of(question("mcq"), task) == c.uniform == pytest.approx(1 / 3)
+    assert chance_of(question("relearning"), task) == max(c)
+    many = tuple(f.model_copy(update=dict(answer=f" {i}", edit=None, candidates=(f" {i}",))) for i, f in enumerate(task.forget + task.retain))
+    mixed = task.model_copy(update=dict(forget=many[:4], retain=many[4:]))
+    assert chance_of(question("mcq"), mixed) == 1 / 4 and chance_of(question("completion"), mixed) < .01

@@ -75,7 +75,8 @@ def test_budget_is_met_to_less_than_a_neuron(lm):
 def test_flu_gives_the_budget(lm):
     ev = evidence(lm, (1,))
     flu = localize(lm, task(), "flu", evidence=ev)
-    assert flu.components == ("mlp.1",) and flu.budget == flu.n_params == n_params(lm, slices(lm, "mlp.1")) and flu.matched and flu.neurons is None
+    assert flu.components == ("mlp.1",) and flu.matched and flu.neurons is None
+    assert flu.budget == flu.n_params == n_params(lm, slices(lm, "mlp.1"))
     mlps = localize(lm, task(), "random-mlps", evidence=ev)
     assert len(mlps.components) == 1 and mlps.n_params == flu.n_params and mlps.neurons is None
     assert 0 <= flu.n_params - localize(lm, task(), "causal-tracing", evidence=ev).n_params < neuron_size(lm)

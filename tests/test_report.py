@@ -1,4 +1,5 @@
 import json, re
+from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
@@ -129,8 +130,16 @@ def test_frontier_takes_the_better_attack():
     data = pd.concat([one("flu", truth=.2), one("flu", evaluation="relearning", fmt="completion", truth=.5, step=3), one("flu", evaluation="relearning", fmt="completion", step=0, truth=1.),
                       one("flu", group="same-subject", fmt="completion", truth=.9, edit=None)])
     f = r.frontier(r.summarise(data)).query("seed == -1").iloc[0]
-    assert f.attack == "relearned truth" and np.isclose(f.robust, .5) and np.isclose(f.kept, .9)
+    assert f.attack == "relearning" and np.isclose(f.robust, .5) and np.isclose(f.kept, .9)
     assert f.robust_low <= f.robust <= f.robust_high and f.kept_low <= f.kept <= f.kept_high
+
+def test_frontier_compares_like_with_like(found):
+    m = found.metrics
+    unfinished = m[~((m.evaluation == "relearning") & (m.localization == "late"))]
+    assert "late" in set(r.frontier(m).localization) and "late" not in set(r.frontier(unfinished).localization)
+    none_yet = m[(m.evaluation != "relearning") | (m.localization == "none")]
+    assert "late" in set(r.frontier(none_yet).localization) and set(r.frontier(none_yet).attacks) == {"MCQ"}
+    assert "by MCQ)" in r.say_frontier(none_yet)
 
 # tables
 
@@ -196,13 +205,13 @@ def test_report_is_one_file_without_outside_resources(run_dir, tmp_path):
     assert page.count("<img alt=") == 10 and "class=\"missing\"" not in page
     assert [t for t in r.SECTIONS if f">{r.html.escape(t)}</h2>" in page] == list(r.SECTIONS)
     assert page == r.write_report(run_dir, tmp_path/"again.html").read_text()
-    assert r.load_table(run_dir/"metrics.parquet").equals(r.metrics(run_dir))
+    pd.testing.assert_frame_equal(r.load_table(run_dir/"metrics.parquet"), r.metrics(run_dir))
 
 @pytest.mark.parametrize("stages,says", [((), "none yet"), (("maps",), "The results table is missing"), (("standard", "localizations"), "relearning</b> has not run"),
                                          (("maps", "localizations", "training"), "Latent knowledge is missing")])
 def test_unfinished_runs_say_what_is_missing(tmp_path, stages, says):
     page = r.write_report(synthetic_run(tmp_path/"run", ("flu", "late"), seeds=(0,), n=6, stages=stages)).read_text()
-    assert says in page and "How to make it again" in page
+    assert says in page and "How to make it again" in page and ("One seed only" in page) == ("standard" in stages)
 
 def test_names_are_escaped(tmp_path):
     run = synthetic_run(tmp_path, ("flu",), seeds=(0,), n=6, stages=("standard",), model="<script>alert(1)</script>")
@@ -214,6 +223,11 @@ def test_command_repeats_the_options(found):
         "--localizations flu,causal-tracing-mlps,random-mlps,late --draws 2 --seeds 0,1 --out runs")
 
 # recorded tables
+
+RECORDED = Path(__file__).parent.parent/"nbs/recorded"
+
+@pytest.mark.skipif(not (RECORDED/"sources.json").exists(), reason="nothing was recorded yet")
+def test_what_the_notebooks_show_is_not_stale(): assert r.check_recorded(RECORDED) == []
 
 def test_recorded_tables_give_the_same_results(run_dir, found, tmp_path):
     out = r.record([run_dir], tmp_path/"recorded")

@@ -321,7 +321,8 @@ def test_model_is_left_alone(lm):
 
 def test_stage_is_made_once(tiny, tmp_path, monkeypatch):
     lm, facts = tiny(), make_facts()
-    far = [f.model_copy(update={"id": f"far/{i}", "subject": s, "prompt": f"{s} plays"}) for i, (f, s) in enumerate(zip(facts, "of by is".split()))]
+    words = "of by is".split()
+    far = [f.model_copy(update={"id": f"far/{s}", "subject": s, "prompt": f"{s} plays"}) for f, s in zip(facts, words)]
     task = Task(name="sports-athlete-editing", source="world", forget=tuple(facts), retain=tuple(far), retain_test=())
     run = Run(tmp_path, lm.name, lm.revision, task.name, {})
     first = run_tracing(lm, lambda seed: task, run, n_noise=9, corruption="swap", draws=3)
