@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['LOOKS', 'FLU', 'TRACING', 'UNMATCHED', 'PLACE', 'MEASURED', 'METRICS', 'EDITED', 'ATTACKED', 'SIDE', 'COLUMNS', 'KEY',
            'NOTE', 'LATENT', 'MCQ_CHANCE', 'BARS', 'CLAIMS', 'SECTIONS', 'RECORDED', 'printed', 'family', 'look',
-           'ordered', 'baseline', 'about', 'records', 'training', 'recorded', 'settings', 'localizations', 'scores',
-           'per_fact', 'summarise', 'metrics', 'Column', 'column_rows', 'results_table', 'results_text', 'results_html',
-           'fact_values', 'compare', 'Chance', 'chance', 'flu_layers', 'plot_probe', 'say_probe', 'plot_components',
-           'say_components', 'plot_trace', 'say_trace', 'trained', 'plot_localizations', 'plot_bars', 'say_bars',
-           'frontier', 'undominated', 'plot_frontier', 'say_frontier', 'plot_relearning', 'say_relearning',
+           'ordered', 'baseline', 'Drawing', 'about', 'records', 'training', 'recorded', 'settings', 'localizations',
+           'scores', 'per_fact', 'summarise', 'metrics', 'Column', 'column_rows', 'results_table', 'results_text',
+           'results_html', 'fact_values', 'compare', 'Chance', 'chance', 'flu_layers', 'plot_probe', 'say_probe',
+           'plot_components', 'say_components', 'plot_trace', 'say_trace', 'trained', 'plot_localizations', 'plot_bars',
+           'say_bars', 'frontier', 'undominated', 'plot_frontier', 'say_frontier', 'plot_relearning', 'say_relearning',
            'plot_latent', 'say_latent', 'plot_training', 'say_training', 'before_after', 'Claim', 'orderings',
            'say_orderings', 'plot_orderings', 'say_tally', 'Found', 'find', 'command', 'what_was_done',
            'say_localizations', 'say_short', 'page', 'write_report', 'source_hash', 'record', 'check_recorded']
 
 # %% ../nbs/41_report.ipynb #410002
-import base64, hashlib, html, io, json, re, textwrap
+import ast, base64, hashlib, html, io, json, re, textwrap
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -86,7 +86,24 @@ def baseline(
     "The reference of every paired test"
     return next((n for n in FLU if n in set(names)), None)
 
+# %% ../nbs/41_report.ipynb #410015
+_RC = {"font.size": 9, "axes.titlesize": 9.5, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8, "figure.dpi": 80,
+       "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left", "axes.titleweight": "bold"}
+
+class Drawing(Figure):
+    "A matplotlib figure that a notebook shows when it is the value of a cell"
+    def _repr_png_(self):
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", bbox_inches="tight")
+        return buffer.getvalue()
+
 # %% ../nbs/41_report.ipynb #410016
+def _figure(width, height, *grid, **kw):
+    "A figure of so many inches, and its axes"
+    fig = Drawing(figsize=(width, height), layout="constrained"); FigureCanvasAgg(fig)
+    return fig, fig.subplots(*grid, **kw)
+
+# %% ../nbs/41_report.ipynb #410019
 def about(
     run_dir, # a run folder
 ) -> dict: # model, revision, task, options
@@ -96,7 +113,7 @@ def about(
         raise Refusal(f"{run_dir} holds no run.json: give the folder of one run, such as runs/organism/sports-athlete-editing-64")
     return json.loads(file.read_text())
 
-# %% ../nbs/41_report.ipynb #410017
+# %% ../nbs/41_report.ipynb #410020
 def _tables(run_dir, want):
     "Finished tables below `<localization>/seed<k>/` whose stem `want` accepts, labelled"
     for path in sorted(Path(run_dir).glob("*/seed*/*.parquet")):
@@ -104,7 +121,7 @@ def _tables(run_dir, want):
         name, _, draw = path.parts[-3].partition("#")
         yield load_table(path).assign(localization=name, draw=int(draw or 0), seed=int(path.parts[-2][4:]))
 
-# %% ../nbs/41_report.ipynb #410018
+# %% ../nbs/41_report.ipynb #410021
 def records(
     run_dir, # a run folder
 ) -> pd.DataFrame: # one row a measurement: localization, draw, seed, and the columns of `evaluation`
@@ -113,7 +130,7 @@ def records(
     if not parts: raise Refusal(f"{run_dir} holds no records yet: run the edit and attack stages first")
     return pd.concat(parts, ignore_index=True)
 
-# %% ../nbs/41_report.ipynb #410019
+# %% ../nbs/41_report.ipynb #410022
 def training(
     run_dir, # a run folder
 ) -> pd.DataFrame: # localization, draw, seed, step, lr, loss, forget, retain, text, grad_norm; empty if nothing was trained
@@ -121,7 +138,7 @@ def training(
     parts = list(_tables(run_dir, lambda stem: stem == "training"))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
-# %% ../nbs/41_report.ipynb #410021
+# %% ../nbs/41_report.ipynb #410024
 def recorded(
     table:str, # 'metrics', 'records_small', 'probing', 'traced', 'trace_grid', 'localizations', 'training'
     folder="recorded", # where `record` put them
@@ -136,7 +153,7 @@ def recorded(
     first = df[["model", "task", "forget_size"]].drop_duplicates().iloc[:1]
     return df.merge(first, how="inner")
 
-# %% ../nbs/41_report.ipynb #410024
+# %% ../nbs/41_report.ipynb #410027
 def settings(
     run_dir, # a run folder
 ) -> pd.DataFrame: # localization, lr, inject, steps, seeds; empty if nothing was trained
@@ -147,7 +164,7 @@ def settings(
     out = pd.DataFrame(rows).groupby(["localization", "lr", "inject", "steps"], dropna=False).size().rename("edits").reset_index()
     return out.sort_values("localization", key=lambda c: c.map({n: i for i, n in enumerate(ordered(c))}), ignore_index=True)
 
-# %% ../nbs/41_report.ipynb #410025
+# %% ../nbs/41_report.ipynb #410028
 def localizations(
     run_dir, # a run folder
 ) -> dict: # name (with draw) -> the saved localization
@@ -156,7 +173,7 @@ def localizations(
     found = {p.stem: load_json(p) for p in files}
     return {name: found[name] for name in ordered(found)}
 
-# %% ../nbs/41_report.ipynb #410026
+# %% ../nbs/41_report.ipynb #410029
 def scores(
     run_dir, # a run folder
     pattern:str, # e.g. 'probing', 'trace-grid*'
@@ -165,12 +182,12 @@ def scores(
     files = [p for p in sorted(Path(run_dir).glob(f"scores/{pattern}.parquet")) if sidecar(p).exists()]
     return pd.concat([load_table(p).assign(method=p.stem) for p in files], ignore_index=True) if files else pd.DataFrame()
 
-# %% ../nbs/41_report.ipynb #410028
+# %% ../nbs/41_report.ipynb #410031
 PLACE = ["localization", "draw", "seed", "evaluation", "format", "group", "layer", "setting", "step"]
 MEASURED = {"prob_truth": ("truth", "prob"), "prob_edit": ("edit", "prob"), "top1_truth": ("truth", "top1"), "top1_edit": ("edit", "top1"),
             "compliance": (None, "compliance"), "loss": (None, "loss")} # record column -> answer, measure
 
-# %% ../nbs/41_report.ipynb #410030
+# %% ../nbs/41_report.ipynb #410033
 def _clean(df):
     "Plain floats, no edit score where there is no edit answer, relearning halves put together"
     df = df.assign(**{c: pd.to_numeric(df[c], errors="coerce").astype(float) if c in df else np.nan for c in MEASURED})
@@ -179,7 +196,7 @@ def _clean(df):
     half = df.setting.astype("string").str.fullmatch(r"half\d+").fillna(False).astype(bool)
     return df.assign(setting=df.setting.astype("string").mask(half), layer=df.layer.astype("Int64"), step=df.step.astype("Int64"))
 
-# %% ../nbs/41_report.ipynb #410031
+# %% ../nbs/41_report.ipynb #410034
 def per_fact(
     records:pd.DataFrame, # from `records`
 ) -> pd.DataFrame: # PLACE, fact, subject, relation, truth, edit, variants, and the measured columns averaged over variants
@@ -190,7 +207,7 @@ def per_fact(
     first = by[["subject", "relation", "truth", "edit"]].first()
     return first.assign(variants=by.size()).join(by[list(MEASURED)].mean()).reset_index()
 
-# %% ../nbs/41_report.ipynb #410035
+# %% ../nbs/41_report.ipynb #410038
 @lru_cache(maxsize=16)
 def _weights(sizes, n_boot=2000, seed=0):
     "[n_boot, sum(sizes)]: seeds are drawn with replacement, then facts within each; rows sum to 1"
@@ -198,7 +215,7 @@ def _weights(sizes, n_boot=2000, seed=0):
     drawn = rng.multinomial(k, np.full(k, 1/k), n_boot)
     return np.hstack([rng.multinomial(drawn[:, i]*n, np.full(n, 1/n))/(k*n) for i, n in enumerate(sizes)]).astype("float32")
 
-# %% ../nbs/41_report.ipynb #410036
+# %% ../nbs/41_report.ipynb #410039
 def _estimate(values, clusters, proportion):
     "Mean of the cluster means, number of facts, interval"
     values, clusters = np.asarray(values, float), np.asarray(clusters)
@@ -211,7 +228,7 @@ def _estimate(values, clusters, proportion):
     if proportion: lo, hi = max(lo, 0.), min(hi, 1.)
     return mean, len(values), float(min(lo, mean)), float(max(hi, mean))
 
-# %% ../nbs/41_report.ipynb #410040
+# %% ../nbs/41_report.ipynb #410043
 METRICS = ["model", "task", "forget_size", "localization", "n_params", "seed", "evaluation", "format", "group", "answer", "measure",
            "layer", "setting", "step", "value", "n", "ci_low", "ci_high"] # the columns of `metrics`
 _WHERE = ["evaluation", "format", "group", "layer", "setting", "step"]
@@ -225,7 +242,7 @@ def _groups(df, by):
     places = np.split(order, np.flatnonzero(np.diff(code[order])) + 1)
     return places, df[by].iloc[[p[0] for p in places]].reset_index(drop=True)
 
-# %% ../nbs/41_report.ipynb #410041
+# %% ../nbs/41_report.ipynb #410044
 def _rows(facts, column, pooled):
     "Metrics rows of one measured column"
     answer, measure = MEASURED[column]
@@ -239,7 +256,7 @@ def _rows(facts, column, pooled):
     shown = np.where((keys.evaluation == "latent") & (measure == "top1"), "accuracy", measure)
     return keys.assign(answer=answer, measure=shown).join(pd.DataFrame(found, columns=["value", "n", "ci_low", "ci_high"]))
 
-# %% ../nbs/41_report.ipynb #410042
+# %% ../nbs/41_report.ipynb #410045
 def summarise(
     records:pd.DataFrame, # from `records` or `per_fact`
     n_params:dict|None=None, # localization (with draw) -> trained parameters
@@ -256,7 +273,7 @@ def summarise(
     out = pd.concat([r for r in rows if len(r)], ignore_index=True).assign(model=model, task=task, forget_size=size)
     return out.assign(n_params=out.localization.map(params)).astype(_TYPES)[METRICS]
 
-# %% ../nbs/41_report.ipynb #410044
+# %% ../nbs/41_report.ipynb #410047
 def _probing_rows(curve):
     "The probe curve of the base model as metrics rows"
     setting = curve.position + np.where(curve.control, " control", "")
@@ -264,7 +281,7 @@ def _probing_rows(curve):
                          "answer": "truth", "measure": "accuracy", "layer": curve.layer, "setting": setting, "value": curve.accuracy,
                          "n": curve.n_test, "ci_low": curve.ci_low, "ci_high": curve.ci_high})
 
-# %% ../nbs/41_report.ipynb #410045
+# %% ../nbs/41_report.ipynb #410048
 def metrics(
     run_dir, # a run folder
 ) -> pd.DataFrame: # the columns METRICS; pooled rows have seed -1
@@ -277,7 +294,7 @@ def metrics(
     out = pd.concat([out, _probing_rows(curve).assign(**same).reindex(columns=METRICS)], ignore_index=True)
     return out.astype(_TYPES)
 
-# %% ../nbs/41_report.ipynb #410048
+# %% ../nbs/41_report.ipynb #410051
 class Column(NamedTuple):
     "One quantity of the results table"
     name:str # heading
@@ -290,7 +307,7 @@ class Column(NamedTuple):
     measure:str|None=None # None: the table's own measure, top1 or prob
     error:bool=False # show 1 - value
 
-# %% ../nbs/41_report.ipynb #410049
+# %% ../nbs/41_report.ipynb #410052
 _E, _C, _Q = "standard", ("completion",), ("mcq",)
 EDITED, ATTACKED, SIDE = "The edit", "Under attack", "Side effects"
 COLUMNS = {c.name: c for c in [
@@ -307,7 +324,7 @@ COLUMNS = {c.name: c for c in [
     Column("MCQ compliance", SIDE, _E, _Q, "forget", None, "high", "compliance"),
     Column("text loss", SIDE, _E, ("text",), "text", None, "low", "loss")]}
 
-# %% ../nbs/41_report.ipynb #410051
+# %% ../nbs/41_report.ipynb #410054
 def _at(df, column):
     "Rows of metrics or per-fact records that a column means; relearning at its last step, latent at the subject"
     df = df[(df.evaluation == column.evaluation) & (df.group == column.group)]
@@ -316,7 +333,7 @@ def _at(df, column):
     df = df[df.format == fmt]
     return df[df.step == df.step.max()] if column.evaluation == "relearning" and df.step.notna().any() else df
 
-# %% ../nbs/41_report.ipynb #410052
+# %% ../nbs/41_report.ipynb #410055
 def column_rows(
     metrics:pd.DataFrame, # from `metrics`
     name:str, # a key of COLUMNS
@@ -328,7 +345,7 @@ def column_rows(
     rows = rows[(rows.measure == (c.measure or measure)) & (rows.answer.isna() if c.answer is None else rows.answer == c.answer)]
     return rows.assign(value=1 - rows.value, ci_low=1 - rows.ci_high, ci_high=1 - rows.ci_low) if c.error else rows
 
-# %% ../nbs/41_report.ipynb #410055
+# %% ../nbs/41_report.ipynb #410058
 def _single(df):
     "Refuse tables that mix runs"
     keys = [k for k in ("model", "task", "forget_size") if k in df]
@@ -336,7 +353,7 @@ def _single(df):
     if len(many) == 1: return df
     raise Refusal("this table mixes runs (" + "; ".join(" ".join(map(str, r)) for r in many.values) + "); select one of them first")
 
-# %% ../nbs/41_report.ipynb #410056
+# %% ../nbs/41_report.ipynb #410059
 _STATS = {"value": "value", "lo": "ci_low", "hi": "ci_high", "n": "n"}
 
 def results_table(
@@ -353,7 +370,7 @@ def results_table(
         if rows.value.notna().any(): out |= {(name, to): rows[c] for to, c in _STATS.items()}
     return pd.DataFrame(out, index=pd.Index(names, name="localization"))
 
-# %% ../nbs/41_report.ipynb #410057
+# %% ../nbs/41_report.ipynb #410060
 KEY = "Value and 95 % interval; n facts over all seeds and draws. ↑ higher is better, ↓ lower is better."
 NOTE = ("Not budget-matched: late, extraction, all-mlps and nonlocalized train another number of weights than FLU, so "
         "differences between them and FLU may come from size alone.")
@@ -369,7 +386,7 @@ def _count(x):
 
 def _arrow(name): return "↑" if COLUMNS[name].good == "high" else "↓"
 
-# %% ../nbs/41_report.ipynb #410059
+# %% ../nbs/41_report.ipynb #410062
 def _block(table, names, sizes):
     "One block of the text rendering, with or without the sizes"
     cell = lambda r, c: "–" if pd.isna(r[(c, "value")]) else f"{r[(c, 'value')]:.2f} [{r[(c, 'lo')]:.2f},{r[(c, 'hi')]:.2f}]"
@@ -381,7 +398,7 @@ def _block(table, names, sizes):
     wide = [max(len(line[j]) for line in lines) for j in range(len(lines[0]))]
     return ["  ".join(x.ljust(w) if j == 0 else x.rjust(w) for j, (x, w) in enumerate(zip(line, wide))).rstrip() for line in lines]
 
-# %% ../nbs/41_report.ipynb #410060
+# %% ../nbs/41_report.ipynb #410063
 def results_text(
     table:pd.DataFrame, # from `results_table`
 ) -> str: # lines of at most 120 characters for names of up to 25
@@ -392,7 +409,7 @@ def results_text(
         if names: out += [part, *_block(table, names, part == EDITED), ""]
     return "\n".join(out + textwrap.wrap(KEY, 118) + textwrap.wrap(NOTE, 118))
 
-# %% ../nbs/41_report.ipynb #410062
+# %% ../nbs/41_report.ipynb #410065
 def results_html(
     table:pd.DataFrame, # from `results_table`
     title:str|None=None, # heading
@@ -411,7 +428,7 @@ def results_html(
         if inside := [c for c in names if COLUMNS[c].part == part]: out = out.tab_spanner(part, inside)
     return _dress(out, shown, title)
 
-# %% ../nbs/41_report.ipynb #410064
+# %% ../nbs/41_report.ipynb #410067
 def _label(table, name):
     from great_tables import html as raw
     return raw(f"{name}&nbsp;{_arrow(name)}<br><span style='font-weight:normal;color:#666;white-space:nowrap'>n={_n(table, name)}</span>")
@@ -425,7 +442,7 @@ def _dress(out, shown, title):
     out = out.tab_source_note(KEY).tab_source_note(NOTE)
     return out.tab_header(title) if title else out
 
-# %% ../nbs/41_report.ipynb #410068
+# %% ../nbs/41_report.ipynb #410071
 LATENT = {c.name: c for c in [Column("latent truth", "", "latent", (), "forget", "truth", "low"),
                               Column("latent edit", "", "latent", (), "forget", "edit", "high")]}
 
@@ -441,7 +458,7 @@ def fact_values(
     rows = rows.assign(value=1 - rows[source] if c.error else rows[source]).dropna(subset=["value"])
     return rows.groupby(["localization", "draw", "seed", "fact"], as_index=False, sort=False).value.mean()
 
-# %% ../nbs/41_report.ipynb #410070
+# %% ../nbs/41_report.ipynb #410073
 def _paired(ours, theirs):
     "Compare one localization with the reference on the facts of the same seeds"
     both = theirs.merge(ours[["seed", "fact", "value"]], on=["seed", "fact"], suffixes=("", "_ref"))
@@ -453,7 +470,7 @@ def _paired(ours, theirs):
     return {"n": len(one), "value": one.value.mean(), "reference": one.value_ref.mean(), "difference": diff, "ci_low": lo, "ci_high": hi,
             "test": "McNemar" if binary else "paired bootstrap", "p": p}
 
-# %% ../nbs/41_report.ipynb #410071
+# %% ../nbs/41_report.ipynb #410074
 def _facts(data): return per_fact(data if isinstance(data, pd.DataFrame) else records(data))
 
 def compare(
@@ -471,7 +488,7 @@ def compare(
     out = pd.DataFrame([{"localization": other, **row} for other, row in rows if row])
     return out.assign(p_holm=holm(out.p)) if len(out) else out
 
-# %% ../nbs/41_report.ipynb #410077
+# %% ../nbs/41_report.ipynb #410080
 MCQ_CHANCE = .25
 
 class Chance(NamedTuple):
@@ -479,7 +496,7 @@ class Chance(NamedTuple):
     blind: float # among the answers of the relation
     not_edit: float # among those that are not the edit answer
 
-# %% ../nbs/41_report.ipynb #410078
+# %% ../nbs/41_report.ipynb #410081
 def chance(
     records:pd.DataFrame, # from `records` or `per_fact`
 ) -> Chance: # means over forget facts
@@ -493,16 +510,7 @@ def chance(
     left = [known[r] - {e} for r, e in zip(asked.relation, asked.edit)]
     return Chance(float(np.mean([1/len(known[r]) for r in asked.relation])), float(np.mean([1/len(x) for x in left if x] or [np.nan])))
 
-# %% ../nbs/41_report.ipynb #410081
-_RC = {"font.size": 9, "axes.titlesize": 9.5, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8, "figure.dpi": 80,
-       "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left", "axes.titleweight": "bold"}
-
-def _figure(width, height, *grid, **kw):
-    "A figure outside pyplot, and its axes"
-    fig = Figure(figsize=(width, height), layout="constrained"); FigureCanvasAgg(fig)
-    return fig, fig.subplots(*grid, **kw)
-
-# %% ../nbs/41_report.ipynb #410082
+# %% ../nbs/41_report.ipynb #410084
 def _spread(ys, gap, lo=0., hi=1.):
     "Positions nearest to `ys` that are at least `gap` apart and, if they fit, within [lo, hi]"
     if not len(ys): return np.array([])
@@ -511,7 +519,7 @@ def _spread(ys, gap, lo=0., hi=1.):
     out = np.clip(free, lo, max(lo, hi - step[-1])) + step
     return out[np.argsort(order, kind="stable")]
 
-# %% ../nbs/41_report.ipynb #410085
+# %% ../nbs/41_report.ipynb #410087
 _LEADER = {"arrowstyle": "-", "lw": .6, "alpha": .7, "shrinkA": 1, "shrinkB": 2, "relpos": (0, .5)}
 
 def _margin_labels(ax, names, ys, x, colours, size=8):
@@ -523,7 +531,7 @@ def _margin_labels(ax, names, ys, x, colours, size=8):
         ax.annotate(name, (x, y), (1.05, to), textcoords="axes fraction", xycoords="data", va="center", ha="left", color=c, fontsize=size,
                     annotation_clip=False, arrowprops=_LEADER | {"color": c})
 
-# %% ../nbs/41_report.ipynb #410086
+# %% ../nbs/41_report.ipynb #410088
 _HEAT = {"cmap": "RdBu_r", "linewidths": .3, "linecolor": "white"}
 
 def _mark_layers(ax, flu):
@@ -532,14 +540,14 @@ def _mark_layers(ax, flu):
     for t in ax.get_yticklabels():
         if t.get_text() in {str(l) for l in flu}: t.set(color="#0072B2", weight="bold")
 
-# %% ../nbs/41_report.ipynb #410087
+# %% ../nbs/41_report.ipynb #410089
 def _say(value, lo, hi): return f"{value:.2f} [{lo:.2f}, {hi:.2f}]"
 
 def _and(names):
     names = list(names)
     return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
 
-# %% ../nbs/41_report.ipynb #410089
+# %% ../nbs/41_report.ipynb #410091
 def _extremes(rows, good):
     "'lowest for A (..); intervals do not tell apart B; highest for D (..)' over metrics rows"
     rows = rows[rows.localization != "none"].sort_values("value", ascending=good == "low", kind="stable")
@@ -549,18 +557,19 @@ def _extremes(rows, good):
     rest = rows[~rows.localization.isin(tied(best))]
     near = rest[(rest.ci_low <= best.ci_high) & (rest.ci_high >= best.ci_low)].localization
     text = ("lowest" if good == "low" else "highest") + f" for {said(best)}"
-    if len(near) == len(rest): return text + ("; its interval overlaps all others: no difference seen here" if len(rest) else "")
+    if rest.empty: return text
+    if len(near) == len(rest): return text + "; its interval overlaps all others: no difference seen here"
     near = f"; intervals do not tell apart {_and(ordered(near))}" if len(near) else ""
     return text + near + f"; {'highest' if good == 'low' else 'lowest'} for {said(worst)}"
 
-# %% ../nbs/41_report.ipynb #410091
+# %% ../nbs/41_report.ipynb #410093
 def flu_layers(
     where:dict, # a saved localization
 ) -> list[int]: # layers whose MLP it trains
     "MLP layers of a localization"
     return sorted(int(c.split(".")[1]) for c in where["components"] if c.startswith("mlp."))
 
-# %% ../nbs/41_report.ipynb #410092
+# %% ../nbs/41_report.ipynb #410094
 @mpl.rc_context(_RC)
 def plot_probe(
     curve:pd.DataFrame, # layer, position, control, accuracy, ci_low, ci_high (`scores(run_dir, 'probing')`)
@@ -583,7 +592,7 @@ def plot_probe(
     _margin_labels(ax, *zip(*[(n, y) for n, y, _ in ends]), layers[-1], [c for *_, c in ends])
     return fig
 
-# %% ../nbs/41_report.ipynb #410094
+# %% ../nbs/41_report.ipynb #410096
 def say_probe(
     curve:pd.DataFrame, # see `plot_probe`
     flu=(), # FLU layers
@@ -600,7 +609,7 @@ def say_probe(
     span = f"{min(flu)}–{max(flu)}" if len(flu) > 1 else f"{min(flu)}" if len(flu) else ""
     return text + (f"FLU trains the MLPs of layers {span}." if span else "No layer rises enough for FLU.")
 
-# %% ../nbs/41_report.ipynb #410097
+# %% ../nbs/41_report.ipynb #410099
 def _one_method(table): return table[table.method == table.method.iloc[0]] if "method" in table else table
 
 @mpl.rc_context(_RC)
@@ -622,7 +631,7 @@ def plot_components(
     _mark_layers(axes[0], flu); axes[0].invert_yaxis()
     return fig
 
-# %% ../nbs/41_report.ipynb #410098
+# %% ../nbs/41_report.ipynb #410100
 def say_components(
     table:pd.DataFrame, # see `plot_components`
     flu=(), # FLU layers
@@ -635,14 +644,14 @@ def say_components(
     n = int(table.n.iloc[0])
     return f"Restored on its own at all tokens, most of the answer comes back with {_and(top)} (1 = all of it, n={n} facts)." + tail
 
-# %% ../nbs/41_report.ipynb #410101
+# %% ../nbs/41_report.ipynb #410103
 _KINDS = {"resid": "residual stream", "attn": "attention", "mlp": "MLP"}
 
 def _token(text):
     "A token as a tick label; only blanks are made visible"
     return repr(text)[1:-1].strip() or "␣"
 
-# %% ../nbs/41_report.ipynb #410102
+# %% ../nbs/41_report.ipynb #410104
 @mpl.rc_context(_RC)
 def plot_trace(
     grid:pd.DataFrame, # layer, position, token, kind, score (`scores(run_dir, 'trace-grid*')`)
@@ -663,7 +672,7 @@ def plot_trace(
     _mark_layers(axes[0, 0], flu); axes[0, 0].invert_yaxis()
     return fig
 
-# %% ../nbs/41_report.ipynb #410104
+# %% ../nbs/41_report.ipynb #410106
 def say_trace(
     grid:pd.DataFrame, # see `plot_trace`
     flu=(), # FLU layers
@@ -679,7 +688,7 @@ def say_trace(
     n = int(grid.n.iloc[0])
     return f"The place that restores most of the lost answer (1 = all of it, n={n} facts) is, for the " + "; for the ".join(said) + tail + "."
 
-# %% ../nbs/41_report.ipynb #410107
+# %% ../nbs/41_report.ipynb #410109
 def trained(
     where:dict, # name -> saved localization (`localizations(run_dir)`)
 ) -> pd.DataFrame: # localization, layer, mlp (share of the layer's MLP), heads (number)
@@ -693,7 +702,7 @@ def trained(
             rows.append((name, l, 1. if ["mlp", str(l)] in parts else part.get(l, 0.), heads))
     return pd.DataFrame(rows, columns=["localization", "layer", "mlp", "heads"])
 
-# %% ../nbs/41_report.ipynb #410109
+# %% ../nbs/41_report.ipynb #410111
 @mpl.rc_context(_RC)
 def plot_localizations(
     parts:pd.DataFrame, # from `trained`
@@ -710,7 +719,7 @@ def plot_localizations(
     ax.tick_params(length=0); ax.spines[["left", "bottom"]].set_visible(False)
     return fig
 
-# %% ../nbs/41_report.ipynb #410112
+# %% ../nbs/41_report.ipynb #410114
 BARS = ("MCQ truth", "MCQ edit", "relearned truth", "same subject")
 
 def _lines(column, guess):
@@ -718,7 +727,7 @@ def _lines(column, guess):
     if column.startswith("MCQ"): return [MCQ_CHANCE]
     return [g for g in guess or () if not np.isnan(g)] if column == "relearned truth" else []
 
-# %% ../nbs/41_report.ipynb #410113
+# %% ../nbs/41_report.ipynb #410115
 def _bar_panel(ax, rows, each, names, lines, title):
     for r in rows.itertuples():
         y, l = names.index(r.localization), look(r.localization)
@@ -733,7 +742,7 @@ def _bar_panel(ax, rows, each, names, lines, title):
     ax.set(xlim=(0, 1.02), ylim=(len(names) - .4, -.6), title=title, xticks=[0, .5, 1])
     ax.spines["left"].set_visible(False); ax.tick_params(axis="y", length=0)
 
-# %% ../nbs/41_report.ipynb #410114
+# %% ../nbs/41_report.ipynb #410116
 @mpl.rc_context(_RC)
 def plot_bars(
     metrics:pd.DataFrame, # from `metrics`, one run
@@ -751,7 +760,7 @@ def plot_bars(
     axes[0, 0].set(yticks=range(len(names)), yticklabels=[printed(n) for n in names])
     return fig
 
-# %% ../nbs/41_report.ipynb #410115
+# %% ../nbs/41_report.ipynb #410117
 def say_bars(
     metrics:pd.DataFrame, # from `metrics`, one run
     measure:str="top1", # or 'prob'
@@ -767,24 +776,24 @@ def say_bars(
         said.append(f"{c} is {_extremes(rows, COLUMNS[c].good)}" + (f" (guessing: {lines})" if lines else "") + ".")
     return " ".join(s[0].upper() + s[1:] for s in said)
 
-# %% ../nbs/41_report.ipynb #410118
+# %% ../nbs/41_report.ipynb #410120
 def frontier(
     metrics:pd.DataFrame, # from `metrics`, one run
     measure:str="top1", # or 'prob'
 ) -> pd.DataFrame: # localization, seed, attack (the better one), robust, robust_low, robust_high, kept, kept_low, kept_high, n, attacks
     "Robustness against side effects, by seed and pooled (seed -1); intervals are those of the two numbers used"
-    index = ["localization", "seed"]
-    attacks = [column_rows(_single(metrics), c, measure).assign(attack=a) for c, a in (("MCQ truth", "MCQ"), ("relearned truth", "relearning"))]
+    index, names = ["localization", "seed"], {"MCQ truth": "MCQ", "relearned truth": "relearning"}
+    attacks = [column_rows(_single(metrics), c, measure).assign(attack=a) for c, a in names.items()]
     attacks = pd.concat([a.query("localization != 'none'") for a in attacks])
-    tried = attacks.groupby(index).attack.transform("size") # where some edits went through both attacks, the others are not compared yet
+    tried = attacks.groupby(index).attack.transform("size") # edits that went through fewer attacks than others are not compared yet
     attacks = attacks[tried == tried.max()]
     worst = attacks.sort_values("value", kind="stable").drop_duplicates(index, keep="last").set_index(index)
     kept = column_rows(metrics, "same subject", measure).set_index(index)
-    out = pd.DataFrame({"attack": worst.attack, "robust": 1 - worst.value, "robust_low": 1 - worst.ci_high, "robust_high": 1 - worst.ci_low,
-                        "kept": kept.value, "kept_low": kept.ci_low, "kept_high": kept.ci_high, "n": worst.n})
+    out = pd.DataFrame({"attack": worst.attack, "robust": 1 - worst.value, "robust_low": 1 - worst.ci_high,
+                        "robust_high": 1 - worst.ci_low, "kept": kept.value, "kept_low": kept.ci_low, "kept_high": kept.ci_high, "n": worst.n})
     return out.assign(attacks=" or ".join(sorted(set(attacks.attack)))).dropna().reset_index()
 
-# %% ../nbs/41_report.ipynb #410119
+# %% ../nbs/41_report.ipynb #410121
 def undominated(
     pooled:pd.DataFrame, # localization, robust, kept
 ) -> list[str]: # from most robust to most specific
@@ -793,7 +802,7 @@ def undominated(
     rows = list(pooled.itertuples())
     return [b.localization for b in sorted(rows, key=lambda r: (-r.robust, r.kept)) if not any(beats(a, b) for a in rows)]
 
-# %% ../nbs/41_report.ipynb #410122
+# %% ../nbs/41_report.ipynb #410124
 _AROUND = [(r, a) for r in (9, 14, 24, 36, 52, 70) for a in np.deg2rad([45, 315, 135, 225, 0, 180, 90, 270])] # distance (pixels), angle
 
 def _extent(fig, ax, name, **kw):
@@ -811,7 +820,7 @@ def _badness(box, r, inside, boxes, dots):
     out = not (inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1)
     return 1000*out + 300*sum(box.overlaps(o) for o in boxes) + 25*box.padded(2).count_contains(dots) + r
 
-# %% ../nbs/41_report.ipynb #410123
+# %% ../nbs/41_report.ipynb #410125
 def _label_points(fig, ax, points, names, avoid, size=8):
     "Names beside their points, where they cover least; a thin line if they had to move away"
     fig.draw_without_rendering()
@@ -827,7 +836,7 @@ def _label_points(fig, ax, points, names, avoid, size=8):
         text = ax.annotate(name, point, at, textcoords="axes fraction", ha="center", va="center", zorder=5, arrowprops=line, **kw)
         text.set_path_effects([Stroke(linewidth=2, foreground="white"), Normal()])
 
-# %% ../nbs/41_report.ipynb #410124
+# %% ../nbs/41_report.ipynb #410126
 @mpl.rc_context(_RC)
 def plot_frontier(
     metrics:pd.DataFrame, # from `metrics`, one run
@@ -854,7 +863,7 @@ def plot_frontier(
     _label_points(fig, ax, pooled[["kept", "robust"]].values, pooled.localization, np.vstack([each[["kept", "robust"]].values, *bars]))
     return fig
 
-# %% ../nbs/41_report.ipynb #410126
+# %% ../nbs/41_report.ipynb #410128
 def _frontier_axes(ax, rows, guess):
     low = max(0, np.floor((np.where(rows.seed == -1, rows.kept_low, rows.kept).min() - .03)*20)/20)
     ax.set(xlim=(low, 1.02), ylim=(-.03, 1.06), title="Robust and specific is up and to the right",
@@ -864,7 +873,7 @@ def _frontier_axes(ax, rows, guess):
             ax.axhline(1 - g, color="#666666", ls=":", lw=1, zorder=0)
             ax.text(low + .01*(1 - low), 1 - g + .015, name, fontsize=7.5, color="#666666")
 
-# %% ../nbs/41_report.ipynb #410127
+# %% ../nbs/41_report.ipynb #410129
 def say_frontier(
     metrics:pd.DataFrame, # from `metrics`, one run
     measure:str="top1", # or 'prob'
@@ -881,7 +890,7 @@ def say_frontier(
     clear = [n for n in above if pooled.robust_low[n] > pooled.robust_high[flu] or pooled.kept_low[n] > pooled.kept_high[flu]]
     return text + f" {flu} is beaten in both by {_and(above)}" + ("." if clear else ", but all these intervals overlap: no difference seen.")
 
-# %% ../nbs/41_report.ipynb #410130
+# %% ../nbs/41_report.ipynb #410132
 def _relearning(metrics, group, measure):
     rows = metrics[(metrics.evaluation == "relearning") & (metrics.group == group) & (metrics.format == "completion")]
     return rows[(rows.seed == -1) & rows.step.notna() & (rows.answer == "truth") & (rows.measure == measure)].sort_values("step")
@@ -897,7 +906,7 @@ def _guessing(ax, ghosts, guess, grey="#666666"):
         if not np.isnan(g): ax.axhline(g, color=grey, ls=":", lw=1); ends.append((f"{name} {g:.2f}", g, grey))
     return ends
 
-# %% ../nbs/41_report.ipynb #410131
+# %% ../nbs/41_report.ipynb #410133
 @mpl.rc_context(_RC)
 def plot_relearning(
     metrics:pd.DataFrame, # from `metrics`, one run
@@ -922,7 +931,7 @@ def plot_relearning(
     _margin_labels(ax, *zip(*[(n, y) for n, y, _ in ends]), edge, [c for *_, c in ends])
     return fig
 
-# %% ../nbs/41_report.ipynb #410133
+# %% ../nbs/41_report.ipynb #410135
 def say_relearning(
     metrics:pd.DataFrame, # from `metrics`, one run
     measure:str="top1", # or 'prob'
@@ -944,14 +953,14 @@ def say_relearning(
     if above.empty: return text + "No edit gives back clearly more than its ghosts do."
     return text + f"Clearly above the ghosts of the same edit, hence recovered: {_and(ordered(above))}."
 
-# %% ../nbs/41_report.ipynb #410136
+# %% ../nbs/41_report.ipynb #410138
 _TRUTH, _EDIT = "#D55E00", "#0072B2"
 
 def _latent(metrics, setting="subject"):
     rows = metrics[(metrics.evaluation == "latent") & (metrics.group == "forget") & (metrics.seed == -1) & metrics.layer.notna()]
     return rows[(rows.setting == setting) & (rows.measure == "accuracy")].sort_values("layer")
 
-# %% ../nbs/41_report.ipynb #410137
+# %% ../nbs/41_report.ipynb #410139
 @mpl.rc_context(_RC)
 def plot_latent(
     metrics:pd.DataFrame, # from `metrics`, one run
@@ -979,7 +988,7 @@ def plot_latent(
     for x, text, colour in key: fig.text(x, 1.0, text, color=colour, fontsize=9, va="bottom")
     return fig
 
-# %% ../nbs/41_report.ipynb #410138
+# %% ../nbs/41_report.ipynb #410140
 def say_latent(
     metrics:pd.DataFrame, # from `metrics`, one run
     setting:str="subject", # or 'last': the token probed
@@ -994,7 +1003,7 @@ def say_latent(
     where = "subject" if setting == "subject" else "prompt"
     return f"Averaged over layers, at the {where}'s last token, " + "; ".join(said) + ". Whether these differ is tested below, fact by fact."
 
-# %% ../nbs/41_report.ipynb #410141
+# %% ../nbs/41_report.ipynb #410143
 @mpl.rc_context(_RC)
 def plot_training(
     curves:pd.DataFrame, # from `training`
@@ -1012,7 +1021,7 @@ def plot_training(
     fig.legend([handles[n] for n in ordered(handles)], ordered(handles), loc="outside lower center", ncols=5, frameon=False, fontsize=7.5)
     return fig
 
-# %% ../nbs/41_report.ipynb #410142
+# %% ../nbs/41_report.ipynb #410144
 def say_training(
     curves:pd.DataFrame, # from `training`
 ) -> str:
@@ -1022,7 +1031,7 @@ def say_training(
     return (f"Mean forget loss at the last step is at most {last.max():.3f} nats: every edit was completed." if not slow else
             f"Not completed (forget loss above 0.1 nats at the last step): {_and(slow)}. They are judged as edits only partly made.")
 
-# %% ../nbs/41_report.ipynb #410145
+# %% ../nbs/41_report.ipynb #410147
 def _said(rows, words):
     "The answers in rows of one fact and format, with how often"
     r = rows.iloc[0]; n = int(r.variants)
@@ -1030,13 +1039,13 @@ def _said(rows, words):
     k["other"] = n - sum(k.values())
     return ", ".join(f"{w} {c}/{n}" if n > 1 else w for w, c in sorted(k.items(), key=lambda kv: -kv[1]) if c)
 
-# %% ../nbs/41_report.ipynb #410147
+# %% ../nbs/41_report.ipynb #410149
 def _four(names):
     "FLU and up to three others to show beside it"
     wish = [baseline(names), *TRACING[::2], "late", "nonlocalized", *TRACING[1::2], "random-mlps", "all-mlps"]
     return [n for n in dict.fromkeys(wish) if n in set(names)][:4]
 
-# %% ../nbs/41_report.ipynb #410148
+# %% ../nbs/41_report.ipynb #410150
 def before_after(
     records:pd.DataFrame, # from `records` or `per_fact`
     n:int=4, # facts
@@ -1058,7 +1067,7 @@ def before_after(
                                      | {x: _said(r, w) if len(r) else "–" for x, r in at.items()})
     return pd.DataFrame(out)
 
-# %% ../nbs/41_report.ipynb #410151
+# %% ../nbs/41_report.ipynb #410153
 class Claim(NamedTuple):
     "An ordering that the paper reports"
     says: str # in words
@@ -1079,14 +1088,14 @@ CLAIMS = [
     Claim("In the training format all localizations take the edit alike", "edit", "A.7.1", True),
     Claim("In the training format all localizations maintain other facts alike", "maintain", "A.7.1", True)]
 
-# %% ../nbs/41_report.ipynb #410153
+# %% ../nbs/41_report.ipynb #410155
 def _verdict(row, good, equal):
     clear = row.p_holm < .05 and (row.ci_low > 0 or row.ci_high < 0)
     if not clear: return "no difference seen"
     if equal: return "differs"
     return "appears" if (row.difference > 0) == (good == "low") else "reversed"
 
-# %% ../nbs/41_report.ipynb #410154
+# %% ../nbs/41_report.ipynb #410156
 def orderings(
     data, # records, the table of `per_fact`, or a run folder
     measure:str="top1", # or 'prob'
@@ -1100,7 +1109,7 @@ def orderings(
             out.append({"claim": claim.says, "source": claim.source, "column": claim.column, **row._asdict(), "verdict": verdict})
     return pd.DataFrame(out)
 
-# %% ../nbs/41_report.ipynb #410156
+# %% ../nbs/41_report.ipynb #410158
 def say_orderings(
     tests:pd.DataFrame, # from `orderings`
 ) -> list[str]: # one sentence a claim
@@ -1118,7 +1127,7 @@ def say_orderings(
         out.append(f"{claim} [{g.source.iloc[0]}; {g.column.iloc[0]}, FLU {flu}, n={int(g.n.max())}]: " + "; ".join(parts) + ".")
     return out
 
-# %% ../nbs/41_report.ipynb #410161
+# %% ../nbs/41_report.ipynb #410163
 _VERDICTS = {"appears": "#9CCBE8", "reversed": "#F4B48C", "differs": "#D9C7E0", "no difference seen": "#EFEFEF"}
 
 @mpl.rc_context(_RC)
@@ -1142,13 +1151,13 @@ def plot_orderings(
         ax.text(.02 + .25*i, -.04, f"■ {verdict}", color=darker, transform=ax.transAxes, va="top", fontsize=8.5)
     return fig
 
-# %% ../nbs/41_report.ipynb #410162
+# %% ../nbs/41_report.ipynb #410164
 def _wish(column):
     "What the paper says of FLU in a column"
     if next(c.equal for c in CLAIMS if c.column == column): return "(alike)"
     return "(FLU lower)" if (COLUMNS | LATENT)[column].good == "low" else "(FLU higher)"
 
-# %% ../nbs/41_report.ipynb #410163
+# %% ../nbs/41_report.ipynb #410165
 def say_tally(
     tests:pd.DataFrame, # from `orderings`
 ) -> str:
@@ -1161,7 +1170,7 @@ def say_tally(
             f"{n.iloc[2]} no difference was seen. FLU is ahead of every localization in {_and(always) if always else 'no column'}")
     return text + (f"; it is ahead of none in {_and(never)}." if never else ".")
 
-# %% ../nbs/41_report.ipynb #410166
+# %% ../nbs/41_report.ipynb #410168
 class Found(NamedTuple):
     "What a run folder holds, read once"
     about: dict
@@ -1185,7 +1194,7 @@ class Found(NamedTuple):
     @property
     def seeds(self): return [] if self.facts is None else sorted(self.facts.seed.unique())
 
-# %% ../nbs/41_report.ipynb #410167
+# %% ../nbs/41_report.ipynb #410169
 def find(
     run_dir, # a run folder
 ) -> Found:
@@ -1198,7 +1207,7 @@ def find(
                  scores(run_dir, "probing"), scores(run_dir, "causal-tracing-*"), scores(run_dir, "trace-grid*"), where, training(run_dir),
                  settings(run_dir), made)
 
-# %% ../nbs/41_report.ipynb #410169
+# %% ../nbs/41_report.ipynb #410171
 def _image(fig, alt):
     "A figure as a self-contained <img>; the same figure gives the same bytes"
     buffer = io.BytesIO()
@@ -1217,7 +1226,7 @@ def _missing(what, stage):
 
 def _html_table(df): return '<div class="wide">' + df.to_html(index=False, border=0, na_rep="–", justify="left") + "</div>"
 
-# %% ../nbs/41_report.ipynb #410171
+# %% ../nbs/41_report.ipynb #410173
 def command(
     found:Found, # from `find`
 ) -> str:
@@ -1229,7 +1238,7 @@ def command(
     return " ".join(["mechunlearn run", f"--model {run['model']}", f"--task {run['task']}", *options, f"--localizations {','.join(names)}",
                      f"--draws {draws}", f"--seeds {','.join(str(s) for s in seeds)}", "--out runs"])
 
-# %% ../nbs/41_report.ipynb #410173
+# %% ../nbs/41_report.ipynb #410175
 def _when(time): return time[:16].replace("T", " ") + " UTC"
 
 def what_was_done(
@@ -1249,7 +1258,7 @@ def what_was_done(
             "made": f"{_when(dates[0])} to {_when(dates[-1])}" if dates else "–",
             "software": f"Python {each('python')}; " + ", ".join(sorted(packages)), "commit": each("commit")[:100] + dirty}
 
-# %% ../nbs/41_report.ipynb #410175
+# %% ../nbs/41_report.ipynb #410177
 def _done(f):
     rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(str(v))}</td></tr>" for k, v in what_was_done(f).items())
     return f'<table class="facts">{rows}</table>'
@@ -1258,7 +1267,7 @@ def _results(f):
     if not f.has("standard"): return _missing("The results table", "evaluation")
     return _one_seed(f) + f'<div class="wide">{results_html(results_table(f.metrics)).as_raw_html()}</div>'
 
-# %% ../nbs/41_report.ipynb #410176
+# %% ../nbs/41_report.ipynb #410178
 def _map(f):
     draw = lambda plot, say, data, what, stage: _shown(plot(data, f.flu), say(data, f.flu)) if len(data) else _missing(what, stage)
     out = draw(plot_probe, say_probe, f.curve, "The probe curve", "probing")
@@ -1267,7 +1276,7 @@ def _map(f):
     if not f.where: return out + _missing("The list of localizations", "localization")
     return out + _shown(plot_localizations(trained(f.where)), say_localizations(f.where))
 
-# %% ../nbs/41_report.ipynb #410178
+# %% ../nbs/41_report.ipynb #410180
 def say_localizations(
     where:dict, # name -> saved localization
 ) -> str:
@@ -1280,7 +1289,7 @@ def say_localizations(
     return (f"{flu} trains {_count(size[flu])} parameters. " + (f"The same to within 2 %: {', '.join(same)}. " if same else "")
             + (f"Not matched: {', '.join(other)}." if other else "") + " Squares are MLPs (pale: some neurons), 3h means three heads.")
 
-# %% ../nbs/41_report.ipynb #410179
+# %% ../nbs/41_report.ipynb #410181
 def _edits(f):
     if not f.has("standard"): return _missing("The comparison", "evaluation")
     return _shown(plot_bars(f.metrics, guess=f.guess), say_bars(f.metrics, guess=f.guess))
@@ -1294,7 +1303,7 @@ def _relearn(f):
     if not f.has("relearning"): return _missing("The relearning attack", "relearning")
     return _shown(plot_relearning(f.metrics, guess=f.guess), say_relearning(f.metrics, guess=f.guess))
 
-# %% ../nbs/41_report.ipynb #410181
+# %% ../nbs/41_report.ipynb #410183
 def _probes(f):
     if not f.has("latent"): return _missing("Latent knowledge", "latent knowledge")
     return _shown(plot_latent(f.metrics), say_latent(f.metrics))
@@ -1303,7 +1312,7 @@ def _train(f):
     if not len(f.curves): return _missing("The training curves", "fine-tuning")
     return _shown(plot_training(f.curves), say_training(f.curves)) + (_html_table(f.settings) if len(f.settings) else "")
 
-# %% ../nbs/41_report.ipynb #410182
+# %% ../nbs/41_report.ipynb #410184
 def _examples(f):
     if not f.has("standard"): return _missing("The list of answers", "evaluation")
     table = before_after(f.facts).map(html.escape)
@@ -1311,13 +1320,13 @@ def _examples(f):
         table[c] = [_coloured(a, r) for a, r in zip(table[c], table.to_dict("records"))]
     return '<div class="wide">' + table.to_html(index=False, border=0, escape=False, justify="left") + "</div>"
 
-# %% ../nbs/41_report.ipynb #410183
+# %% ../nbs/41_report.ipynb #410185
 def _coloured(answer, row):
     "An answer with the old one in orange, the edit answer in blue"
     colours = {row["old answer"]: _TRUTH, row["edit answer"]: _EDIT}
     return re.sub("|".join(map(re.escape, colours)), lambda m: f'<b style="color:{colours[m[0]]}">{m[0]}</b>', answer)
 
-# %% ../nbs/41_report.ipynb #410184
+# %% ../nbs/41_report.ipynb #410186
 def _claims(f):
     tests = orderings(f.facts) if f.facts is not None else []
     if not len(tests): return _missing("A comparison with FLU (it needs FLU and one other localization)", "evaluation")
@@ -1326,7 +1335,7 @@ def _claims(f):
 
 def _again(f): return f"<pre>{html.escape(command(f))}</pre>"
 
-# %% ../nbs/41_report.ipynb #410185
+# %% ../nbs/41_report.ipynb #410187
 SECTIONS = {
     "What was done": (_done, ""),
     "Results": (_results, "Pooled over seeds and draws. Apart from paraphrases, ‘The edit’ is what training asked for; the rest was never trained."),
@@ -1346,7 +1355,7 @@ SECTIONS = {
     "How to make it again": (_again, ""),
 }
 
-# %% ../nbs/41_report.ipynb #410186
+# %% ../nbs/41_report.ipynb #410188
 _CSS = """
 body {font: 15px/1.5 system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif; color: #222; background: #fff;
   max-width: 1160px; margin: 0 auto; padding: 1.5rem 2rem 4rem}
@@ -1368,7 +1377,7 @@ li {max-width: 60rem; margin: .35rem 0}
 pre {background: #f6f6f6; padding: .8rem; white-space: pre-wrap; word-break: break-word}
 """
 
-# %% ../nbs/41_report.ipynb #410188
+# %% ../nbs/41_report.ipynb #410190
 def say_short(
     found:Found, # from `find`
 ) -> str:
@@ -1377,7 +1386,7 @@ def say_short(
     text = say_frontier(found.metrics) if len(frontier(found.metrics)) else "No edit was measured for robustness and side effects yet."
     return text + (" " + say_tally(tests) if len(tests) else "")
 
-# %% ../nbs/41_report.ipynb #410189
+# %% ../nbs/41_report.ipynb #410191
 def page(
     found:Found, # from `find`
 ) -> str: # HTML
@@ -1392,7 +1401,7 @@ def page(
             f"<title>{html.escape(title)}</title><style>{_CSS}</style></head><body><h1>{html.escape(title)}</h1>{short}<nav>{links}</nav>"
             f"{''.join(parts)}</body></html>")
 
-# %% ../nbs/41_report.ipynb #410190
+# %% ../nbs/41_report.ipynb #410192
 def write_report(
     run_dir, # a run folder, finished or not
     path=None, # HTML file; default `<run_dir>/report.html`
@@ -1407,17 +1416,20 @@ def write_report(
 def _hashes(run_dir): return {"/".join(p.parts[-3:-1] + (p.stem,)): json.loads(sidecar(p).read_text())["hash"]
                               for p in sorted(Path(run_dir).glob("*/seed*/*.parquet")) if sidecar(p).exists()}
 
-# %% ../nbs/41_report.ipynb #410192
+# %% ../nbs/41_report.ipynb #410194
 def source_hash(
     file, # a module, or a data file
-) -> str: # 12 hexadecimal digits; '' if it does not exist
+    only=(), # functions of the module; none: all of it
+) -> str: # 12 hexadecimal digits; '' if the file does not exist
     "Hash of a file; for Python without blank lines and comment lines"
     if not (file := Path(file)).exists(): return ""
     text = file.read_bytes()
+    if only: text = "\n".join(ast.get_source_segment(text.decode(), n) for n in ast.parse(text).body if getattr(n, "name", "") in only).encode()
     if file.suffix == ".py": text = b"\n".join(l.rstrip() for l in text.splitlines() if l.strip() and not l.strip().startswith(b"#"))
     return hashlib.sha256(text).hexdigest()[:12]
 
-# %% ../nbs/41_report.ipynb #410193
+# %% ../nbs/41_report.ipynb #410195
+_COUNTING = ("_clean", "per_fact", "_weights", "_estimate", "_rows", "summarise") # of this module; figures do not count
 _BASE = ("models", "facts", "data/organism/checksums.json", "data/organism/world.json")
 _RUN = _BASE + ("probing", "tracing", "localization", "evaluation", "finetuning", "relearning", "latent", "data/learning_rates.csv")
 RECORDED = {"probing": _BASE + ("probing",), "traced": _BASE + ("tracing",), "trace_grid": _BASE + ("tracing",),
@@ -1426,9 +1438,9 @@ RECORDED = {"probing": _BASE + ("probing",), "traced": _BASE + ("tracing",), "tr
 
 def _sources(table):
     here = Path(str(files("mechunlearn")))
-    return {s: source_hash(here/(s if "." in s else f"{s}.py")) for s in RECORDED[table]}
+    return {s: source_hash(here/(s if "." in s else f"{s}.py"), _COUNTING if s == "report" else ()) for s in RECORDED[table]}
 
-# %% ../nbs/41_report.ipynb #410195
+# %% ../nbs/41_report.ipynb #410197
 def _small(facts):
     "The per-fact rows that comparisons and examples need, latent ones averaged over layers"
     wanted = [COLUMNS[c] for c in dict.fromkeys([*BARS, *(c.column for c in CLAIMS), "ghosts relearned"]) if c in COLUMNS]
@@ -1439,13 +1451,13 @@ def _small(facts):
     out = pd.concat([rows, latent], ignore_index=True).reindex(columns=facts.columns)
     return out.astype({"layer": "Int64", "step": "Int64"})
 
-# %% ../nbs/41_report.ipynb #410196
+# %% ../nbs/41_report.ipynb #410198
 def _slim(metrics):
     "Pooled rows, and of single seeds those that the results table has"
     seeds = pd.concat([column_rows(metrics[metrics.seed >= 0], c, m) for c in COLUMNS for m in ("top1", "prob")])
     return metrics[(metrics.seed == -1) | metrics.index.isin(seeds.index)]
 
-# %% ../nbs/41_report.ipynb #410197
+# %% ../nbs/41_report.ipynb #410199
 def _tables_of(f):
     "What is kept of one run"
     curves = f.curves.groupby(["localization", "step"], as_index=False)[["forget", "retain", "text"]].mean() if len(f.curves) else f.curves
@@ -1453,7 +1465,7 @@ def _tables_of(f):
             "localizations": trained(f.where), "training": curves, "metrics": _slim(f.metrics),
             "records_small": pd.DataFrame() if f.facts is None else _small(f.facts)}
 
-# %% ../nbs/41_report.ipynb #410198
+# %% ../nbs/41_report.ipynb #410200
 def record(
     run_dirs, # run folders
     out_dir="recorded", # where the small tables go
@@ -1471,7 +1483,7 @@ def record(
     (out/"sources.json").write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
     return out
 
-# %% ../nbs/41_report.ipynb #410199
+# %% ../nbs/41_report.ipynb #410201
 def check_recorded(
     out_dir="recorded", # folder written by `record`
 ) -> list[str]: # tables whose sources have changed since, or that are missing

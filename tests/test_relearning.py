@@ -128,7 +128,7 @@ def test_a_task_without_text_or_ghosts(tiny, task):
 
 
 def test_one_fact_cannot_be_halved(tiny):
-    with pytest.raises(Refusal, match="forget_size of at least 2"): relearn(tiny(), sports_athlete_editing(None, forget_size=1), None, steps=1, **SMALL)
+    with pytest.raises(Refusal, match="forget_size must be at least 2"): relearn(tiny(), sports_athlete_editing(None, forget_size=1), None, steps=1, **SMALL)
 
 
 def test_default_settings_follow_the_width(tiny):

@@ -170,6 +170,8 @@ def test_figures_of_few_localizations(found, name, keep):
     says = getattr(r, name.replace("plot", "say"))(m)
     assert says.endswith(".") and "nan" not in says and len(says) > 40
 
+def test_figures_show_themselves(found): assert r.plot_bars(found.metrics)._repr_png_().startswith(b"\x89PNG")
+
 def test_map_figures(found):
     for plot, say, data in [(r.plot_probe, r.say_probe, found.curve), (r.plot_components, r.say_components, found.traced), (r.plot_trace, r.say_trace, found.grid)]:
         assert isinstance(plot(data, found.flu), Figure) and isinstance(plot(data), Figure) and "nan" not in say(data, found.flu)
@@ -249,7 +251,14 @@ def test_stale_tables_are_named(run_dir, tmp_path):
     (out/"sources.json").write_text(json.dumps(known)); (out/"training.parquet").unlink()
     assert r.check_recorded(out) == ["probing", "training"]
 
+def source_pair(folder):
+    "Two versions of a module that differ in g only"
+    for name, g in (("d", 1), ("e", 2)): (folder/f"{name}.py").write_text(f"def f(): return 0\n\ndef g(): return {g}\n")
+    d, e = folder/"d.py", folder/"e.py"
+    return r.source_hash(d, ("f",)) == r.source_hash(e, ("f",)) and r.source_hash(d, ("g",)) != r.source_hash(e, ("g",))
+
 def test_comments_do_not_make_results_stale(tmp_path):
     for name, text in {"a.py": "# %% nbs/1\nx = 1\n", "b.py": "\n# other words\n\nx = 1   \n", "c.py": "x = 2\n"}.items(): (tmp_path/name).write_text(text)
     a, b, c = (r.source_hash(tmp_path/f"{n}.py") for n in "abc")
+    assert source_pair(tmp_path)
     assert a == b != c and r.source_hash(tmp_path/"none.py") == ""
