@@ -31,11 +31,11 @@ run: .venv/.installed
 	  --localizations flu,causal-tracing-mlps,random-mlps,late,all-mlps,nonlocalized --draws 1 --out $(OUT)
 
 test: .venv/.installed docs-check
-	$(BIN)/nbdev_test --n_workers 2 --timing
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
 	$(BIN)/python -m pytest tests -q -m "not slow and not gpu"
 
 test-all: .venv/.installed docs-check
-	$(BIN)/nbdev_test --n_workers 2
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 	$(BIN)/python -m pytest tests -q
 
 docs-check: .venv/.installed

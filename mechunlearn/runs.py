@@ -301,7 +301,7 @@ class Part(BaseModel, frozen=True):
     @property
     def dir(self): return Path(self.job.run_dir)/"jobs"/self.label
     @property
-    def notebooks(self): return Path(self.job.run_dir)/"notebooks" if self.label == "all" else self.dir/"notebooks"
+    def notebooks(self): return (Path(self.job.run_dir) if self.label in ("all", "maps") else self.dir)/"notebooks"
     @property
     def name(self): return self.job.label + ("" if self.label == "all" else f" ({self.label})")
 
@@ -364,8 +364,9 @@ def start(
     part.dir.mkdir(parents=True, exist_ok=True)
     for old in ("steps.jsonl", "bar.json", "outcome.json"): (part.dir/old).unlink(missing_ok=True)
     (part.dir/"job.json").write_text(part.model_dump_json(indent=1))
-    cores, devices = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else os.cpu_count(), gpus()
-    threads = str(max(1, cores//workers))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    share, devices = max(1, cores//workers), gpus()
+    threads = str(min(share, int(os.environ.get("OMP_NUM_THREADS") or share)))
     env = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
     if devices and workers > 1: env["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]
     with open(part.dir/"log.txt", "w") as log:
