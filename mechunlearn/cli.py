@@ -27,6 +27,7 @@ def names(
     "A list of names"
     return [t.strip() for t in text.split(",") if t.strip()]
 
+# %% ../nbs/50_cli.ipynb #500006
 def numbers(
     text:str, # "0,1,2"
 ) -> list[int]: # [0, 1, 2]
@@ -43,7 +44,7 @@ def setting(
     if not sign: raise argparse.ArgumentTypeError(f"KEY=VALUE, not '{text}'")
     return key, yaml.safe_load(value)
 
-# %% ../nbs/50_cli.ipynb #500007
+# %% ../nbs/50_cli.ipynb #500008
 LOCALIZATIONS = "flu,causal-tracing-mlps,random-mlps,late,all-mlps,nonlocalized"
 
 def what(p):
@@ -56,7 +57,7 @@ def what(p):
     p.add_argument("--paper-split", action="store_true", help="the authors' split of their athletes")
     p.add_argument("--seeds", type=numbers, default=[0], metavar="0,1", help="seeds of task and edits (default: 0)")
 
-# %% ../nbs/50_cli.ipynb #500008
+# %% ../nbs/50_cli.ipynb #500009
 def where(p):
     "Options: which localizations, on what machine"
     p.add_argument("--localizations", type=names, default=names(LOCALIZATIONS), metavar="A,B", help=f"names (default: {LOCALIZATIONS})")
@@ -68,6 +69,7 @@ def where(p):
     p.add_argument("--set", type=setting, action="append", default=[], metavar="KEY=VALUE", help="any other setting of a stage, such as steps=20")
     p.add_argument("--keep-edits", action="store_true", help="keep the edits' tensors after the attacks")
 
+# %% ../nbs/50_cli.ipynb #500010
 def manner(p):
     "Options: how to go about it"
     p.add_argument("--out", help="where runs are kept (default: runs)")
@@ -77,7 +79,7 @@ def manner(p):
     p.add_argument("--json", action="store_true", help="print the metrics as JSON lines instead of a table")
     p.add_argument("--quiet", action="store_true", help="no progress")
 
-# %% ../nbs/50_cli.ipynb #500009
+# %% ../nbs/50_cli.ipynb #500011
 def job_of(
     args, # parsed options
 ): # a Job, its names checked
@@ -90,7 +92,7 @@ def job_of(
     check_job(job)
     return job
 
-# %% ../nbs/50_cli.ipynb #500011
+# %% ../nbs/50_cli.ipynb #500013
 def do_jobs(
     jobs:list, # of `runs.Job`, checked
     args, # parsed options
@@ -100,6 +102,7 @@ def do_jobs(
     "Run jobs and show what came of them"
     from mechunlearn import runs
     if args.workers < 1: raise Refusal(f"--workers: at least 1, not {args.workers}")
+    if args.dry_run: return _dry_run(jobs)
     if args.recompute: _recompute(jobs, args)
     done = runs.run_batch(jobs, args.workers, args.quiet, stages or runs.PIPELINE)
     for d in done:
@@ -109,11 +112,12 @@ def do_jobs(
     bad = [d["state"] for d in done if d["state"] != "done"]
     return 0 if not bad else 2 if len(done) == 1 and bad == ["refused"] else 1
 
-# %% ../nbs/50_cli.ipynb #500012
+# %% ../nbs/50_cli.ipynb #500014
 def _failure(done):
     notebook = f" (traceback: {done['notebook']})" if done.get("notebook") and done["state"] == "failed" else ""
     return f"{done['run_dir']} {done['state']}: {done['why']}{notebook}"
 
+# %% ../nbs/50_cli.ipynb #500015
 def _recompute(jobs, args):
     "Delete what is to be made again"
     from mechunlearn.runs import lock, repair
@@ -132,7 +136,7 @@ def _dry_run(jobs):
     print(f"{len(jobs)} jobs, {table.edits.sum()} edits; memory without activations; disk at most {table.disk_gb.sum():.3g} GB until edits are deleted")
     return 0
 
-# %% ../nbs/50_cli.ipynb #500013
+# %% ../nbs/50_cli.ipynb #500016
 def show_run(
     run_dir, # a finished run folder
     args, # parsed options: json
@@ -145,6 +149,7 @@ def show_run(
     print(report.results_text(report.results_table(metrics)))
     print(f"\nreport: {page}\nexecuted notebooks: {Path(run_dir)/'notebooks'}")
 
+# %% ../nbs/50_cli.ipynb #500017
 def show_localizations(
     run_dir, # a run folder with localizations
     args, # parsed options: json
@@ -157,37 +162,33 @@ def show_localizations(
     print(table.to_json(orient="records", lines=True).strip() if args.json else table.to_string(index=False, max_colwidth=80))
     print(f"\nexecuted notebooks: {Path(run_dir)/'notebooks'}", file=sys.stderr)
 
-# %% ../nbs/50_cli.ipynb #500015
+# %% ../nbs/50_cli.ipynb #500019
 def run(args):
     "the whole pipeline for one model and task: maps, edits, attacks, report"
-    job = job_of(args)
-    return _dry_run([job]) if args.dry_run else do_jobs([job], args)
+    return do_jobs([job_of(args)], args)
 
 def localize(args):
     "only the maps: which weights each localization would train"
     from mechunlearn.runs import MAPS
-    job = job_of(args)
-    return _dry_run([job]) if args.dry_run else do_jobs([job], args, MAPS, show_localizations)
+    return do_jobs([job_of(args)], args, MAPS, show_localizations)
 
 def edit(args):
     "only the edits, and keep them"
     from mechunlearn.runs import PIPELINE
-    job = job_of(args)
-    return _dry_run([job]) if args.dry_run else do_jobs([job], args, PIPELINE[:4], show_localizations)
+    return do_jobs([job_of(args)], args, PIPELINE[:4], show_localizations)
 
 def attack(args):
     "only what an edit goes through: evaluation, relearning, latent knowledge"
     from mechunlearn.runs import ATTACKS
-    job = job_of(args)
-    return _dry_run([job]) if args.dry_run else do_jobs([job], args, ATTACKS)
+    return do_jobs([job_of(args)], args, ATTACKS)
 
-# %% ../nbs/50_cli.ipynb #500017
+# %% ../nbs/50_cli.ipynb #500021
 def batch(args):
     "every job of a grid file, several at a time"
     from mechunlearn.runs import check_job, grid
     jobs = grid(args.grid, args.out)
     for j in jobs: check_job(j)
-    return _dry_run(jobs) if args.dry_run else do_jobs(jobs, args)
+    return do_jobs(jobs, args)
 
 def run_folders(
     out, # a run folder, or where runs are kept
@@ -214,7 +215,7 @@ def report(args):
     if args.record: record(folders, args.record)
     return 0
 
-# %% ../nbs/50_cli.ipynb #500019
+# %% ../nbs/50_cli.ipynb #500023
 def organism(args):
     "check what the packaged organism knows, or train another one"
     from mechunlearn import organism as o
@@ -225,6 +226,7 @@ def organism(args):
     print("passed" if result["passed"] else f"below its floor: {', '.join(result['below_floor'] + result['ghosts_above_chance'])}")
     return 0 if result["passed"] else 1
 
+# %% ../nbs/50_cli.ipynb #500024
 def check(args):
     "whether a model and a task fit: modules, tokens, facts"
     from mechunlearn import facts, runs
@@ -236,7 +238,7 @@ def check(args):
     print("task: " + ", ".join(f"{len(v)} {k}" for k, v in task.groups().items() if len(v)) + " facts; all their words are known to the model")
     return 0
 
-# %% ../nbs/50_cli.ipynb #500021
+# %% ../nbs/50_cli.ipynb #500026
 def job_file(p): p.add_argument("file")
 def grid_file(p): p.add_argument("grid", help="YAML file with models, tasks, localizations, seeds")
 def run_folder(p):
@@ -249,12 +251,13 @@ def which_organism(p):
     p.add_argument("--retrain", action="store_true", help="train another one, about 25 minutes on two cores")
     p.add_argument("--out", help="folder for it")
 
-# %% ../nbs/50_cli.ipynb #500022
+# %% ../nbs/50_cli.ipynb #500027
 def _part(args):
     "run one part of a job (used by run and batch)"
     from mechunlearn.runs import run_part
     return run_part(args.file)
 
+# %% ../nbs/50_cli.ipynb #500028
 COMMANDS = {"run": (run, what, where, manner), "batch": (batch, grid_file, manner), "localize": (localize, what, where, manner),
             "edit": (edit, what, where, manner), "attack": (attack, what, where, manner), "check": (check, what), "organism": (organism, which_organism),
             "status": (show_status, run_folder), "report": (report, run_folder, recorded), "_job": (_part, job_file)}
@@ -265,7 +268,7 @@ EXAMPLES = """examples:
   mechunlearn batch configs/smoke.yaml --workers 2
   mechunlearn status runs"""
 
-# %% ../nbs/50_cli.ipynb #500023
+# %% ../nbs/50_cli.ipynb #500029
 def parser() -> Parser:
     "All commands and their options"
     p = Parser("mechunlearn", description="Find where a language model looks a fact up, edit only there, and attack the result.", epilog=EXAMPLES)
@@ -276,7 +279,7 @@ def parser() -> Parser:
         for add in options: add(c)
     return p
 
-# %% ../nbs/50_cli.ipynb #500024
+# %% ../nbs/50_cli.ipynb #500030
 def read(
     argv:list[str], # the words after `mechunlearn`
 ): # parsed options; Refusal with the nearest name for an unknown command or option
@@ -291,7 +294,7 @@ def read(
         choose(word.split("=")[0], [f"--{k.replace('_', '-')}" for k in vars(args) if k != "command"], f"option of {args.command}")
     return args
 
-# %% ../nbs/50_cli.ipynb #500025
+# %% ../nbs/50_cli.ipynb #500031
 def main(
     argv:list[str]|None=None, # default: what was typed
 ) -> int: # 0 done, 1 a job failed, 2 refused, 130 stopped
@@ -307,6 +310,6 @@ def main(
         print("mechunlearn: stopped; the same command goes on from here", file=sys.stderr)
         return 130
 
-# %% ../nbs/50_cli.ipynb #500034
+# %% ../nbs/50_cli.ipynb #500040
 #| eval: false
 if __name__ == "__main__": sys.exit(main())

@@ -6,8 +6,8 @@
 __all__ = ['PIPELINE', 'MAPS', 'ATTACKS', 'TENSORS', 'REFUSALS', 'MEMORY', 'BYTES', 'Stage', 'find_notebook', 'Job', 'folder',
            'Lora', 'Relearning', 'Latents', 'Settings', 'parse', 'stage_notebook', 'Failed', 'explain', 'execute',
            'artefacts', 'stage_done', 'run_job', 'write_json', 'read_json', 'relay', 'Part', 'parts', 'run_part',
-           'gpus', 'start', 'kill', 'outcome', 'lock', 'View', 'run_batch', 'drop_edits', 'Grid', 'grid', 'make_job',
-           'check_job', 'skeleton', 'trained', 'estimate', 'damaged', 'repair', 'status']
+           'gpus', 'start', 'kill', 'outcome', 'lock', 'at_work', 'View', 'run_batch', 'drop_edits', 'Grid', 'grid',
+           'make_job', 'check_job', 'skeleton', 'trained', 'estimate', 'damaged', 'repair', 'status']
 
 # %% ../nbs/40_runs.ipynb #400002
 import fcntl, itertools, json, os, re, signal, subprocess, sys, threading, time
@@ -200,7 +200,8 @@ def execute(
     tmp, source = out.with_name(f".{out.stem}.running.ipynb"), _source(nb)
     out.parent.mkdir(parents=True, exist_ok=True)
     hook = [f"--IPKernelApp.exec_lines=from mechunlearn.runs import relay; relay({str(bar)!r})"] if bar else []
-    try: papermill.execute_notebook(nb, str(tmp), job.parameters, kernel_name="python3", progress_bar=False, extra_arguments=hook)
+    try: papermill.execute_notebook(nb, str(tmp), job.parameters, kernel_name="python3", progress_bar=False,
+                                        start_timeout=600, extra_arguments=hook)
     except Exception as e:
         if tmp.exists(): os.replace(tmp, failed)
         why, refused = explain(getattr(e, "ename", type(e).__name__), getattr(e, "evalue", str(e)))
@@ -267,13 +268,14 @@ def write_json(
     path = Path(path); tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     tmp.write_text(json.dumps(obj)); os.replace(tmp, path)
 
+# %% ../nbs/40_runs.ipynb #400043
 def read_json(
     path, # a file
 ): # its value; None if there is none
     "Read what `write_json` wrote"
     return json.loads(Path(path).read_text()) if Path(path).exists() else None
 
-# %% ../nbs/40_runs.ipynb #400043
+# %% ../nbs/40_runs.ipynb #400044
 def relay(
     path, # file for [[description, n, total], ...], outermost bar first
 ):
@@ -290,7 +292,7 @@ def relay(
             super().close(); self.bars.pop(id(self), None)
     tqdm.tqdm = tqdm.auto.tqdm = Relay
 
-# %% ../nbs/40_runs.ipynb #400045
+# %% ../nbs/40_runs.ipynb #400046
 class Part(BaseModel, frozen=True):
     "What one process does: some stages of a job"
     job: Job
@@ -305,7 +307,7 @@ class Part(BaseModel, frozen=True):
     @property
     def name(self): return self.job.label + ("" if self.label == "all" else f" ({self.label})")
 
-# %% ../nbs/40_runs.ipynb #400047
+# %% ../nbs/40_runs.ipynb #400048
 def parts(
     job:Job, # a job
     split:bool, # by localization
@@ -321,7 +323,7 @@ def parts(
     each = [Part(job=only([l]), label=l, stages=edits, after=[p.label for p in first]) for l in job.localizations]
     return [*first, *each, Part(job=job, label="all", stages=stages, after=[p.label for p in [*first, *each]])]
 
-# %% ../nbs/40_runs.ipynb #400050
+# %% ../nbs/40_runs.ipynb #400051
 def _end_with_parent(interval=.5):
     parent = os.getppid()
     def watch():
@@ -329,7 +331,7 @@ def _end_with_parent(interval=.5):
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
-# %% ../nbs/40_runs.ipynb #400051
+# %% ../nbs/40_runs.ipynb #400052
 def run_part(
     file, # a part's job.json
 ) -> int: # exit code
@@ -346,7 +348,7 @@ def run_part(
     write_json(part.dir/"outcome.json", out)
     return 0 if out["state"] == "done" else 1
 
-# %% ../nbs/40_runs.ipynb #400052
+# %% ../nbs/40_runs.ipynb #400053
 def gpus() -> list[str]: # ids for CUDA_VISIBLE_DEVICES
     "The GPUs that workers can be given"
     if "CUDA_VISIBLE_DEVICES" in os.environ: return [g for g in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if g]
@@ -354,7 +356,7 @@ def gpus() -> list[str]: # ids for CUDA_VISIBLE_DEVICES
     except OSError: return []
     return re.findall(r"^GPU (\d+)", listed, re.M)
 
-# %% ../nbs/40_runs.ipynb #400053
+# %% ../nbs/40_runs.ipynb #400054
 def start(
     part:Part, # what to do
     slot:int, # number of the worker
@@ -367,13 +369,14 @@ def start(
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     share, devices = max(1, cores//workers), gpus()
     threads = str(min(share, int(os.environ.get("OMP_NUM_THREADS") or share)))
-    env = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    env = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false",
+           "PYTHONUNBUFFERED": "1", "JUPYTER_PREFER_ENV_PATH": "1"} # the kernel of this environment, not of the user's home
     if devices and workers > 1: env["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]
     with open(part.dir/"log.txt", "w") as log:
         return subprocess.Popen([sys.executable, "-m", "mechunlearn.cli", "_job", str(part.dir/"job.json")], env=env, stdin=subprocess.DEVNULL,
                                 stdout=log, stderr=log, start_new_session=True)
 
-# %% ../nbs/40_runs.ipynb #400054
+# %% ../nbs/40_runs.ipynb #400055
 def kill(
     process:subprocess.Popen, # a part's process
 ):
@@ -383,7 +386,7 @@ def kill(
             with suppress(psutil.NoSuchProcess): p.kill()
     process.wait()
 
-# %% ../nbs/40_runs.ipynb #400055
+# %% ../nbs/40_runs.ipynb #400056
 def outcome(
     part:Part, # a part whose process has ended
     code:int, # its return code
@@ -395,7 +398,7 @@ def outcome(
     why = f"killed by signal {-code}" + (" (out of memory?)" if code == -9 else "") if code < 0 else "".join(tail) or f"exit code {code}"
     return {"state": "failed", "why": why, "notebook": str(part.dir/"log.txt")}
 
-# %% ../nbs/40_runs.ipynb #400057
+# %% ../nbs/40_runs.ipynb #400058
 @contextmanager
 def lock(
     run_dir, # a run folder
@@ -408,7 +411,20 @@ def lock(
         for tmp in root.rglob(".*.tmp"): tmp.unlink(missing_ok=True)
         yield
 
-# %% ../nbs/40_runs.ipynb #400060
+# %% ../nbs/40_runs.ipynb #400059
+def at_work(
+    run_dir, # a run folder
+) -> str: # "" if nothing is
+    "What a running command is doing in a run folder"
+    root = Path(run_dir)
+    if not (root/".lock").exists(): return ""
+    with open(root/".lock") as f, suppress(BlockingIOError):
+        fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return ""
+    logs = [f for f in root.glob("jobs/*/steps.jsonl") if not (f.parent/"outcome.json").exists()]
+    return ", ".join(f"{f.parent.name}: {json.loads(f.read_text().splitlines()[-1])['stage']}" for f in sorted(logs)) or "starting"
+
+# %% ../nbs/40_runs.ipynb #400062
 class View:
     "Progress of running parts, on stderr"
     def __init__(self,
@@ -425,7 +441,7 @@ class View:
     def __exit__(self, *e): self.bars.stop()
     def print(self, line): self.console.print(line)
 
-# %% ../nbs/40_runs.ipynb #400061
+# %% ../nbs/40_runs.ipynb #400063
 @patch
 def update(self:View,
     part:Part, # a running part
@@ -438,6 +454,7 @@ def update(self:View,
     self.said[part.name] = len(steps)
     if steps: self._bar(part, json.loads(steps[-1]), read_json(part.dir/"bar.json") or [])
 
+# %% ../nbs/40_runs.ipynb #400064
 @patch
 def _bar(self:View, part, step, bars):
     if part.name not in self.tasks: self.tasks[part.name] = self.bars.add_task(part.name, total=1, at="")
@@ -446,6 +463,7 @@ def _bar(self:View, part, step, bars):
     self.bars.update(self.tasks[part.name], completed=(step["number"] - 1 + inside)/step["of"],
                      at=" ".join([f"{step['number']}/{step['of']} {step['stage']}"] + [f"{desc} {n}/{total}" for desc, n, total in known]))
 
+# %% ../nbs/40_runs.ipynb #400065
 @patch
 def finish(self:View,
     part:Part, # a part that ended
@@ -456,7 +474,7 @@ def finish(self:View,
     if part.name in self.tasks: self.bars.remove_task(self.tasks.pop(part.name))
     if out["state"] != "done": self.print(f"{part.name}  {out['state']}")
 
-# %% ../nbs/40_runs.ipynb #400063
+# %% ../nbs/40_runs.ipynb #400067
 def _schedule(todo, workers, view):
     "Run parts in their order, `workers` at a time; outcome by (run_dir, label)"
     waiting, running, ended, slots = list(todo), {}, {}, list(range(workers))
@@ -479,7 +497,16 @@ def _schedule(todo, workers, view):
     finally:
         for _, _, process in running.values(): kill(process)
 
-# %% ../nbs/40_runs.ipynb #400064
+# %% ../nbs/40_runs.ipynb #400069
+def _keep_first_seed(job):
+    "Refuse a first seed other than the one that the folder's maps were drawn with"
+    file = Path(job.run_dir)/"first_seed.json"
+    first = read_json(file)
+    if first is None: return write_json(file, job.seeds[0])
+    if first != job.seeds[0]: raise Refusal(f"the maps in {job.run_dir} were drawn with seed {first}: name it first, as in "
+                                            f"--seeds {first},{job.seeds[0]}, or choose another --out")
+
+# %% ../nbs/40_runs.ipynb #400070
 def run_batch(
     jobs:list[Job], # what to do
     workers:int=1, # processes at a time
@@ -491,13 +518,13 @@ def run_batch(
     if twice := [f for f in folders if folders.count(f) > 1]: raise Refusal(f"two jobs have the folder {twice[0]}: give each another --out")
     todo = [p for j in jobs for p in parts(j, workers > len(jobs), stages)]
     with ExitStack() as held:
-        for f in folders: held.enter_context(lock(f))
+        for j in jobs: held.enter_context(lock(j.run_dir)); _keep_first_seed(j)
         ended = _schedule(todo, workers, held.enter_context(View(quiet)))
         for j in jobs:
             if ended[j.run_dir, "all"]["state"] == "done" and not j.keep_edits and set(ATTACKS) <= set(stages): drop_edits(j.run_dir)
     return [ended[f, "all"] | {"run_dir": f} for f in folders]
 
-# %% ../nbs/40_runs.ipynb #400066
+# %% ../nbs/40_runs.ipynb #400072
 def drop_edits(
     run_dir, # a run folder
 ) -> int: # bytes freed
@@ -507,7 +534,7 @@ def drop_edits(
     for f in files: store.sidecar(f).unlink(missing_ok=True); f.unlink()
     return freed
 
-# %% ../nbs/40_runs.ipynb #400073
+# %% ../nbs/40_runs.ipynb #400079
 class Grid(BaseModel, extra="forbid"):
     "What a grid file may say"
     models: list[str] = Field(min_length=1)
@@ -519,7 +546,7 @@ class Grid(BaseModel, extra="forbid"):
     settings: Settings = Settings()
     keep_edits: bool = False
 
-# %% ../nbs/40_runs.ipynb #400074
+# %% ../nbs/40_runs.ipynb #400080
 def grid(
     path, # a YAML file
     out:str|None=None, # instead of the grid's own
@@ -533,7 +560,7 @@ def grid(
     return [make_job(model, name, options, g.localizations, g.seeds, settings, out or g.out, g.keep_edits)
             for task in g.tasks for name, options in _expand(task, path) for model in g.models]
 
-# %% ../nbs/40_runs.ipynb #400075
+# %% ../nbs/40_runs.ipynb #400081
 def _expand(task, path):
     "(name, options) for each combination of a task's option lists"
     options = dict(task) if isinstance(task, dict) else {"name": task}
@@ -542,6 +569,7 @@ def _expand(task, path):
     lists = [v if isinstance(v, list) else [v] for v in options.values()]
     return [(name, dict(zip(options, values))) for values in itertools.product(*lists)]
 
+# %% ../nbs/40_runs.ipynb #400082
 def make_job(
     model:str, # packaged name, folder or hub id
     task:str, # name of the task
@@ -557,7 +585,7 @@ def make_job(
     return Job(model=model, task=task, options=options, localizations=list(dict.fromkeys(localizations)), seeds=list(dict.fromkeys(seeds)),
                settings=settings, run_dir=folder(out, model, task, options), keep_edits=keep_edits)
 
-# %% ../nbs/40_runs.ipynb #400079
+# %% ../nbs/40_runs.ipynb #400086
 def check_job(
     job:Job, # a job
 ):
@@ -569,7 +597,7 @@ def check_job(
     localizations_for(job.localizations, job.settings.get("draws", 1))
     make_task(job.task, None, **job.options, seed=job.seeds[0])
 
-# %% ../nbs/40_runs.ipynb #400082
+# %% ../nbs/40_runs.ipynb #400089
 def skeleton(
     job:Job, # a job
 ): # an LM on the meta device
@@ -585,7 +613,7 @@ def skeleton(
         return wrap(hf, AutoTokenizer.from_pretrained(source), name, revision)
     except (OSError, ValueError) as e: raise Refusal(f"cannot read the configuration of {job.model!r}: {why(e)}") from None
 
-# %% ../nbs/40_runs.ipynb #400083
+# %% ../nbs/40_runs.ipynb #400090
 def trained(
     job:Job, # a job
     lm, # its `skeleton`
@@ -599,7 +627,7 @@ def trained(
     if budget and not fixed: return budget, True
     return build(lm, name, FIXED[name if fixed else "all-mlps"](Evidence(lm, None))).n_params, fixed
 
-# %% ../nbs/40_runs.ipynb #400084
+# %% ../nbs/40_runs.ipynb #400091
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "8bit": 1, "4bit": .5}
 
 def estimate(
@@ -617,7 +645,7 @@ def estimate(
     rows = rows.groupby(["run_dir", "localization"], sort=False, as_index=False).agg({"edits": "sum", "trained": "max", "exact": "all"})
     return rows.assign(memory_gb=lambda d: (total*BYTES[kind] + 16*d.trained)/1e9, disk_gb=lambda d: 4*d.trained*d.edits/1e9)
 
-# %% ../nbs/40_runs.ipynb #400087
+# %% ../nbs/40_runs.ipynb #400094
 def damaged(
     run_dir, # a run folder
 ) -> list[Path]: # files
@@ -629,7 +657,7 @@ def damaged(
         except Broken: found.append(file)
     return found
 
-# %% ../nbs/40_runs.ipynb #400088
+# %% ../nbs/40_runs.ipynb #400095
 def repair(
     run_dir, # a run folder
     everything:bool=False, # not only what is damaged
@@ -638,19 +666,20 @@ def repair(
     root = Path(run_dir)
     bad = [Path(str(f).removesuffix(".meta.json")) for f in root.rglob("*.meta.json")] if everything else damaged(root)
     for f in bad: store.sidecar(f).unlink(missing_ok=True); f.unlink(missing_ok=True)
+    if everything: (root/"first_seed.json").unlink(missing_ok=True)
     try: read_json(root/"run.json")
     except ValueError: (root/"run.json").unlink(); bad.append(root/"run.json")
     return bad
 
-# %% ../nbs/40_runs.ipynb #400089
+# %% ../nbs/40_runs.ipynb #400096
 def status(
     out, # where runs are kept, or one run folder
-): # DataFrame, a row a run: run_dir, stages, records, failed, damaged
+): # DataFrame, a row a run: run_dir, stages, edits, records, failed, damaged, now
     "Which runs there are and how far they are"
     import pandas as pd
     roots = sorted({f.parent for f in Path(out).rglob("run.json")} | {f.parents[2] for f in Path(out).rglob("jobs/*/job.json")})
     rows = [{"run_dir": str(r), "stages": f"{len(list(r.glob('notebooks/[0-9]*.ipynb.meta.json')))}/{len(PIPELINE)}",
              "edits": len(list(r.glob("*/seed*/training.parquet"))), "records": len(list(r.glob("*/seed*/[elr]*.parquet"))),
              "failed": ", ".join(f.name.split(".")[0] for f in sorted(r.rglob("*.failed.ipynb"))),
-             "damaged": ", ".join(str(f.relative_to(r)) for f in damaged(r))} for r in roots]
-    return pd.DataFrame(rows, columns=["run_dir", "stages", "edits", "records", "failed", "damaged"])
+             "damaged": ", ".join(str(f.relative_to(r)) for f in damaged(r)), "now": at_work(r)} for r in roots]
+    return pd.DataFrame(rows, columns=["run_dir", "stages", "edits", "records", "failed", "damaged", "now"])

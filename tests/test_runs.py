@@ -1,4 +1,5 @@
 "The pipeline's machinery on small fake stages, and the real one killed at random moments"
+from functools import partial
 import importlib, inspect, json, os, random, signal, subprocess, sys, textwrap, time
 from pathlib import Path
 
@@ -139,6 +140,12 @@ def test_a_second_command_in_the_folder_is_refused(tmp_path):
     with lock(tmp_path): pass
 
 
+def test_seeds_can_be_added_but_the_first_stays(two, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "_schedule", lambda todo, workers, view: {(p.job.run_dir, p.label): {"state": "done"} for p in todo})
+    for seeds in ([0], [0, 1]): assert run_batch([job(tmp_path, seeds=seeds)], stages=two)[0]["state"] == "done"
+    with pytest.raises(Refusal, match="--seeds 0,1"): run_batch([job(tmp_path, seeds=[1])], stages=two)
+
+
 def test_lock_removes_what_a_kill_left(tmp_path):
     (tmp_path / "flu").mkdir(); (tmp_path / "flu/.edit.safetensors.12-ab.tmp").write_text("x"); (tmp_path / "flu/edit.safetensors").write_text("x")
     with lock(tmp_path): assert [p.name for p in (tmp_path / "flu").iterdir()] == ["edit.safetensors"]
@@ -229,9 +236,11 @@ def descendants(pid): return psutil.Process(pid).children(recursive=True)
 @pytest.mark.parametrize("sig,code", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_stopped_run_leaves_no_process_and_goes_on(steps, tmp_path, sig, code):
     seeds = ["--seeds", "0,1,2,3,4"]
-    p = subprocess.Popen(command(tmp_path, steps, *seeds), stderr=subprocess.PIPE, text=True)
+    as_in_a_terminal = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    p = subprocess.Popen(command(tmp_path, steps, *seeds), stderr=subprocess.PIPE, text=True, preexec_fn=as_in_a_terminal)
     wait_for(lambda: (tmp_path / "count").exists())
     alive = descendants(p.pid)
+    assert status(tmp_path / "out").now.tolist() == ["all: steps"]
     assert len(alive) >= 2
     p.send_signal(sig)
     assert p.wait(60) == code
