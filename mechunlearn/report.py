@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['LOOKS', 'FLU', 'TRACING', 'UNMATCHED', 'PLACE', 'MEASURED', 'METRICS', 'EDITED', 'ATTACKED', 'SIDE', 'COLUMNS', 'KEY',
            'NOTE', 'LATENT', 'MCQ_CHANCE', 'BARS', 'CLAIMS', 'SECTIONS', 'RECORDED', 'printed', 'family', 'look',
-           'ordered', 'baseline', 'Drawing', 'about', 'records', 'training', 'recorded', 'settings', 'localizations',
-           'scores', 'per_fact', 'summarise', 'metrics', 'Column', 'column_rows', 'results_table', 'results_text',
-           'results_html', 'fact_values', 'compare', 'Chance', 'chance', 'flu_layers', 'plot_probe', 'say_probe',
-           'plot_components', 'say_components', 'plot_trace', 'say_trace', 'trained', 'plot_localizations', 'plot_bars',
-           'say_bars', 'frontier', 'undominated', 'plot_frontier', 'say_frontier', 'plot_relearning', 'say_relearning',
+           'ordered', 'baseline', 'about', 'records', 'training', 'recorded', 'settings', 'localizations', 'scores',
+           'per_fact', 'summarise', 'metrics', 'Column', 'column_rows', 'results_table', 'results_text', 'results_html',
+           'fact_values', 'compare', 'Chance', 'chance', 'flu_layers', 'plot_probe', 'say_probe', 'plot_components',
+           'say_components', 'plot_trace', 'say_trace', 'trained', 'plot_localizations', 'plot_bars', 'say_bars',
+           'frontier', 'undominated', 'plot_frontier', 'say_frontier', 'plot_relearning', 'say_relearning',
            'plot_latent', 'say_latent', 'plot_training', 'say_training', 'before_after', 'Claim', 'orderings',
            'say_orderings', 'plot_orderings', 'say_tally', 'Found', 'find', 'command', 'what_was_done',
            'say_localizations', 'say_short', 'page', 'write_report', 'source_hash', 'record', 'check_recorded']
@@ -90,7 +90,7 @@ def baseline(
 _RC = {"font.size": 9, "axes.titlesize": 9.5, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8, "figure.dpi": 80,
        "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left", "axes.titleweight": "bold"}
 
-class Drawing(Figure):
+class _Drawing(Figure):
     "A matplotlib figure that a notebook shows when it is the value of a cell"
     def _repr_png_(self):
         buffer = io.BytesIO()
@@ -100,7 +100,7 @@ class Drawing(Figure):
 # %% ../nbs/41_report.ipynb #410016
 def _figure(width, height, *grid, **kw):
     "A figure of so many inches, and its axes"
-    fig = Drawing(figsize=(width, height), layout="constrained"); FigureCanvasAgg(fig)
+    fig = _Drawing(figsize=(width, height), layout="constrained"); FigureCanvasAgg(fig)
     return fig, fig.subplots(*grid, **kw)
 
 # %% ../nbs/41_report.ipynb #410019
