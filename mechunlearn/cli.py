@@ -217,13 +217,13 @@ def report(args):
 
 # %% ../nbs/50_cli.ipynb #500023
 def organism(args):
-    "check what the packaged organism knows, or train another one"
+    "measure what the packaged organism knows, or train another one; JSON"
     from mechunlearn import organism as o
     if args.retrain and not args.out: raise Refusal("--retrain needs --out DIR, a new folder")
     result = o.retrain(args.out) if args.retrain else o.check(args.model)
-    import pandas as pd
-    print(pd.DataFrame(result["measured"]).to_string(index=False, float_format="{:.3f}".format))
-    print("passed" if result["passed"] else f"below its floor: {', '.join(result['below_floor'] + result['ghosts_above_chance'])}")
+    import json, pandas as pd
+    print(pd.DataFrame(result["measured"]).to_string(index=False, float_format="{:.3f}".format), file=sys.stderr)
+    print(json.dumps(result, indent=1))
     return 0 if result["passed"] else 1
 
 # %% ../nbs/50_cli.ipynb #500024
@@ -306,6 +306,9 @@ def main(
     except Refusal as e:
         print(f"mechunlearn: {e}", file=sys.stderr)
         return e.code
+    except OSError as e: # no permission, no space, not a folder
+        print(": ".join(["mechunlearn", *filter(None, [e.filename, e.strerror or str(e)])]), file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("mechunlearn: stopped; the same command goes on from here", file=sys.stderr)
         return 130

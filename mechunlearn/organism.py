@@ -7,8 +7,8 @@ __all__ = ['RELATIONS', 'KINDS', 'SPORTS', 'INSTRUMENTS', 'ADJECTIVES', 'VERBS',
            'LETTERS', 'FLOORS', 'CARD', 'syllables', 'WorldSize', 'person_names', 'make_world', 'make_facts',
            'mark_mcq', 'make_kinds', 'noun_phrase', 'clause', 'sentence', 'paragraph', 'vocabulary', 'make_tokenizer',
            'Recipe', 'Documents', 'organism_config', 'accuracy_row', 'completed', 'chosen', 'knowledge',
-           'paraphrases_of', 'mcq_groups', 'check', 'world_of', 'make_optimizers', 'schedule', 'train_step', 'train',
-           'save_organism', 'write_checksums', 'retrain']
+           'paraphrases_of', 'mcq_groups', 'check', 'judged', 'world_of', 'make_optimizers', 'schedule', 'train_step',
+           'train', 'save_organism', 'write_checksums', 'retrain']
 
 # %% ../nbs/05_organism.ipynb #050003
 import hashlib
@@ -514,8 +514,11 @@ def check(
     model: str = "organism",  # the packaged one, or a folder made by `retrain`
 ) -> dict:
     "Measure what the organism knows against its floors; ghosts must lie within their interval of chance. JSON-ready."
-    lm = load(model)
-    table = knowledge(lm, world=world_of(model))
+    return judged(model, knowledge(load(model), world=world_of(model)))
+
+
+def judged(model: str, table: pd.DataFrame) -> dict:
+    "A table of `knowledge` against the floors, JSON-ready."
     below = table.query("value < floor").what.tolist()
     known = table.query("chance == chance and (ci_low > chance)").what.tolist()
     rows = json.loads(table.to_json(orient="records"))
@@ -614,8 +617,8 @@ def save_organism(
     curve: pd.DataFrame,
     recipe: Recipe,
     out: Path,  # folder, made if absent
-) -> Path:
-    "Write the organism's folder: weights in fp16, tokenizer, world, curve, model card, checksums."
+) -> pd.DataFrame:
+    "Write the organism's folder (weights in fp16, tokenizer, world, curve, model card, checksums); returns what it knows."
     out.mkdir(parents=True, exist_ok=True)
     model.to(torch.float16).save_pretrained(out)
     tok.save_pretrained(out)
@@ -623,13 +626,14 @@ def save_organism(
     curve.to_csv(out / "training.csv", index=False, float_format="%.4f")
     write_checksums(out)
     table = knowledge(load(str(out)), world=out / "world.json")
-    shown = table[["what", "value", "n", "ci_low", "ci_high"]].round(3).to_markdown(index=False)
+    shown = table[["what", "value", "n", "ci_low", "ci_high"]].round(3).astype(str)
+    lines = [" | ".join(row) for row in [shown.columns, ["---"] * shown.shape[1], *shown.values]]
     n_params = sum(p.numel() for p in model.parameters()) / 1e6
     taught = sum(fact["taught"] for fact in world["facts"])
     made = f"Made by `mechunlearn organism --retrain` with `{recipe}` in {curve.seconds.iloc[-1] / 60:.0f} minutes."
-    card = CARD.format(params=n_params, facts=taught, made=made, table=shown)
+    card = CARD.format(params=n_params, facts=taught, made=made, table="\n".join(f"| {line} |" for line in lines))
     (out / "README.md").write_text(card)
-    return out
+    return table
 
 
 def write_checksums(folder: Path) -> None:
@@ -654,5 +658,4 @@ def retrain(
     out.mkdir(parents=True, exist_ok=True)
     (out / "world.json").write_text(json.dumps(world, indent=0) + "\n")
     model, curve = train(world, tok, recipe, progress, world_path=out / "world.json")
-    save_organism(model, tok, world, curve, recipe, out)
-    return check(str(out))
+    return judged(str(out), save_organism(model, tok, world, curve, recipe, out))

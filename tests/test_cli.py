@@ -93,3 +93,20 @@ def test_a_run_is_shown_as_table_or_json(tmp_path, monkeypatch, capsys):
     assert out.startswith("TABLE") and "r/report.html" in out and f"executed notebooks: {tmp_path}/notebooks" in out
     cli.show_run(tmp_path, read(["run", "--json"]))
     assert [json.loads(l) for l in capsys.readouterr().out.splitlines()] == [{"localization": "flu", "value": .5, "layer": None}]
+
+
+@pytest.mark.parametrize("passed,code", [(True, 0), (False, 1)])
+def test_organism_prints_json(passed, code, monkeypatch, capsys):
+    from mechunlearn import organism
+    rows = [{"what": "completion", "value": .5, "n": 4, "floor": .98}]
+    monkeypatch.setattr(organism, "check", lambda model: {"model": model, "passed": passed, "below_floor": [], "ghosts_above_chance": [], "measured": rows})
+    assert main(["organism", "--check"]) == code
+    said = capsys.readouterr()
+    assert json.loads(said.out)["measured"] == rows and "completion" in said.err
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, capsys, nothing_starts):
+    (tmp_path/"file").write_text("not a folder")
+    assert main(["run", "--out", str(tmp_path/"file"/"runs")]) == 1
+    said = capsys.readouterr()
+    assert "Not a directory" in said.err and said.err.count("\n") == 1
