@@ -12,10 +12,11 @@ __all__ = ['LOOKS', 'FLU', 'TRACING', 'UNMATCHED', 'PLACE', 'MEASURED', 'METRICS
            'frontier', 'undominated', 'plot_frontier', 'say_frontier', 'plot_relearning', 'say_relearning',
            'plot_latent', 'say_latent', 'plot_training', 'say_training', 'before_after', 'Claim', 'orderings',
            'say_orderings', 'plot_orderings', 'say_tally', 'Found', 'find', 'command', 'what_was_done',
-           'say_localizations', 'say_short', 'page', 'write_report', 'source_hash', 'record', 'check_recorded']
+           'say_localizations', 'say_short', 'page', 'write_report', 'source_hash', 'needed', 'record',
+           'check_recorded']
 
 # %% ../nbs/41_report.ipynb #410002
-import ast, base64, hashlib, html, io, json, re, textwrap
+import ast, base64, hashlib, html, io, json, re, textwrap, tokenize
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -1417,28 +1418,83 @@ def _hashes(run_dir): return {"/".join(p.parts[-3:-1] + (p.stem,)): json.loads(s
                               for p in sorted(Path(run_dir).glob("*/seed*/*.parquet")) if sidecar(p).exists()}
 
 # %% ../nbs/41_report.ipynb #410194
+def _code(text):
+    "Source without comments and blank lines"
+    lines = text.splitlines()
+    for t in tokenize.generate_tokens(io.StringIO(text).readline):
+        if t.type == tokenize.COMMENT: lines[t.start[0] - 1] = lines[t.start[0] - 1][:t.start[1]]
+    return "\n".join(l.rstrip() for l in lines if l.strip())
+
 def source_hash(
     file, # a module, or a data file
-    only=(), # functions of the module; none: all of it
+    only=None, # top-level names of the module that count; None: all of it
 ) -> str: # 12 hexadecimal digits; '' if the file does not exist
-    "Hash of a file; for Python without blank lines and comment lines"
+    "Hash of a file; for Python without blank lines and comments"
     if not (file := Path(file)).exists(): return ""
     text = file.read_bytes()
-    if only: text = "\n".join(ast.get_source_segment(text.decode(), n) for n in ast.parse(text).body if getattr(n, "name", "") in only).encode()
-    if file.suffix == ".py": text = b"\n".join(l.rstrip() for l in text.splitlines() if l.strip() and not l.strip().startswith(b"#"))
+    if file.suffix == ".py" and only is None: text = _code(text.decode()).encode()
+    if only is not None: text = "\n".join(_code(s.source) for s in _statements(file) if s.defines & set(only)).encode()
     return hashlib.sha256(text).hexdigest()[:12]
 
-# %% ../nbs/41_report.ipynb #410195
-_COUNTING = ("_clean", "per_fact", "_weights", "_estimate", "_rows", "summarise") # of this module; figures do not count
-_BASE = ("models", "facts", "data/organism/checksums.json", "data/organism/world.json")
-_RUN = _BASE + ("probing", "tracing", "localization", "evaluation", "finetuning", "relearning", "latent", "data/learning_rates.csv")
-RECORDED = {"probing": _BASE + ("probing",), "traced": _BASE + ("tracing",), "trace_grid": _BASE + ("tracing",),
-            "localizations": _BASE + ("probing", "tracing", "localization"), "training": _RUN[:-3] + _RUN[-1:],
-            "records_small": _RUN, "metrics": _RUN + ("report", "stats")} # table -> what it depends on
+# %% ../nbs/41_report.ipynb #2291159e
+class _Statement(NamedTuple):
+    "A top-level statement: what it defines, mentions as a name, mentions after a dot; which module it imports names from"
+    source: str
+    defines: frozenset
+    mentions: frozenset
+    dotted: frozenset
+    imports: dict
+    cls: str # the class that it adds a method to
 
-def _sources(table):
+@lru_cache
+def _statements(file):
+    "The top-level statements of a module"
+    text, out = Path(file).read_text(), []
+    for node in ast.parse(text).body:
+        every, source = list(ast.walk(node)), "\n".join(text.splitlines()[node.lineno - 1:node.end_lineno])
+        targets = {n.id for x in getattr(node, "targets", []) for n in ast.walk(x) if isinstance(n, ast.Name)}
+        imports = {a.asname or a.name: n.module.split(".")[-1] for n in every if isinstance(n, ast.ImportFrom) and n.module for a in n.names}
+        patch = any("patch" in ast.unparse(d) for d in getattr(node, "decorator_list", []))
+        cls = ast.unparse(node.args.args[0].annotation) if patch else ""
+        dotted = {n.attr for n in every if isinstance(n, ast.Attribute)}
+        local = {n.arg for n in every if isinstance(n, ast.arg)} | {n.id for n in every if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        mentions = {n.id for n in every if isinstance(n, ast.Name)} - local
+        out.append(_Statement(source, frozenset({node.name} if hasattr(node, "name") else targets), frozenset(mentions), frozenset(dotted), imports, cls))
+    return out
+
+# %% ../nbs/41_report.ipynb #4a1d1534
+def needed(
+    modules, # files
+    roots, # names of functions in any of them
+) -> dict[str, set[str]]: # module -> names of the functions, classes and constants
+    "What functions need, directly or not"
+    parts = {Path(m).stem: _statements(m) for m in modules}
+    known = {(m, n): s for m, part in parts.items() for s in part for n in s.defines - {"__all__"}}
+    imports = {m: {k: v for s in part if not s.defines for k, v in s.imports.items()} for m, part in parts.items()}
+    found, new = set(), {k for k in known if k[1] in roots}
+    while new:
+        found |= new
+        names = {(known[k].imports.get(n) or imports[k[0]].get(n, k[0]), n) for k in found for n in known[k].mentions}
+        classes, dotted = {n for _, n in found}, frozenset().union(*(known[k].dotted for k in found))
+        new = {k for k, s in known.items() if k in names or (s.cls in classes and k[1] in dotted)} - found
+    return {m: {n for where, n in found if where == m} for m in parts if any(where == m for where, _ in found)}
+
+# %% ../nbs/41_report.ipynb #410195
+_MODULES = ("models", "facts", "probing", "tracing", "localization", "evaluation", "finetuning", "relearning", "latent", "stats")
+_DATA = ("data/organism/checksums.json", "data/organism/world.json")
+_EDITS = ("run_evaluation", "run_relearning", "run_latent")
+RECORDED = {"probing": ("run_probing",), "traced": ("run_tracing",), "trace_grid": ("token_map",), "localizations": ("run_localization",),
+            "training": ("run_finetuning",), "records_small": _EDITS, "metrics": _EDITS} # table -> functions that make it
+
+def _needs(table):
+    "The files behind a table, each with the names that count (None: all of it)"
     here = Path(str(files("mechunlearn")))
-    return {s: source_hash(here/(s if "." in s else f"{s}.py"), _COUNTING if s == "report" else ()) for s in RECORDED[table]}
+    names = needed([here/f"{m}.py" for m in _MODULES], ("load", "make_task", *RECORDED[table]))
+    if table == "metrics": names["report"] = needed([here/"report.py"], ("metrics",))["report"]
+    rates = ("data/learning_rates.csv",) if "learning_rate" in names.get("finetuning", ()) else ()
+    return {m: (here/f"{m}.py", n) for m, n in names.items()} | {d: (here/d, None) for d in (*_DATA, *rates)}
+
+def _sources(table): return {name: source_hash(*need) for name, need in _needs(table).items()}
 
 # %% ../nbs/41_report.ipynb #410197
 def _small(facts):

@@ -262,3 +262,14 @@ def test_comments_do_not_make_results_stale(tmp_path):
     a, b, c = (r.source_hash(tmp_path/f"{n}.py") for n in "abc")
     assert source_pair(tmp_path)
     assert a == b != c and r.source_hash(tmp_path/"none.py") == ""
+
+def test_a_table_depends_on_what_its_stage_needs(tmp_path):
+    (tmp_path/"one.py").write_text("from mechunlearn.two import helper\n\ndef stage(): return helper()\n\ndef figure(): return other()\n")
+    (tmp_path/"two.py").write_text("__all__ = ['helper']\nLIMIT = 3\n\nclass Box: pass\n\nclass Bag: pass\n\n@patch\ndef size(self:Box): return LIMIT\n\n"
+        "@patch\ndef weight(self:Bag): return 1\n\ndef helper():\n    weight = 2\n    return Box().size().weight\n\ndef other(): return stage()\n")
+    need = r.needed([tmp_path/"one.py", tmp_path/"two.py"], ("stage",))
+    assert need == {"one": {"stage"}, "two": {"helper", "Box", "size", "LIMIT"}}
+    (tmp_path/"copy").mkdir(); copy = tmp_path/"copy"/"two.py"
+    for old, new, same in [("other(): return stage()", "other(): return 7", True), ("weight = 2", "weight = 2 # two", True), ("LIMIT = 3", "LIMIT = 4", False)]:
+        r._statements.cache_clear(); copy.write_text((tmp_path/"two.py").read_text().replace(old, new))
+        assert (r.source_hash(copy, need["two"]) == r.source_hash(tmp_path/"two.py", need["two"])) is same
