@@ -394,7 +394,7 @@ LRS = tuple(2e-4 * 2**k for k in range(7))  # 2e-4 ... 1.28e-2, for the organism
 
 def _trial(lm, task, base, where, lr, seed, training):
     "One edit of a sweep; a diverged one has no score"
-    about = dict(model=lm.name, task=task.name, forget_size=len(task.forget), localization=where.name.split("#")[0], draw=where.draw, seed=seed,
+    about = dict(model=lm.name, task=task.name, forget_size=task.options.get("forget_size", len(task.forget)), localization=where.name.split("#")[0], draw=where.draw, seed=seed,
         lr=lr, inject=training.get("inject", 1.))
     try: edit = finetune(lm, task, where, lr=lr, seed=seed, progress=False, **training)
     except Refusal as e:

@@ -187,7 +187,7 @@ def weight(self:LM,
 # %% ../nbs/00_models.ipynb #000023
 def wrap(
     hf:PreTrainedModel, # a Llama, Gemma, Gemma-2 or Qwen3 for causal LM
-    tok, # its fast tokenizer; its padding side is set to left
+    tok, # its fast tokenizer
     name:str="model", # name in tables
     revision:str="", # what identifies the weights
 ) -> LM:

@@ -513,7 +513,7 @@ def mcq_groups(taught: list, kinds: list) -> dict[str, list]:
 def check(
     model: str = "organism",  # the packaged one, or a folder made by `retrain`
 ) -> dict:
-    "Measure what the organism knows against its floors; ghosts must lie within their interval of chance. JSON-ready."
+    "Measure what the organism knows against its floors; ghosts must not be clearly above chance. JSON-ready."
     return judged(model, knowledge(load(model), world=world_of(model)))
 
 

@@ -180,7 +180,9 @@ def _panel(ax, rows, lines):
         step = r.step.astype(int)
         ax.plot(step, r.value, dash, color=color, label=f"{label} (n = {r.n.max()})" if len(r) else None)
         if dash == "-": ax.fill_between(step, r.ci_low, r.ci_high, color=color, alpha=.15, lw=0)
-    for name, dash in CHANCE.items(): ax.axhline(getattr(lines, name), color="k", lw=.7, ls=dash, label=f"chance: {name}")
+    for value in sorted(set(lines)):
+        names = [name for name in CHANCE if getattr(lines, name) == value]
+        ax.axhline(value, color="k", lw=.7, ls=CHANCE[names[0]], label=f"chance: {', '.join(names)}")
 
 # %% ../nbs/30_relearning.ipynb #300029
 def run_relearning(

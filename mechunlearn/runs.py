@@ -521,7 +521,7 @@ def run_batch(
         for j in jobs: held.enter_context(lock(j.run_dir)); _keep_first_seed(j)
         ended = _schedule(todo, workers, held.enter_context(View(quiet)))
         for j in jobs:
-            if ended[j.run_dir, "all"]["state"] == "done" and not j.keep_edits and set(ATTACKS) <= set(stages): drop_edits(j.run_dir)
+            if ended[j.run_dir, "all"]["state"] == "done" and not j.keep_edits and tuple(stages) == PIPELINE: drop_edits(j.run_dir)
     return [ended[f, "all"] | {"run_dir": f} for f in folders]
 
 # %% ../nbs/40_runs.ipynb #400072
