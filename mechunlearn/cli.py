@@ -42,7 +42,8 @@ def setting(
     import yaml
     key, sign, value = text.partition("=")
     if not sign: raise argparse.ArgumentTypeError(f"KEY=VALUE, not '{text}'")
-    return key, yaml.safe_load(value)
+    try: return key, yaml.safe_load(value)
+    except yaml.YAMLError: raise argparse.ArgumentTypeError(f"the value of {key} is not YAML: '{value}'") from None
 
 # %% ../nbs/50_cli.ipynb #500008
 LOCALIZATIONS = "flu,causal-tracing-mlps,random-mlps,late,all-mlps,nonlocalized"
@@ -175,7 +176,7 @@ def localize(args):
 def edit(args):
     "only the edits, and keep them"
     from mechunlearn.runs import PIPELINE
-    return do_jobs([job_of(args)], args, PIPELINE[:4], show_localizations)
+    return do_jobs([job_of(args).model_copy(update={"keep_edits": True})], args, PIPELINE[:4], show_localizations)
 
 def attack(args):
     "only what an edit goes through: evaluation, relearning, latent knowledge"
@@ -210,10 +211,13 @@ def show_status(args):
 def report(args):
     "tables and HTML of finished runs"
     from mechunlearn.report import record
-    folders = run_folders(args.out)
-    for f in folders: show_run(f, args)
-    if args.record: record(folders, args.record)
-    return 0
+    folders, bad = run_folders(args.out), {}
+    for f in folders:
+        try: show_run(f, args)
+        except Refusal as e: bad[f] = e; print(f"mechunlearn: {e}", file=sys.stderr)
+    if len(bad) == len(folders): return 2
+    if args.record: record([f for f in folders if f not in bad], args.record)
+    return 1 if bad else 0
 
 # %% ../nbs/50_cli.ipynb #500023
 def organism(args):

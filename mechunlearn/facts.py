@@ -337,6 +337,8 @@ def with_edit_answers(
 ) -> tuple[Fact, ...]: # copies that have `edit`
     "Draw the answers that an edit installs"
     choose(inject, INJECT, "inject")
+    if inject == "golf" and (already := [f.subject for f in facts if f.answer == GOLF]):
+        raise Refusal(f"inject='golf' changes nothing for {already[0]}, who plays golf: leave golfers out of the facts")
     def draw(f): return GOLF if inject == "golf" else seeded("edit", seed, f.id).choice([c for c in f.candidates if c not in (f.answer, GOLF)])
     return tuple(f.model_copy(update={"edit": draw(f)}) for f in facts)
 

@@ -293,7 +293,9 @@ def load(
             hf = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, revision=revision, device_map=device_map or {"": device},
                 quantization_config=quant)
     except (OSError, ValueError) as e: raise Refusal(f"cannot load {model!r}: {why(e)}") from e
-    return wrap(hf, tok, name, rev or getattr(hf.config, "_commit_hash", None) or "")
+    precision = quantize or str(dtype).removeprefix("torch.")
+    rev = rev or getattr(hf.config, "_commit_hash", None) or ""
+    return wrap(hf, tok, name, rev + (f"+{precision}" if precision != "float32" else ""))
 
 # %% ../nbs/00_models.ipynb #000034
 def quantization(

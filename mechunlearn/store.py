@@ -176,7 +176,7 @@ def read_meta(
     try:
         meta = json.loads(sidecar(path).read_text())
         consistent = meta["hash"] == cause_hash(meta["causes"], meta["schema"])
-    except (ValueError, KeyError, TypeError): raise Broken(path, "its sidecar .meta.json cannot be read") from None
+    except (OSError, ValueError, KeyError, TypeError): raise Broken(path, "its sidecar .meta.json cannot be read") from None
     if not consistent: raise Broken(path, "its sidecar .meta.json was altered")
     if sha256(path) != meta.get("sha256"): raise Broken(path, "its bytes differ from the checksum in its sidecar")
     return meta

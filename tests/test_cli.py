@@ -19,6 +19,8 @@ def nothing_starts(monkeypatch):
     (["run", "extra"], "'extra' is one word too many"), (["run", "--forget-size", "many"], "--forget-size: invalid int value: 'many'"), (["run", "--model"], "--model: expected one argument"),
     (["run", "--seeds", "0,x"], "--seeds: whole numbers"), (["run", "--seeds", ""], "--seeds: whole numbers"), (["run", "--set", "steps"], "KEY=VALUE"),
     (["run", "--set", "stepps=3"], "did you mean 'steps'"), (["run", "--set", "steps=many"], "steps: input should be a valid integer"), (["run", "--draws", "0"], "draws: "),
+    (["run", "--seeds", "0,-1"], "seeds are 0 or larger"), (["run", "--localizations", ","], "no localization is named"), (["run", "--set", "lr=[1"], "not YAML"),
+    (["run", "--dtype", "float8", "--dry-run"], "dtype: "), (["run", "--set", "corruption=zap"], "corruption: "), (["run", "--quantize", "3bit"], "quantize: "),
     (["run", "--batch-size", "0"], "batch_size: "), (["run", "--model", "organsim"], "did you mean 'organism'"), (["run", "--task", "sport-athlete-editing"], "did you mean 'sports-athlete-editing'"),
     (["run", "--localizations", "flu,random-mlp"], "did you mean 'random-mlps'"), (["run", "--localizations", "flu#2"], "flu#2"), (["run", "--inject", "gold"], "did you mean 'golf'"),
     (["run", "--forget-size", "0"], "forget_size"), (["run", "--forget-size", "100000"], "too large"), (["run", "--facts", "nowhere.csv"], "nowhere.csv"),
@@ -110,3 +112,13 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, capsys, nothing_star
     assert main(["run", "--out", str(tmp_path/"file"/"runs")]) == 1
     said = capsys.readouterr()
     assert "Not a directory" in said.err and said.err.count("\n") == 1
+
+
+def test_report_goes_on_after_an_unfinished_run(tmp_path, capsys):
+    from synthetic import synthetic_run
+    synthetic_run(tmp_path/"b", ("flu",), seeds=(0,), n=6)
+    (tmp_path/"a").mkdir(); (tmp_path/"a"/"run.json").write_text(json.dumps({"model": "m", "revision": "r", "task": "t", "options": {}}))
+    assert main(["report", str(tmp_path)]) == 1
+    said = capsys.readouterr()
+    assert "no records yet" in said.err and "report.html" in said.out
+    assert main(["report", str(tmp_path/"a")]) == 2

@@ -190,9 +190,26 @@ def test_a_process_that_dies_without_a_word_is_reported(tmp_path):
 
 
 def test_edits_go_and_records_stay(tmp_path):
-    for name in ("edit.safetensors", "edit.safetensors.meta.json", "training.parquet", "evaluation.parquet"):
-        (tmp_path / "flu/seed0").mkdir(parents=True, exist_ok=True); (tmp_path / "flu/seed0" / name).write_text("1234")
-    assert runs.drop_edits(tmp_path) == 4 and sorted(p.name for p in tmp_path.rglob("*.*")) == ["evaluation.parquet", "training.parquet"]
+    one = job(tmp_path).model_copy(update={"localizations": ["late"], "seeds": [0]})
+    here = Path(one.run_dir)/"flu/seed0"; here.mkdir(parents=True)
+    for name in ("edit.safetensors", "edit.safetensors.meta.json", "training.parquet", "evaluation.parquet"): (here/name).write_text("1234")
+    left = lambda: sorted(p.name for p in here.iterdir())
+    assert runs.drop_edits(one) == 0
+    one = one.model_copy(update={"localizations": ["flu"]})
+    assert runs.drop_edits(one) == 4 and left() == ["evaluation.parquet", "training.parquet"]
+    runs.want_edits(one)
+    assert left() == ["evaluation.parquet"]
+
+
+def test_a_refused_localization_does_not_stop_the_others(tmp_path, monkeypatch):
+    states = {"flu": "refused"}
+    monkeypatch.setattr(runs, "start", lambda part, slot, workers: type("P", (), {"poll": lambda self: 0, "returncode": 0})())
+    monkeypatch.setattr(runs, "outcome", lambda part, code: {"state": states.get(part.label, "done"), "why": part.label})
+    todo = parts(job(tmp_path).model_copy(update={"localizations": ["flu", "late"]}), True)
+    end = lambda: {label: out["state"] for (_, label), out in runs._schedule(todo, 2, runs.View(quiet=True)).items()}
+    assert end() == {"maps": "done", "none": "done", "flu": "refused", "late": "done", "all": "done"}
+    states["flu"] = "failed"; assert end()["all"] == "failed"
+    states["none"] = "refused"; assert end()["late"] == "refused"
 
 
 # ---- killed, and continued
