@@ -1058,7 +1058,7 @@ def say_training(
     "Whether every edit was completed"
     last = curves[curves.step == curves.step.max()].groupby("localization").forget.mean()
     slow = [f"{n} ({last[n]:.2f})" for n in ordered(last.index) if last[n] > .1]
-    return (f"Mean forget loss at the last step is at most {last.max():.3f} nats: every edit was completed." if not slow else
+    return (f"At the last step the forget loss, mean over seeds and draws, is at most {last.max():.3f} nats: the edits were completed." if not slow else
             f"Not completed (forget loss above 0.1 nats at the last step): {_and(slow)}. They are judged as edits only partly made.")
 
 # %% ../nbs/41_report.ipynb #410147
