@@ -434,7 +434,8 @@ def plot_sweep(
     ax=None, # matplotlib axes
 ):
     "Mean score by learning rate and localization; 3 is perfect"
-    wide = table.pivot_table(index="localization", columns="lr", values="score", sort=False).rename(columns="{:.2g}".format)
+    wide = table.pivot_table(index="localization", columns="lr", values="score", sort=False)
+    wide = wide.sort_index(axis=1).rename(columns="{:.2g}".format)
     ax = sns.heatmap(wide, annot=True, fmt=".2f", vmin=1, vmax=3, cmap="viridis", cbar=False, ax=ax)
     ax.set(xlabel="learning rate", ylabel="", title="(1 - forget) + edit + retain - text loss increase")
     return ax

@@ -87,7 +87,7 @@ def baseline(
     return next((n for n in FLU if n in set(names)), None)
 
 # %% ../nbs/41_report.ipynb #410015
-_RC = {"font.size": 9, "axes.titlesize": 9.5, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8, "figure.dpi": 80,
+_RC = {"font.size": 9, "axes.titlesize": 9.5, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8, "figure.dpi": 80, "axes.grid": False,
        "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left", "axes.titleweight": "bold"}
 
 class _Drawing(Figure):
@@ -785,7 +785,7 @@ def plot_bars(
     names = ordered(n for r in found.values() for n in r[r.seed == -1].localization)
     fig, axes = _figure(8, .8 + .24*len(names), 1, len(found), sharey=True, squeeze=False)
     for ax, (c, r) in zip(axes[0], found.items()):
-        _bar_panel(ax, r[r.seed == -1], r[r.seed >= 0], names, _lines(c, guess), f"{c} {_arrow(c)}")
+        _bar_panel(ax, r[r.seed == -1], r[r.seed >= 0], names, _lines(c, guess), f"{c} {_arrow(c)}".replace(" ", "\n" if len(found) > 4 else " ", 1))
     axes[0, 0].set(yticks=range(len(names)), yticklabels=[printed(n) for n in names])
     return fig
 
