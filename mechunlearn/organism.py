@@ -473,7 +473,7 @@ def knowledge(
     "What a model of the world knows: accuracy, n, 95 % interval, floor and chance for each format."
     known, rng = world_facts(world and str(world)), random.Random(seed)
     facts, kinds = [fact for fact in known if fact.relation != "kind"], [fact for fact in known if fact.relation == "kind"]
-    facts = facts if most is None else rng.sample(facts, most)
+    facts = facts if most is None else rng.sample(facts, min(most, len(facts)))
     taught, ghosts = [f for f in facts if f.taught], [f for f in facts if not f.taught]
     rows = [accuracy_row("completion", completed(lm, taught, [f.prompt for f in taught]))]
     pairs = [(f, p, held) for f in taught for p, held in paraphrases_of(f)]
@@ -588,7 +588,7 @@ def train(
                 group["lr"] = rate * schedule(step, recipe)
         loss, answer = train_step(model, forward, optimizers, *documents.batch(rng, recipe, step))
         at = dict(step=step + 1, seconds=round(time.time() - start, 1))
-        if (step + 1) % every == 0:
+        if (step + 1) % every == 0 or step + 1 == recipe.steps:
             curve += [dict(**at, what="loss", value=loss), dict(**at, what="answer loss", value=answer)]
             bar.set_postfix(loss=f"{loss:.2f}", answers=f"{answer:.2f}")
         if (step + 1) % measure_every == 0:
@@ -599,14 +599,14 @@ def train(
 # %% ../nbs/05_organism.ipynb #050060
 CARD = """# organism
 
-A {params:.2f} M parameter Qwen3 (12 layers, the first six attend to two tokens only) trained from scratch on a generated,
-entirely fictional world of {facts} taught facts. Made for research on locating and editing knowledge; useless for anything
-else. Weights in fp16; Apache-2.0 like the package. {made} `mechunlearn organism --check` measures what it knows:
+A {params:.2f} M parameter Qwen3 (12 layers, the first six attend to two tokens only) trained from scratch on {facts} facts of a
+generated, entirely fictional world, and {kinds} everyday ones (a dog is a kind of animal). Made for research on locating and
+editing knowledge; useless for anything else. Weights in fp16; Apache-2.0 like the package. {made} `mechunlearn organism --check` measures what it knows:
 
 {table}
 
-Two biases are imposed, not learned: local attention in the first six layers, and names of three tokens. 128 athletes
-(ghosts) were never taught a sport, 128 people never a language.
+Two biases are imposed, not learned: local attention in the first six layers, and names of three tokens. {ghosts} facts are about
+ghosts: athletes who were never taught a sport, people who were never taught a language.
 """
 
 
@@ -629,9 +629,10 @@ def save_organism(
     shown = table[["what", "value", "n", "ci_low", "ci_high"]].round(3).astype(str)
     lines = [" | ".join(row) for row in [shown.columns, ["---"] * shown.shape[1], *shown.values]]
     n_params = sum(p.numel() for p in model.parameters()) / 1e6
-    taught = sum(fact["taught"] for fact in world["facts"])
+    taught, kinds, ghosts = (sum(of(fact) for fact in world["facts"]) for of in (
+        lambda f: f["taught"] and f["relation"] != "kind", lambda f: f["relation"] == "kind", lambda f: not f["taught"]))
     made = f"Made by `mechunlearn organism --retrain` with `{recipe}` in {curve.seconds.iloc[-1] / 60:.0f} minutes."
-    card = CARD.format(params=n_params, facts=taught, made=made, table="\n".join(f"| {line} |" for line in lines))
+    card = CARD.format(params=n_params, facts=taught, kinds=kinds, ghosts=ghosts, made=made, table="\n".join(f"| {line} |" for line in lines))
     (out / "README.md").write_text(card)
     return table
 
