@@ -23,7 +23,7 @@ from .facts import Task
 from .models import LM, Component, Slice, components, merge_slices, n_params, neurons, slices
 from .probing import flu_layers, run_probing
 from .store import Refusal, Run, choose
-from .tracing import run_tracing
+from .tracing import run_attribution_patching, run_tracing
 
 # %% ../nbs/13_localization.ipynb #130006
 class Localization(BaseModel, frozen=True):
@@ -168,6 +168,8 @@ class Evidence:
     @cached_property
     def tracing(self): return run_tracing(self.lm, lambda seed: self.task, self.run, **self.settings)
     @cached_property
+    def attribution(self): return run_attribution_patching(self.lm, lambda seed: self.task, self.run, **self.settings)
+    @cached_property
     def layers(self): return flu_layers(self.curve)
 
 # %% ../nbs/13_localization.ipynb #130023
@@ -200,6 +202,8 @@ class Ranked(BaseModel, frozen=True):
 RANKED = {
     "causal-tracing": Ranked(kinds=("mlp", "head"), order=lambda ev, u, name, draw: by_score(ev.tracing, u)),
     "causal-tracing-mlps": Ranked(kinds=("mlp",), order=lambda ev, u, name, draw: by_score(ev.tracing, u)),
+    "attribution-patching": Ranked(kinds=("mlp", "head"), order=lambda ev, u, name, draw: by_score(ev.attribution, u)),
+    "attribution-patching-mlps": Ranked(kinds=("mlp",), order=lambda ev, u, name, draw: by_score(ev.attribution, u)),
     "random": Ranked(kinds=("mlp", "head"), order=lambda ev, u, name, draw: at_random(u, name, draw), drawn=True),
     "random-mlps": Ranked(kinds=("mlp",), order=lambda ev, u, name, draw: at_random(u, name, draw), drawn=True),
 }

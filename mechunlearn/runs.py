@@ -30,7 +30,7 @@ class Stage(NamedTuple):
 
 PIPELINE = (
     Stage("probing", "10_probing", ("scores/probing.parquet",)),
-    Stage("tracing", "11_output_tracing", ("scores/causal-tracing-*.parquet", "scores/trace-grid*.parquet")),
+    Stage("tracing", "11_output_tracing", ("scores/causal-tracing-*.parquet", "scores/attribution-patching-*.parquet", "scores/trace-grid*.parquet")),
     Stage("localization", "13_localization", ("localizations/*.json",)),
     Stage("finetuning", "20_finetuning", ("*/seed{seed}/training.parquet",)),
     Stage("evaluation", "15_evaluation", ("*/seed{seed}/evaluation.parquet",)),

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['GRID_FACTS', 'swap_subject', 'same_frame', 'Case', 'swap_cases', 'noise_cases', 'Cache', 'record', 'Patch', 'read',
-           'patched', 'embedding_sd', 'draw_noise', 'run_patches', 'normalise', 'Scores', 'causal_tracing',
-           'plot_scores', 'rank_stability', 'token_labels', 'trace_grid', 'plot_grid', 'run_tracing', 'token_map']
+           'patched', 'embedding_sd', 'draw_noise', 'run_patches', 'normalise', 'shares', 'Scores', 'causal_tracing',
+           'plot_scores', 'rank_stability', 'attribute', 'run_attribution', 'attribution_patching', 'token_labels',
+           'trace_grid', 'plot_grid', 'attribution_grid', 'run_tracing', 'run_attribution_patching', 'token_map']
 
 # %% ../nbs/11_output_tracing.ipynb #110002
 import random
@@ -272,7 +273,15 @@ def normalise(
     min_gap:float=.05, # smallest denominator
 ) -> pd.DataFrame: # one row a patch: score, ci_low, ci_high (bootstrap over facts), score_per_fact, n, n_per_fact, clean, corrupt, patched
     "Scores of raw readings; columns draw0.. hold the score within each noise sample"
-    clean, bad, good = (_measure(raw[k], corruption).double().numpy() for k in ("clean", "corrupt", "patched"))
+    return shares(*(_measure(raw[k], corruption).double().numpy() for k in ("clean", "corrupt", "patched")), min_gap)
+
+def shares(
+    clean, # measure of the clean run [facts]
+    bad, # of the corrupted one [samples, facts]
+    good, # after each patch [patches, samples, facts]
+    min_gap:float=.05, # smallest denominator
+) -> pd.DataFrame: # as `normalise`
+    "Which share of the gap between corrupted and clean each patch closes"
     gap, gain = (clean - bad).mean(0), (good - bad).mean(1) # [facts], [patches, facts]
     with_gap, ok = gap > min_gap, gap.mean() > min_gap
     share = gain / (gap.mean() if ok else np.nan)
@@ -361,6 +370,85 @@ def rank_stability(
     if not draws: raise Refusal("there is one sample only: trace with corruption='noise' and n_noise > 1")
     return scores.table[draws].corr("spearman")
 
+# %% ../nbs/11_output_tracing.ipynb #08ac77f6
+def attribute(
+    lm:LM, # model
+    batch:dict, # corrupted prompts, from `lm.encode`
+    clean:Cache, # the clean run
+    answers:torch.Tensor, # token ids [b, k]
+    corruption:str, # 'swap' or 'noise': chooses the measure
+    noise:torch.Tensor|None=None, # added to the embeddings [b, s, d]
+) -> tuple: # readings of the corrupted run [2, b, k]; first-order gains of MLPs [b, s, L] and of heads [b, s, L, H]
+    "One corrupted forward and one backward"
+    z, mlp, logits = [], [], []
+    with torch.enable_grad(), lm.nn.trace(batch, logits_to_keep=1):
+        x = lm.layer(0).input
+        if noise is not None: x = x + noise.to(x)
+        lm.layer(0).input = x.detach().requires_grad_()
+        for l in range(lm.n_layers):
+            z.append(lm.o_proj(l).input)
+            mlp.append(lm.mlp(l).output)
+        logits.append(lm.nn.output.logits[:, -1])
+    with torch.enable_grad():
+        reading = read(logits[0], answers)
+        grads = torch.autograd.grad(_measure(reading, corruption).sum(), z + mlp)
+    gains = [((a - b.detach()).float() * g.float()).cpu() for a, b, g in zip(clean.z + clean.mlp, z + mlp, grads)]
+    heads = torch.stack([g.unflatten(-1, (lm.n_heads, lm.head_dim)).sum(-1) for g in gains[:lm.n_layers]], 2)
+    return reading.detach(), torch.stack([g.sum(-1) for g in gains[lm.n_layers:]], 2), heads
+
+# %% ../nbs/11_output_tracing.ipynb #ae08899c
+def run_attribution(
+    lm:LM, # model
+    cases:list[Case], # facts
+    corruption:str, # 'swap' or 'noise': chooses the measure
+    sd:float=0., # standard deviation of the noise; 0: the corrupted prompt alone
+    n_samples:int=1, # noise draws
+    seed:int=0, # of the noise
+    batch_size:int=32, # prompts at a time
+    progress:bool=True, # show a bar
+) -> dict: # 'clean' [n], 'corrupt' [samples, n], 'mlp' [samples, n, tokens, L], 'head' [samples, n, tokens, L, H]; tokens from the end
+    "Measures and first-order gains, nothing normalised"
+    n, s = len(cases), max(map(len, lm.ids([c.fact.prompt for c in cases])))
+    out = {"clean": torch.zeros(n), "corrupt": torch.zeros(n_samples, n), "mlp": torch.zeros(n_samples, n, s, lm.n_layers),
+           "head": torch.zeros(n_samples, n, s, lm.n_layers, lm.n_heads)}
+    for ids, batch in tqdm(list(models.batches(lm, [c.fact.prompt for c in cases], batch_size)), "attribution", disable=not progress, leave=False):
+        group = [cases[i] for i in ids]
+        answers, damaged, clean = torch.tensor([c.answers for c in group]), lm.encode([c.corrupt for c in group]), record(lm, batch)
+        out["clean"][ids] = _measure(read(clean.logits, answers), corruption)
+        for k in range(n_samples):
+            noise = _place_noise(lm, damaged, group, ids, sd, seed, k) if sd else None
+            reading, mlp, head = attribute(lm, damaged, clean, answers, corruption, noise)
+            out["corrupt"][k, ids] = _measure(reading, corruption)
+            out["mlp"][k, ids, s - mlp.shape[1]:], out["head"][k, ids, s - mlp.shape[1]:] = mlp, head
+    return out
+
+# %% ../nbs/11_output_tracing.ipynb #55a12b28
+def attribution_patching(
+    lm:LM, # model
+    facts, # facts to trace
+    corruption:str="swap", # 'swap' (another subject) or 'noise'
+    noise:float=3., # noise in standard deviations of the subject embeddings
+    n_noise:int=5, # noise samples
+    seed:int=0, # draws partners and noise: those of `causal_tracing`
+    components:list[Component]|None=None, # default: every MLP and head
+    pool=None, # facts whose subjects may be swapped in; default `facts`
+    batch_size:int=32, # prompts at a time
+    min_gap:float=.05, # see `normalise`
+    progress:bool=True, # show a bar
+) -> Scores: # as of `causal_tracing`; `.raw` holds the gains by token
+    "What restoring each component would do, to first order. Cost: a forward, and for each sample a forward and a backward"
+    store.choose(corruption, ("swap", "noise"), "corruption")
+    comps = models.components(lm) if components is None else list(components)
+    cases = swap_cases(lm, facts, pool, seed) if corruption == "swap" else noise_cases(lm, facts)
+    how = {} if corruption == "swap" else {"sd": noise * embedding_sd(lm, cases, batch_size), "n_samples": n_noise}
+    raw = run_attribution(lm, cases, corruption, seed=seed, batch_size=batch_size, progress=progress, **how)
+    gain = {k: raw[k].sum(2).double().numpy() for k in ("mlp", "head")}
+    bad = raw["corrupt"].double().numpy()
+    good = np.stack([bad + (gain["mlp"][..., c.layer] if c.kind == "mlp" else gain["head"][..., c.layer, c.head]) for c in comps])
+    table = pd.concat([_components_table(comps), shares(raw["clean"].double().numpy(), bad, good, min_gap)], axis=1)
+    config = {"corruption": corruption, "seed": seed, "min_gap": min_gap, "n_dropped": len(facts) - len(cases), **how}
+    return Scores(f"attribution-patching-{corruption}", config, table, raw)
+
 # %% ../nbs/11_output_tracing.ipynb #110056
 def _aligned(lm, cases):
     "The cases of the most common (prompt length, subject span)"
@@ -423,6 +511,31 @@ def plot_grid(
     ax.invert_yaxis()
     return ax
 
+# %% ../nbs/11_output_tracing.ipynb #caa63f36
+def attribution_grid(
+    lm:LM, # model
+    facts, # facts to trace; those of the most common token layout are used
+    kind:str="mlp", # 'mlp' or 'attn' (all heads of a layer)
+    corruption:str="swap", # 'swap' or 'noise'
+    noise:float=3., # see `causal_tracing`
+    n_noise:int=5, # noise samples
+    seed:int=0, # draws partners and noise
+    batch_size:int=32, # prompts at a time
+    min_gap:float=.05, # see `normalise`
+    progress:bool=True, # show a bar
+) -> pd.DataFrame: # as `trace_grid`
+    "The first-order estimate of `trace_grid`, every place at once. Cost: a forward, and for each sample a forward and a backward"
+    store.choose(corruption, ("swap", "noise"), "corruption")
+    store.choose(kind, ("mlp", "attn"), "kind")
+    cases = _aligned(lm, swap_cases(lm, facts, seed=seed) if corruption == "swap" else noise_cases(lm, facts))
+    how = {} if corruption == "swap" else {"sd": noise * embedding_sd(lm, cases, batch_size), "n_samples": n_noise}
+    raw = run_attribution(lm, cases, corruption, seed=seed, batch_size=batch_size, progress=progress, **how)
+    gain, bad = (raw["mlp"] if kind == "mlp" else raw["head"].sum(-1)).double().numpy(), raw["corrupt"].double().numpy()
+    places, labels = [(l, p) for l in range(lm.n_layers) for p in range(cases[0].span[0], 0)], token_labels(lm, cases)
+    good = np.stack([bad + gain[:, :, p, l] for l, p in places])
+    where = pd.DataFrame([(l, p, labels[p], kind) for l, p in places], columns=["layer", "position", "token", "kind"])
+    return pd.concat([where, shares(raw["clean"].double().numpy(), bad, good, min_gap)], axis=1)
+
 # %% ../nbs/11_output_tracing.ipynb #110064
 def run_tracing(
     lm:LM, # model
@@ -439,13 +552,35 @@ def run_tracing(
     **other, # options of other stages
 ) -> pd.DataFrame: # the table of `Scores`
     "Causal tracing as a stage; writes scores/causal-tracing-<corruption>.parquet"
-    task = task_for_seed(seeds[0])
     how = {"corruption": corruption} | ({"noise": noise, "n_noise": n_noise} if corruption == "noise" else {})
+    return _scored("causal-tracing", causal_tracing, how, lm, task_for_seed(seeds[0]), run, recompute, batch_size=batch_size, progress=progress)
+
+def _scored(method, trace, how, lm, task, run, recompute, **pace):
+    "The table of a method on the task's facts, made or read"
     splits = ("dev_forget", "dev_retain") if task.dev_forget else ("forget", "retain")
-    causes = {"model": lm.name, "revision": lm.revision, "task": task.causes(*splits), "method": "causal-tracing", **how}
-    path, pool = run and run.path("scores", f"causal-tracing-{corruption}.parquet"), [*task.localize_on, *getattr(task, splits[1])]
-    trace = lambda: causal_tracing(lm, task.localize_on, pool=pool, batch_size=batch_size, progress=progress, **how).table
-    return store.make(path, causes, trace, recompute)
+    causes = {"model": lm.name, "revision": lm.revision, "task": task.causes(*splits), "method": method, **how}
+    path, pool = run and run.path("scores", f"{method}-{how['corruption']}.parquet"), [*task.localize_on, *getattr(task, splits[1])]
+    return store.make(path, causes, lambda: trace(lm, task.localize_on, pool=pool, **how, **pace).table, recompute)
+
+# %% ../nbs/11_output_tracing.ipynb #ff83e9ca
+def run_attribution_patching(
+    lm:LM, # model
+    task_for_seed, # seed -> Task
+    run:Run|None=None, # run folder; None: nothing is written
+    localizations=(), # not used: the scores serve all of them
+    seeds=(0,), # the first one's task is used
+    corruption:str="swap", # 'swap' or 'noise'
+    noise:float=3., # see `causal_tracing`
+    n_noise:int=5, # noise samples
+    batch_size:int=32, # rows of one forward
+    recompute:bool=False, # make it again even if done
+    progress:bool=True, # show a bar
+    **other, # options of other stages
+) -> pd.DataFrame: # the table of `Scores`
+    "Attribution patching as a stage, on the facts of `run_tracing`; writes scores/attribution-patching-<corruption>.parquet"
+    how = {"corruption": corruption} | ({"noise": noise, "n_noise": n_noise} if corruption == "noise" else {})
+    return _scored("attribution-patching", attribution_patching, how, lm, task_for_seed(seeds[0]), run, recompute, batch_size=batch_size,
+                   progress=progress)
 
 # %% ../nbs/11_output_tracing.ipynb #110066
 GRID_FACTS = 16 # facts of the map by token

@@ -4,7 +4,7 @@ from mechunlearn import tracing
 from mechunlearn.facts import Fact, Task
 from mechunlearn.models import Component, components
 from mechunlearn.store import Refusal, Run, load_table
-from mechunlearn.tracing import (Patch, Scores, causal_tracing, draw_noise, noise_cases, normalise, patched, rank_stability, read, record,
+from mechunlearn.tracing import (Patch, Scores, attribution_grid, attribution_patching, causal_tracing, draw_noise, noise_cases, normalise, patched, rank_stability, read, record,
     run_patches, run_tracing, same_frame, swap_cases, swap_subject, token_labels, trace_grid)
 
 SPORTS = (" football", " baseball", " basketball")
@@ -331,3 +331,72 @@ def test_stage_is_made_once(tiny, tmp_path, monkeypatch):
     assert run_tracing(lm, lambda seed: task, run).equals(first)
     with pytest.raises(TypeError): run_tracing(lm, lambda seed: task, run, recompute=True)
     with pytest.raises(TypeError): run_tracing(lm, lambda seed: task, run, corruption="noise")
+
+
+# ---- attribution patching
+
+def plain_gains(lm, case, corruption, noise=None):
+    "Gains by token of every MLP [T, L] and head [T, L, H], one fact, plain hooks and autograd"
+    clean_ids, bad_ids = lm.ids([case.fact.prompt, case.corrupt])
+    blocks, handles, seen = lm.hf.model.layers, [], {}
+    spots = {(kind, l): site(lm, kind, l, 0)[:2] for l in range(lm.n_layers) for kind in ("mlp", "head")}
+    kept = forward(lm, clean_ids, keep=spots)[1]
+    def start(_, args, kwargs):
+        x = hidden(args, kwargs).detach().clone()
+        if noise is not None: x[0, x.shape[1] + case.span[0]:x.shape[1] + case.span[1]] += noise
+        x.requires_grad_()
+        return (x, *args[1:]), {k: v for k, v in kwargs.items() if k != "hidden_states"}
+    handles.append(blocks[0].register_forward_pre_hook(start, with_kwargs=True))
+    for name, (module, side) in spots.items():
+        def see(_, args, out, name=name, side=side): seen[name] = args[0] if side == "in" else out
+        handles.append(module.register_forward_hook(see))
+    with torch.enable_grad():
+        logits = lm.hf(torch.tensor([bad_ids])).logits[0, -1].float()
+        a = list(case.answers)
+        metric = logits[a[0]] - logits[a[1]] if corruption == "swap" else logits.softmax(0)[a[0]]
+        grads = dict(zip(seen, torch.autograd.grad(metric, list(seen.values()))))
+    for h in handles: h.remove()
+    gain = {n: ((kept[n] - seen[n]) * g)[0].detach() for n, g in grads.items()}
+    heads = [gain["head", l].unflatten(-1, (lm.n_heads, lm.head_dim)).sum(-1) for l in range(lm.n_layers)]
+    return torch.stack([gain["mlp", l].sum(-1) for l in range(lm.n_layers)], 1), torch.stack(heads, 1)
+
+
+@pytest.mark.parametrize("corruption", ["swap", "noise"])
+def test_attribution_equals_plain_autograd(lm, corruption):
+    facts, seed = make_facts(), 3
+    s = attribution_patching(lm, facts, corruption, noise=2., n_noise=2, seed=seed, batch_size=5, progress=False)
+    cases = swap_cases(lm, facts, seed=seed) if corruption == "swap" else noise_cases(lm, facts)
+    for i, c in enumerate(cases):
+        for k in range(1 if corruption == "swap" else 2):
+            noise = None if corruption == "swap" else s.config["sd"] * draw_noise(c.span[1] - c.span[0], lm.d_model, seed, k, i)
+            mlp, head = plain_gains(lm, c, corruption, noise)
+            torch.testing.assert_close(s.raw["mlp"][k, i, -len(mlp):], mlp, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(s.raw["head"][k, i, -len(mlp):], head, rtol=1e-4, atol=1e-6)
+            assert not s.raw["mlp"][k, i, :-len(mlp)].any()
+
+
+def test_attribution_does_not_depend_on_batches(lm):
+    a, b = (attribution_patching(lm, make_facts(), batch_size=n, progress=False).raw for n in (2, 8))
+    for k in ("clean", "corrupt", "mlp", "head"): torch.testing.assert_close(a[k], b[k], rtol=1e-4, atol=1e-6)
+    lm.tok.padding_side = "right"
+    c = attribution_patching(lm, make_facts(), batch_size=8, progress=False).raw
+    torch.testing.assert_close(c["mlp"], b["mlp"], rtol=1e-4, atol=1e-6)
+
+
+def test_attribution_is_exact_for_small_steps(lm):
+    how = dict(corruption="noise", noise=.03, n_noise=2, min_gap=-1., progress=False)
+    exact, linear = causal_tracing(lm, make_facts(), **how).table, attribution_patching(lm, make_facts(), **how).table
+    gain, estimate = exact.patched - exact.corrupt, linear.patched - linear.corrupt
+    assert np.abs(gain - estimate).max() < .1 * np.abs(gain).max()
+
+
+def test_attribution_by_token_adds_up(tiny):
+    lm, facts = tiny("gemma2"), make_facts()
+    grid = attribution_grid(lm, facts, "mlp", min_gap=-99, progress=False)
+    cases = tracing._aligned(lm, swap_cases(lm, facts))
+    assert set(grid.token) and len(grid) == lm.n_layers * -cases[0].span[0]
+    by_layer = grid.assign(gain=grid.patched - grid.corrupt).groupby("layer").gain.sum()
+    raw = tracing.run_attribution(lm, cases, "swap", progress=False)
+    np.testing.assert_allclose(by_layer, raw["mlp"].sum(2).mean((0, 1)), atol=1e-5)
+    with pytest.raises(Refusal, match="unknown kind"): attribution_grid(lm, facts, "resid")
+    with pytest.raises(Refusal, match="unknown corruption"): attribution_patching(lm, facts, "zap")
