@@ -114,10 +114,10 @@ def test_pooling_weighs_seeds_that_disagree():
 # comparing
 
 def test_compare_pairs_facts_of_the_same_seed():
-    data = pd.concat([one("flu", seed=s, truth=.0) for s in (0, 1)] + [one("late", seed=s, truth=.6) for s in (0, 1, 2)] + [one("all-mlps", seed=0, truth=0.)])
+    data = pd.concat([one("flu", seed=s, truth=.0, n=40) for s in (0, 1)] + [one("late", seed=s, truth=.6, n=40) for s in (0, 1, 2)] + [one("all-mlps", seed=0, truth=0., n=40)])
     c = r.compare(data.sample(frac=1, random_state=0)).set_index("localization")
-    assert c.n.to_dict() == {"late": 20, "all-mlps": 20} and np.isclose(c.difference["late"], .6) and (c.test == "McNemar").all()
-    assert c.p["all-mlps"] == 1 and c.p_holm["late"] == min(1, 2*c.p["late"]) < 2e-3
+    assert c.n.to_dict() == {"late": 40, "all-mlps": 40} and np.isclose(c.difference["late"], .6) and (c.test == "McNemar").all()
+    assert c.p["all-mlps"] == 1 and c.p_holm["late"] == min(1, 2*c.p["late"]) < 1e-4
 
 def test_means_of_several_prompts_use_the_bootstrap():
     mixed = lambda name, k: pd.concat([one(name, n=20, variants=1, truth=t).assign(variant=v) for v, t in enumerate(k)])
