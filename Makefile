@@ -26,15 +26,19 @@ help:
 	$(BIN)/pip install -q --disable-pip-version-check -e ".[dev]" -c constraints.txt
 	@touch $@
 
+.venv/.peers: .venv/.installed
+	$(BIN)/pip install -q --disable-pip-version-check -e ".[dev,peers]" -c constraints.txt
+	@touch $@
+
 run: .venv/.installed
 	$(BIN)/mechunlearn run --model organism --task sports-athlete-editing --forget-size 64 --seeds 0 \
 	  --localizations flu,causal-tracing-mlps,random-mlps,late,all-mlps,nonlocalized --draws 1 --out $(OUT)
 
-test: .venv/.installed docs-check
+test: .venv/.peers docs-check
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
 	$(BIN)/python -m pytest tests -q -m "not slow and not gpu"
 
-test-all: .venv/.installed docs-check
+test-all: .venv/.peers docs-check
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 	$(BIN)/python -m pytest tests -q
 

@@ -268,7 +268,7 @@ def learning_rate(
 ) -> Rate: # Refusal if neither it nor its group has an entry for this model and task
     "The entry of this localization, else of the next in its group; of the nearest size"
     table, name = pd.read_csv(LEARNING_RATES) if table is None else table, localization.split("#")[0]
-    group = next((g for g in RATE_GROUPS if name in g), [name])
+    group = next((g for g in RATE_GROUPS if name in g), [name] + (RATE_GROUPS[0] if name.startswith("hand@") else []))
     short = lambda m: m.rstrip("/").split("/")[-1].lower()
     rows = table[(table.model.map(short) == short(model)) & (table.task == task) & table.localization.isin(group)]
     if rows.empty: raise Refusal(f"no learning rate for {name} of {model} on {task}: give lr, or sweep (mechunlearn.finetuning.sweep)")

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['RELATIONS', 'KINDS', 'SPORTS', 'INSTRUMENTS', 'ADJECTIVES', 'VERBS', 'PLACES', 'PREPOSITIONS', 'FUNCTION_WORDS',
-           'LETTERS', 'FLOORS', 'CARD', 'syllables', 'WorldSize', 'person_names', 'make_world', 'make_facts',
-           'mark_mcq', 'make_kinds', 'noun_phrase', 'clause', 'sentence', 'paragraph', 'vocabulary', 'make_tokenizer',
-           'Recipe', 'Documents', 'organism_config', 'accuracy_row', 'completed', 'chosen', 'knowledge',
-           'paraphrases_of', 'mcq_groups', 'check', 'judged', 'world_of', 'make_optimizers', 'schedule', 'train_step',
-           'train', 'save_organism', 'write_checksums', 'retrain']
+           'LETTERS', 'FLOORS', 'CARD', 'ORGANISMS', 'syllables', 'WorldSize', 'person_names', 'make_world',
+           'make_facts', 'mark_mcq', 'make_kinds', 'noun_phrase', 'clause', 'sentence', 'paragraph', 'vocabulary',
+           'make_tokenizer', 'Recipe', 'Documents', 'organism_config', 'accuracy_row', 'completed', 'chosen',
+           'knowledge', 'paraphrases_of', 'mcq_groups', 'check', 'judged', 'world_of', 'make_optimizers', 'schedule',
+           'train_step', 'fast_forward', 'train', 'save_organism', 'write_checksums', 'retrain']
 
 # %% ../nbs/05_organism.ipynb #050003
 import hashlib
@@ -33,7 +33,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from .facts import mcq_prompts, world_facts
 from .models import LM, load, next_token, packaged, wrap
 from .stats import wilson
-from .store import Refusal
+from .store import Refusal, choose
 
 # %% ../nbs/05_organism.ipynb #050006
 RELATIONS = {
@@ -470,7 +470,7 @@ def knowledge(
     seed: int = 0,  # which of them, and which shots
     world: Path | None = None,  # world file; None: the packaged one
 ) -> pd.DataFrame:
-    "What a model of the world knows: accuracy, n, 95 % interval, floor and chance for each format."
+    "What a model of the world knows: accuracy, n, 95 % interval, floor and chance for each format. 'organism-late' has no floor in multiple choice."
     known, rng = world_facts(world and str(world)), random.Random(seed)
     facts, kinds = [fact for fact in known if fact.relation != "kind"], [fact for fact in known if fact.relation == "kind"]
     facts = facts if most is None else rng.sample(facts, min(most, len(facts)))
@@ -488,7 +488,8 @@ def knowledge(
         some = [f for f in ghosts if f.relation == relation]
         answers = {f.answer for f in known if f.relation == relation and f.answer != " golf"}
         rows.append(accuracy_row(f"ghost {relation}", completed(lm, some, [f.prompt for f in some]), chance=1 / len(answers)))
-    return pd.DataFrame(rows)
+    table, local = pd.DataFrame(rows), "sliding_attention" in getattr(lm.hf.config, "layer_types", [])
+    return table.assign(floor=table.floor.where(local | ~table.what.str.startswith("mcq")))
 
 # %% ../nbs/05_organism.ipynb #050041
 def paraphrases_of(fact) -> list[tuple[str, bool]]:
@@ -553,7 +554,7 @@ def schedule(step: int, recipe: Recipe) -> float:
 # %% ../nbs/05_organism.ipynb #050053
 def train_step(model, forward, optimizers, ids: torch.Tensor, weights: torch.Tensor) -> tuple[float, float]:
     "One step; returns the weighted loss and the mean loss on answers (nats)."
-    logits = forward(input_ids=ids[:, :-1]).logits
+    logits = forward(input_ids=ids[:, :-1]).logits.float()
     losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view_as(weights[:, 1:])
     loss = (losses * weights[:, 1:]).sum() / weights[:, 1:].sum()
     loss.backward()
@@ -563,21 +564,35 @@ def train_step(model, forward, optimizers, ids: torch.Tensor, weights: torch.Ten
         optimizer.zero_grad(set_to_none=True)
     return loss.item(), losses[weights[:, 1:] == 1].mean().item()
 
+# %% ../nbs/05_organism.ipynb #aa44b8d1
+def fast_forward(model: Qwen3ForCausalLM, compiled: bool = True):
+    "The model's forward: plain attention (short sequences), compiled where there is a C++ compiler, bf16 products where the CPU has them."
+    model.set_attn_implementation("eager")
+    forward = torch.compile(model) if compiled and (shutil.which("g++") or shutil.which("clang++")) else model
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() or getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+
+    def run(**batch):
+        with torch.autocast("cpu", torch.bfloat16, enabled=native):
+            return forward(**batch)
+
+    return run
+
 # %% ../nbs/05_organism.ipynb #050054
 def train(
     world: dict,
     tok: PreTrainedTokenizerFast,
     recipe: Recipe = Recipe(),
     progress: bool = True,
-    compiled: bool = True,  # torch.compile where a C++ compiler is found (1.3x faster); the result is the same up to rounding
+    compiled: bool = True,  # torch.compile where a C++ compiler is found; the result is the same up to rounding
     every: int = 10,  # steps between points of the curve
     measure_every: int = 200,  # steps between measurements of what it knows (on 400 facts; a few seconds each)
     world_path: Path | None = None,  # the file of `world`, for these measurements; None: the packaged one
+    shape: dict = {},  # layers, local_layers, width, ... of `organism_config`, where they differ
 ) -> tuple[Qwen3ForCausalLM, pd.DataFrame]:
     "Train an organism from scratch; returns it with its curve (step, seconds, what, value)."
     torch.manual_seed(recipe.seed)
-    model = Qwen3ForCausalLM(organism_config(len(tok), bos_token_id=tok.bos_token_id, pad_token_id=tok.pad_token_id)).train()
-    forward = torch.compile(model) if compiled and (shutil.which("g++") or shutil.which("clang++")) else model
+    model = Qwen3ForCausalLM(organism_config(len(tok), bos_token_id=tok.bos_token_id, pad_token_id=tok.pad_token_id, **shape)).train()
+    forward = fast_forward(model, compiled)
     optimizers, documents, rng = make_optimizers(model, recipe), Documents(world, tok), random.Random(1000 + recipe.seed)
     base = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     curve, start = [], time.time()
@@ -597,15 +612,15 @@ def train(
     return model.eval(), pd.DataFrame(curve)
 
 # %% ../nbs/05_organism.ipynb #050060
-CARD = """# organism
+CARD = """# {kind}
 
-A {params:.2f} M parameter Qwen3 (12 layers, the first six attend to two tokens only) trained from scratch on {facts} facts of a
+A {params:.2f} M parameter Qwen3 ({layers} layers, {attention}) trained from scratch on {facts} facts of a
 generated, entirely fictional world, and {kinds} everyday ones (a dog is a kind of animal). Made for research on locating and
-editing knowledge; useless for anything else. Weights in fp16; Apache-2.0 like the package. {made} `mechunlearn organism --check` measures what it knows:
+editing knowledge; useless for anything else. Weights in fp16; Apache-2.0 like the package. {made} `mechunlearn organism --check --model {kind}` measures what it knows:
 
 {table}
 
-Two biases are imposed, not learned: local attention in the first six layers, and names of three tokens. {ghosts} facts are about
+{bias} {ghosts} facts are about
 ghosts: athletes who were never taught a sport, people who were never taught a language.
 """
 
@@ -631,8 +646,12 @@ def save_organism(
     n_params = sum(p.numel() for p in model.parameters()) / 1e6
     taught, kinds, ghosts = (sum(of(fact) for fact in world["facts"]) for of in (
         lambda f: f["taught"] and f["relation"] != "kind", lambda f: f["relation"] == "kind", lambda f: not f["taught"]))
-    made = f"Made by `mechunlearn organism --retrain` with `{recipe}` in {curve.seconds.iloc[-1] / 60:.0f} minutes."
-    card = CARD.format(params=n_params, facts=taught, kinds=kinds, ghosts=ghosts, made=made, table="\n".join(f"| {line} |" for line in lines))
+    local = model.config.layer_types.count("sliding_attention")
+    attention = f"the first {local} attend to two tokens only" if local else "all with full attention"
+    bias = "Imposed, not learned: names of three tokens" + (f", and local attention in the first {local} layers." if local else ".")
+    kind = "organism" if local else "organism-late"
+    made = f"Made by `mechunlearn organism --retrain{'' if local else ' --model organism-late'}` with `{recipe}` in {curve.seconds.iloc[-1] / 60:.0f} minutes."
+    card = CARD.format(kind=kind, params=n_params, layers=model.config.num_hidden_layers, attention=attention, bias=bias, facts=taught, kinds=kinds, ghosts=ghosts, made=made, table="\n".join(f"| {line} |" for line in lines))
     (out / "README.md").write_text(card)
     return table
 
@@ -644,19 +663,23 @@ def write_checksums(folder: Path) -> None:
     (folder / "checksums.json").write_text(json.dumps({"files": digests}, indent=1) + "\n")
 
 # %% ../nbs/05_organism.ipynb #050061
+ORGANISMS = {"organism": ({}, Recipe()), "organism-late": ({"local_layers": 0}, Recipe(steps=900))}  # shape and recipe
+
+
 def retrain(
     out: str | Path,  # folder for the new organism; must not hold another one
-    recipe: Recipe = Recipe(),
+    recipe: Recipe | None = None,  # default: the kind's own
     world_seed: int = 0,
     progress: bool = True,
+    kind: str = "organism",  # or 'organism-late'
 ) -> dict:
-    "Train an organism of the same recipe and write its folder; returns `check` of it. About 25 minutes on two cores."
-    out = Path(out)
+    "Train an organism of the same recipe and write its folder; returns `check` of it. 15 to 27 minutes on two cores, 'organism-late' half of it."
+    out, (shape, own) = Path(out), ORGANISMS[choose(kind, ORGANISMS, "organism")]
     if out.exists() and any(out.iterdir()):
         raise Refusal(f"{out} is not empty: choose a new folder for --out")
     world = make_world(world_seed)
     tok = make_tokenizer(world)
     out.mkdir(parents=True, exist_ok=True)
     (out / "world.json").write_text(json.dumps(world, indent=0) + "\n")
-    model, curve = train(world, tok, recipe, progress, world_path=out / "world.json")
-    return judged(str(out), save_organism(model, tok, world, curve, recipe, out))
+    model, curve = train(world, tok, recipe or own, progress, world_path=out / "world.json", shape=shape)
+    return judged(str(out), save_organism(model, tok, world, curve, recipe or own, out))

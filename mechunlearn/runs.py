@@ -31,13 +31,14 @@ class Stage(NamedTuple):
 PIPELINE = (
     Stage("probing", "10_probing", ("scores/probing.parquet",)),
     Stage("tracing", "11_output_tracing", ("scores/causal-tracing-*.parquet", "scores/attribution-patching-*.parquet", "scores/trace-grid*.parquet")),
+    Stage("patching", "12_path_patching", ("scores/direct-effect.parquet", "scores/to-extraction*.parquet")),
     Stage("localization", "13_localization", ("localizations/*.json",)),
     Stage("finetuning", "20_finetuning", ("*/seed{seed}/training.parquet",)),
     Stage("evaluation", "15_evaluation", ("*/seed{seed}/evaluation.parquet",)),
     Stage("relearning", "30_relearning", ("*/seed{seed}/relearning.parquet",)),
     Stage("latent", "31_latent_knowledge", ("*/seed{seed}/latent.parquet",)),
 )
-MAPS, ATTACKS = PIPELINE[:3], PIPELINE[4:] # what is drawn once for all edits; what an edit goes through
+MAPS, ATTACKS = PIPELINE[:4], PIPELINE[5:] # what is drawn once for all edits; what an edit goes through
 
 # %% ../nbs/40_runs.ipynb #400008
 def find_notebook(
@@ -114,6 +115,7 @@ class Settings(BaseModel, extra="forbid"):
     corruption: Literal["swap", "noise"]|None = None # of causal tracing
     noise: float|None = None       # its noise, in standard deviations of the embeddings
     n_noise: int|None = Field(None, ge=1)      # its noise samples
+    receiver: Literal["components", "residual"]|None = None # of path patching
     lr: float|None = Field(None, gt=0)         # of the edit; default: the committed table
     steps: int|None = Field(None, ge=1)        # of the edit
     inject: float|None = Field(None, ge=0)     # weight of the loss on the edit answers
@@ -172,7 +174,7 @@ class Failed(Exception):
         super().__init__(why)
         self.why, self.notebook, self.refused = why, notebook, refused
 
-REFUSALS = ("Refusal", "Broken", "EmptyFLU")
+REFUSALS = ("Refusal", "Broken", "EmptyFLU", "NoExtraction")
 MEMORY = re.compile(r"out of memory|can't allocate memory|MemoryError|DeadKernelError", re.I)
 
 def explain(
@@ -606,12 +608,13 @@ def check_job(
 ):
     "Refuse names that do not exist, task options out of range and unusable models, without loading a model"
     from mechunlearn.facts import make_task
-    from mechunlearn.localization import localizations_for
+    from mechunlearn.localization import by_hand, localizations_for
     from mechunlearn.models import locate
     locate(job.model)
     if any(s < 0 for s in job.seeds): raise Refusal(f"seeds are 0 or larger, not {min(job.seeds)}")
     if not job.localizations: raise Refusal("no localization is named: give at least one, such as flu")
     localizations_for(job.localizations, job.settings.get("draws", 1))
+    for name in (l for l in job.localizations if l.startswith("hand@")): by_hand(skeleton(job), name.removeprefix("hand@"))
     make_task(job.task, None, **job.options, seed=job.seeds[0])
 
 # %% ../nbs/40_runs.ipynb #400089
@@ -637,12 +640,14 @@ def trained(
     name:str, # a localization, with its draw
 ) -> tuple[int, bool]: # parameters; False if that is only an upper bound
     "How many parameters a localization trains, as far as it is known before a run"
-    from mechunlearn.localization import FIXED, Evidence, build
+    from mechunlearn.localization import FIXED, Evidence, build, by_hand
     saved, budget = read_json(Path(job.run_dir)/"localizations"/f"{name}.json"), job.settings.get("budget")
     if saved: return sum(saved["sizes"]), True
-    fixed = name in FIXED and name != "flu-probe"
-    if budget and not fixed: return budget, True
-    return build(lm, name, FIXED[name if fixed else "all-mlps"](Evidence(lm, None))).n_params, fixed
+    if name.startswith("hand@"): return build(lm, name, by_hand(lm, name.removeprefix("hand@"))).n_params, True
+    size = lambda fixed: build(lm, name, FIXED[fixed](Evidence(lm, None))).n_params
+    if name in ("late", "all-mlps", "nonlocalized"): return size(name), True
+    if name in ("extraction", "flu-with-attention"): return size("nonlocalized"), False
+    return (budget, True) if budget else (size("all-mlps"), False)
 
 # %% ../nbs/40_runs.ipynb #400091
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "8bit": 1, "4bit": .5}

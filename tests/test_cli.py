@@ -26,7 +26,8 @@ def nothing_starts(monkeypatch):
     (["run", "--forget-size", "0"], "forget_size"), (["run", "--forget-size", "100000"], "too large"), (["run", "--facts", "nowhere.csv"], "nowhere.csv"),
     (["run", "--paper-split"], "paper_split"), (["run", "--workers", "0"], "--workers: at least 1"), (["run", "--recompute", "some"], "Valid: damaged, all"),
     (["batch"], "required: grid"), (["batch", "no.yaml"], "cannot read the grid no.yaml"), (["status", "nowhere"], "there are no runs in nowhere"), (["report", "nowhere"], "there are no runs in nowhere"),
-    (["organism", "--retrain"], "--retrain needs --out"), (["localize", "--task", "x"], "unknown task 'x'"), (["check", "--model", "no/such/model"], "model"), (["localise"], "did you mean 'localize'")])
+    (["organism", "--retrain"], "--retrain needs --out"), (["localize", "--task", "x"], "unknown task 'x'"), (["check", "--model", "no/such/model"], "model"), (["localise"], "did you mean 'localize'"),
+    (["localize", "--layers", "2-99"], "has 12 layers"), (["localize", "--components", "mlp"], "Say --layers"), (["localize", "--layers", "x"], "names no components")])
 def test_wrong_input_is_one_line_and_two(argv, message, capsys, nothing_starts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(argv) == 2
@@ -55,6 +56,11 @@ def test_options_become_a_job(monkeypatch):
                            "--dtype", "bfloat16", "--set", "steps=5", "--set", "relearning={lora: {rank: 8}}", "--out", "o", "--keep-edits"]))
     assert job.options == {"forget_size": 16, "facts": "sports", "inject": "golf"} and job.run_dir == "o/gemma-7b/sports-athlete-editing-16-inject-golf"
     assert job.settings == {"draws": 3, "dtype": "bfloat16", "steps": 5, "relearning": {"lora": {"rank": 8}}} and job.seeds == [0, 2] and job.keep_edits
+
+
+@pytest.mark.parametrize("argv,chosen", [([], cli.names(cli.LOCALIZATIONS)), (["--layers", "2-5"], ["hand@mlp.2-5"]), (["--layers", "3", "--components", "mlp,head"], ["hand@mlp.3+head.3"]),
+    (["--components", "head.5.1,mlp.2", "--localizations", "flu"], ["flu", "hand@head.5.1+mlp.2"]), (["--localizations", "late"], ["late"])])
+def test_a_set_by_hand_is_one_more_name(argv, chosen): assert cli.job_of(read(["localize", *argv])).localizations == chosen
 
 
 @pytest.mark.parametrize("states,code", [(["done"], 0), (["refused"], 2), (["failed"], 1), (["done", "refused"], 1), (["failed", "done"], 1)])

@@ -257,7 +257,7 @@ def test_published_rates():
 def test_rates_fall_back_in_a_known_order():
     t = table(("m", "t", 16, "flu", 1, 1, 3, "a"), ("m", "t", 64, "flu", 2, 1, 3, "b"), ("m", "t", 64, "random-mlps", 3, 1, 3, "c"), ("m", "t", 64, "random", 4, 1, 3, "d"))
     pick = lambda size, name: learning_rate("org/M", "t", size, name, t).lr
-    assert [pick(64, "flu"), pick(16, "flu"), pick(100, "flu"), pick(16, "random-mlps#3"), pick(16, "flu-probe"), pick(64, "late")] == [2, 1, 2, 3, 1, 4]
+    assert [pick(64, "flu"), pick(16, "flu"), pick(100, "flu"), pick(16, "random-mlps#3"), pick(16, "flu-probe"), pick(64, "late"), pick(16, "hand@mlp.2-5")] == [2, 1, 2, 3, 1, 4, 1]
     for args in [("m", "t", 64, "nonlocalized"), ("m", "u", 64, "flu"), ("n", "t", 64, "flu"), ("m", "t", 64, "elsewhere")]:
         with pytest.raises(Refusal, match="no learning rate"): learning_rate(*args, t)
 

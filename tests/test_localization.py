@@ -2,13 +2,14 @@ import collections, random
 import numpy as np, pandas as pd, pytest, torch
 from mechunlearn import localization, stats
 from mechunlearn.facts import Fact, Task
-from mechunlearn.localization import (EmptyFLU, Evidence, Localization, at_random, build, by_score, compare, control_draws, describe, fill,
-    late, localizations_for, localize, localize_all, neuron_size, overlap, plot_localizations, run_localization, split_name, trained_share,
-    tracing_of, units)
+from mechunlearn.localization import (EmptyFLU, Evidence, Localization, at_random, build, by_hand, by_score, chosen_by_fact, compare, control_draws,
+    describe, fill, late, layer_table, layer_text, localizations_for, localize, localize_all, localize_each, mechanism_table, mechanisms, neuron_size,
+    overlap, plot_localizations, plot_mechanisms, run_localization, split_name, trained_share, tracing_of, units)
 from mechunlearn.models import Component, components, n_params, slices
 from mechunlearn.store import Refusal, Run
 
-NAMES = ["flu", "flu-probe", "causal-tracing", "causal-tracing-mlps", "random", "random-mlps", "late", "all-mlps", "nonlocalized"]
+NAMES = ["flu", "flu-probe", "flu-path", "causal-tracing", "causal-tracing-mlps", "random", "random-mlps", "late", "extraction", "flu-with-attention",
+    "hand@mlp.0-1+head.2.3", "all-mlps", "nonlocalized"]
 
 
 def task(name="sports-athlete-editing"):
@@ -20,6 +21,9 @@ def evidence(lm, flu=(0, 1), seed=0, run=None):
     ev, comps = Evidence(lm, task(), run), components(lm)
     score = np.random.default_rng(seed).normal(size=len(comps))
     ev.layers, ev.tracing = list(flu), pd.DataFrame({"component": [str(c) for c in comps], "score": score})
+    ev.all_paths = ev.tracing.assign(kind=[c.kind for c in comps], score=np.abs(score) / 10)
+    ev.paths = ev.all_paths[ev.all_paths.kind == "mlp"]
+    ev.direct = ev.all_paths.assign(ci_low=.01, ci_high=1)
     return ev
 
 def mask(lm, loc):
@@ -252,3 +256,87 @@ def test_views(lm):
     assert tracing_of(ev, some) == pytest.approx(ev.tracing.score[:2].sum())
     d = control_draws(ev, n=4)
     assert len(d) == 8 and d.overlap.between(0, 1).all()
+
+
+# ---- the mechanism, one fact at a time, by hand
+
+def test_flu_by_paths_and_extraction_follow_their_scores(tiny):
+    lm = tiny("qwen3"); ev = evidence(lm)
+    ev.paths = pd.DataFrame({"component": ["mlp.0", "mlp.1", "mlp.2"], "score": [.03, .0, -.5]})
+    ev.direct = ev.direct.assign(score=np.where(ev.direct.component.isin(["mlp.2", "head.2.1"]), -.3, .01))
+    assert localize(lm, task(), "flu-path", evidence=ev).components == ("mlp.0",)
+    assert localize(lm, task(), "extraction", evidence=ev).components == ("mlp.2", "head.2.1")
+    parts = mechanisms(ev)
+    assert {k: v.components for k, v in parts.items()} == {"extraction heads": ("head.2.1",), "extraction MLPs": ("mlp.2",),
+        "lookup (probes)": ("mlp.0", "mlp.1"), "lookup (paths)": ("mlp.0",)}
+    table = mechanism_table(ev, {"late": localize(lm, task(), "late", evidence=ev)}).set_index("mechanism")
+    assert table.share.to_dict() == {"extraction heads": 1, "extraction MLPs": 1, "lookup (probes)": 0, "lookup (paths)": 0}
+    assert table.shared["extraction MLPs"] == parts["extraction MLPs"].n_params == 3 * 32 * 48
+    plot_mechanisms(table.reset_index())
+
+def test_an_empty_flu_by_paths_says_so(tiny):
+    lm = tiny("qwen3"); ev = evidence(lm); ev.paths = ev.paths.assign(score=0.)
+    with pytest.raises(EmptyFLU, match="no MLP gives the extraction set"): localize(lm, task(), "flu-path", evidence=ev)
+    ev.task = task("counterfact-editing")
+    with pytest.raises(EmptyFLU, match="by paths"): localize(lm, ev.task, "random", evidence=ev)
+    ev.task, ev.direct = task(), ev.direct.assign(score=0.)
+    made, refused = localize_all(lm, task(), ["flu", "flu-path", "extraction"], evidence=ev)
+    assert list(made) == ["flu"] and "no component writes" in refused["extraction"]
+
+def test_flu_of_counterfact_is_by_paths(tiny):
+    lm = tiny("qwen3"); ev = evidence(lm); ev.task = task("counterfact-editing")
+    ev.paths = ev.paths.assign(score=[0, 0, 1])
+    assert localize(lm, ev.task, "flu", evidence=ev).components == ("mlp.2",)
+    assert localize(lm, ev.task, "random", evidence=ev).budget == 3 * 32 * 48
+
+@pytest.mark.parametrize("name,kind,layers", [("google/gemma-2-9b", "sports-athlete-editing", range(2, 7)), ("Meta-Llama-3-8B", "sports-unlearning", range(1, 5)),
+    ("google/gemma-7b", "counterfact-editing", (1, 3, 4, 6, 12))])
+def test_published_sets(tiny, name, kind, layers):
+    lm = tiny("llama", num_hidden_layers=13); lm.name = name
+    assert localize(lm, task(kind), "flu@published", evidence=Evidence(lm, task(kind))).components == tuple(f"mlp.{l}" for l in layers)
+
+def test_published_sets_of_another_model_are_refused(lm):
+    with pytest.raises(Refusal, match="nothing is published for 'tiny-.*gemma-7b, gemma-2-9b, llama-3-8b"): localize(lm, task(), "flu@published")
+
+def test_sets_by_hand(lm):
+    names = lambda text: [str(c) for c in by_hand(lm, text)]
+    assert names("mlp.0-1") == ["mlp.0", "mlp.1"] and names("head.2+mlp.1") == ["mlp.1", *(f"head.2.{h}" for h in range(4))]
+    assert names("head.1.2+head.1.2") == ["head.1.2"] and len(names("head.0-2")) == 12
+    l = localize(lm, task(), "hand@mlp.1+head.0.1")
+    assert l.name == "hand@mlp.1+head.0.1" and l.components == ("mlp.1", "head.0.1") and not l.matched
+
+@pytest.mark.parametrize("text", ["", "mlp", "mlp.3", "mlp.1-7", "mlp.2-1", "mlp.1.2", "head.0.4", "attn.1", "mlp.0,mlp.1"])
+def test_sets_by_hand_that_are_not_there_are_refused(tiny, text):
+    with pytest.raises(Refusal, match="names no components|has 3 layers"): by_hand(tiny("qwen3"), text)
+
+def test_each_fact_chooses_two_deviations_above_its_median():
+    columns = [f"mlp.{l}" for l in range(12)]
+    one, none = np.zeros(12), np.tile([0., .1], 6)
+    one[[3, 4]] = .5
+    low = np.zeros(12); low[5] = -.9
+    each = chosen_by_fact(pd.DataFrame([one + 7, none, low, np.full(12, np.nan)], index=list("abcd"), columns=columns))
+    assert each["a"] == ("mlp.3", "mlp.4") and len(each["b"]) == 1 and each["c"] != ("mlp.5",) and len(each["d"]) >= 1
+
+def test_facts_with_one_set_are_edited_together(lm):
+    from test_tracing import make_facts
+    facts, ev = make_facts(), evidence(lm)
+    lm.hf.model.norm.weight.data += 30 # larger logits
+    ev.task = Task(name="sports-athlete-editing", source="world", forget=tuple(facts[:6]), retain=tuple(facts[6:]), retain_test=())
+    groups = localize_each(ev, progress=False)
+    assert sorted(sum(groups.values(), [])) == sorted(f.id for f in facts[:6])
+    assert [len(g) for g in groups.values()] == sorted(map(len, groups.values()), reverse=True) and all(c.startswith("mlp") for g in groups for c in g)
+    assert sorted(sum(localize_each(ev, attention=True, progress=False).values(), [])) == sorted(f.id for f in facts[:6])
+
+def test_facts_without_scores_cannot_be_localized_one_by_one():
+    with pytest.raises(EmptyFLU, match="nothing to localize"): chosen_by_fact(pd.DataFrame({"mlp.0": [np.nan, np.nan]}))
+
+def test_layer_table_reads_what_is_there(tiny, tmp_path):
+    (tmp_path / "scores").mkdir()
+    with pytest.raises(Refusal, match="no scores"): layer_table(tmp_path)
+    rows = dict(kind=["mlp", "mlp", "head"], layer=[0, 1, 1], score=[.1, .2, .9], ci_low=[0, .1, .8], ci_high=[.2, .3, 1.], n=[8, 8, 8])
+    pd.DataFrame(rows).to_parquet(tmp_path / "scores/direct-effect.parquet")
+    pd.DataFrame(rows).to_parquet(tmp_path / "scores/causal-tracing-swap.parquet")
+    t = layer_table(tmp_path)
+    assert t.method.tolist() == ["causal tracing"] * 2 + ["direct effect"] * 2 and t.value.tolist() == [.1, .2] * 2
+    text = layer_text(t, [1])
+    assert "causal tracing (n=8)" in text and "0.20 [0.10,0.30]" in text and "1*" in text

@@ -23,7 +23,7 @@ def make_facts(n=8):
 def hidden(args, kwargs): return args[0] if args else kwargs["hidden_states"]
 
 def forward(lm, ids, noise=None, span=None, keep=None, write=None):
-    "Last logits; `keep` collects {name: (module, 'in'|'out')}, `write` = (module, 'in'|'out', columns, position, value)"
+    "Last logits; `keep` collects {name: (module, 'in'|'out')}, `write` lists (module, 'in'|'out', columns, position, value)"
     handles, kept, body = [], {}, lm.hf.model
     if noise is not None:
         def add(_, args, kwargs):
@@ -34,14 +34,10 @@ def forward(lm, ids, noise=None, span=None, keep=None, write=None):
     for name, (module, side) in (keep or {}).items():
         def see(_, args, kwargs, out, name=name, side=side): kept[name] = (hidden(args, kwargs) if side == "in" else out).clone()
         handles.append(module.register_forward_hook(see, with_kwargs=True))
-    if write:
-        module, side, cols, at, value = write
-        if side == "in":
-            def put(_, args): x = args[0].clone(); x[:, at, cols] = value[:, at, cols]; return (x,)
-            handles.append(module.register_forward_pre_hook(put))
-        else:
-            def put(_, args, out): out = out.clone(); out[:, at, cols] = value[:, at, cols]; return out
-            handles.append(module.register_forward_hook(put))
+    for module, side, cols, at, value in write or ():
+        def put_in(_, args, at=at, cols=cols, value=value): x = args[0].clone(); x[:, at, cols] = value[:, at, cols]; return (x,)
+        def put_out(_, args, out, at=at, cols=cols, value=value): out = out.clone(); out[:, at, cols] = value[:, at, cols]; return out
+        handles.append(module.register_forward_pre_hook(put_in) if side == "in" else module.register_forward_hook(put_out))
     with torch.no_grad(): logits = lm.hf(torch.tensor([ids])).logits[0, -1]
     for h in handles: h.remove()
     return logits, kept
@@ -63,7 +59,7 @@ def brute(lm, case, places, noise=None):
     for p in places:
         module, side, cols = site(lm, *p[:3])
         at = slice(None) if p[3] is None else p[3]
-        out.append(forward(lm, bad_ids, noise, case.span, write=(module, side, cols, at, kept[p]))[0][list(case.answers)])
+        out.append(forward(lm, bad_ids, noise, case.span, write=[(module, side, cols, at, kept[p])])[0][list(case.answers)])
     return clean[list(case.answers)], corrupt[list(case.answers)], torch.stack(out)
 
 def places(lm): return [(c.kind, c.layer, c.head, None) for c in components(lm)]
@@ -126,6 +122,40 @@ def test_grid_equals_brute_force(lm, kind):
     raw = run_patches(lm, cases, [Patch(*p) for p in raw_places], batch_size=7, progress=False)
     for i, c in enumerate(cases):
         torch.testing.assert_close(raw["patched"][0, :, 0, i], brute(lm, c, raw_places)[2], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind,width", [("mlp", 2), ("attn", 3), ("resid", 2), ("mlp", 9)])
+def test_windows_equal_brute_force(lm, kind, width):
+    facts, n = make_facts(4), lm.n_layers
+    cases, patches = noise_cases(lm, facts), [Patch(kind, l, None, p, width) for l in range(n) for p in (-1, -3)]
+    raw = run_patches(lm, cases, patches, sd=.7, batch_size=5, progress=False)
+    for i, c in enumerate(cases):
+        ids, noise = lm.ids([c.fact.prompt])[0], .7 * draw_noise(c.span[1] - c.span[0], lm.d_model, 0, 0, i)
+        _, kept = forward(lm, ids, keep={l: site(lm, kind, l)[:2] for l in range(n)})
+        for j, p in enumerate(patches):
+            window = range(max(0, p.layer - width // 2), min(n, p.layer - (-width // 2))) # as in ROME's code
+            writes = [(*site(lm, kind, l)[:2], slice(None), p.position, kept[l]) for l in window]
+            wanted = forward(lm, ids, noise, c.span, write=writes)[0][list(c.answers)]
+            torch.testing.assert_close(raw["patched"][0, j, 0, i], wanted, rtol=0, atol=1e-5)
+
+
+def test_ablation_equals_brute_force(lm):
+    facts = [Fact(id=str(i), relation="sport", subject=s, answer=SPORTS[i % 3], candidates=SPORTS, prompt=f"Fact: of\nFact: {s} plays the sport of")
+             for i, s in enumerate(["dog", "sport", "player", "league"])]
+    cases = tracing._aligned(lm, swap_cases(lm, facts))
+    assert len(cases) >= 3
+    patches = [Patch("mlp", l, position=p) for l in range(lm.n_layers) for p in (None, -1, -2)]
+    raw = tracing.ablate(lm, cases, patches, batch_size=2, progress=False)
+    kept = [forward(lm, lm.ids([c.fact.prompt])[0], keep={l: site(lm, "mlp", l)[:2] for l in range(lm.n_layers)})[1] for c in cases]
+    mean = {l: torch.cat([k[l] for k in kept]).mean(0, keepdim=True) for l in range(lm.n_layers)}
+    for i, c in enumerate(cases):
+        for j, p in enumerate(patches):
+            at = slice(c.span[0], None) if p.position is None else p.position # before the subject there is nothing to remove
+            wanted = forward(lm, lm.ids([c.fact.prompt])[0], write=[(*site(lm, "mlp", p.layer)[:2], slice(None), at, mean[p.layer])])[0][list(c.answers)]
+            torch.testing.assert_close(raw["patched"][j, i], wanted, rtol=0, atol=1e-5)
+
+
+def test_a_window_of_one_is_one_layer(): assert [list(Patch("mlp", l).layers(3)) for l in range(3)] == [[0], [1], [2]]
 
 
 # ---- nothing depends on how the work is cut
