@@ -6,8 +6,9 @@
 __all__ = ['PUBLISHED', 'FIXED', 'RANKED', 'METHODS', 'Localization', 'neuron_size', 'overlap', 'build', 'fill', 'overshoot',
            'units', 'by_score', 'at_random', 'EmptyFLU', 'Evidence', 'published', 'by_hand', 'late', 'Ranked',
            'split_name', 'localizations_for', 'localize', 'localize_all', 'describe', 'compare', 'trained_share',
-           'plot_localizations', 'mechanisms', 'mechanism_table', 'plot_mechanisms', 'chosen_by_fact', 'localize_each',
-           'tracing_of', 'control_draws', 'run_localization', 'layer_table', 'layer_text']
+           'plot_localizations', 'mechanisms', 'mechanism_table', 'plot_mechanisms', 'mlp_shares', 'agreement',
+           'chosen_by_fact', 'localize_each', 'tracing_of', 'control_draws', 'run_localization', 'layer_table',
+           'layer_text']
 
 # %% ../nbs/13_localization.ipynb #130002
 import random, re
@@ -20,13 +21,15 @@ import pandas as pd
 import seaborn as sns
 from fastcore.basics import patch
 from pydantic import BaseModel
+from scipy.stats import spearmanr
 from . import store
 from .facts import Task
 from .models import LM, Component, Slice, components, merge_slices, n_params, neurons, slices
-from .patching import NoExtraction, extraction_set, lookup_mlps, path_scores, run_direct, run_paths, share_by_fact, through
+from .patching import NoExtraction, direct_effect, extraction_set, lookup_mlps, path_scores, run_direct, run_paths, share_by_fact, through
 from .probing import flu_layers, run_probing
 from .store import Refusal, Run, choose
-from .tracing import Scores, run_attribution_patching, run_tracing
+from .tracing import (Scores, _aligned, ablation_grid, attribution_patching, causal_tracing, run_attribution_patching, run_tracing,
+    plot_grid, swap_cases)
 
 # %% ../nbs/13_localization.ipynb #130006
 class Localization(BaseModel, frozen=True):
@@ -453,6 +456,43 @@ def plot_mechanisms(
     ax.set(xlabel="", ylabel="")
     ax.set_xticks(ax.get_xticks(), grid.columns, rotation=20, ha="right")
     return ax
+
+# %% ../nbs/13_localization.ipynb #cbda4e8e
+def mlp_shares(
+    lm:LM, # model
+    task:Task, # its `localize_on` is traced; those of the most common token layout are used
+    seed:int=0, # draws partners
+    batch_size:int=32, # rows of one forward
+    progress:bool=True, # show a bar
+) -> dict[str, np.ndarray]: # method -> [facts, layers], the same facts for all; of the probes the rise of accuracy across each layer
+    "What every method says of each MLP, fact by fact; 'removal' is the ground truth"
+    pool, how = [*task.localize_on, *(task.dev_retain if task.dev_forget else task.retain)], dict(seed=seed, batch_size=batch_size, progress=progress)
+    facts = [c.fact for c in _aligned(lm, swap_cases(lm, task.localize_on, pool, seed))]
+    removed = ablation_grid(lm, facts, pool=pool, **how).query("position == 0")
+    traced = causal_tracing(lm, facts, components=components(lm, ("mlp",)), pool=pool, **how).raw
+    linear, direct = attribution_patching(lm, facts, pool=pool, **how).raw, direct_effect(lm, facts, pool=pool, **how)
+    path, difference = through(lm, facts, extraction_set(direct), pool=pool, **how), lambda x: (x[0, ..., 0] - x[0, ..., 1]).numpy()
+    clean, bad = difference(traced["clean"]), difference(traced["corrupt"])[0]
+    curve = run_probing(lm, lambda seed: task).query("position == 'subject' and not control").sort_values("layer")
+    return {"removal": np.stack(removed.facts, 1), "probes": np.tile(curve.accuracy.diff()[1:], (len(facts), 1)),
+            "causal tracing": ((difference(traced["patched"])[:, 0] - bad) / (clean - bad)).T,
+            "attribution patching": (linear["mlp"][0].sum(1) / (linear["clean"] - linear["corrupt"][0])[:, None]).numpy(),
+            "direct effect": share_by_fact(direct, -np.inf).filter(like="mlp").to_numpy(), "path patching": share_by_fact(path, -np.inf).to_numpy()}
+
+# %% ../nbs/13_localization.ipynb #ec0bdd2c
+def agreement(
+    shares:dict[str, np.ndarray], # from `mlp_shares`
+    n_boot:int=500, # resamples of the facts
+    seed:int=0, # of the bootstrap
+) -> pd.DataFrame: # method, rho, ci_low, ci_high, n
+    "Spearman's correlation, over MLPs, of each method's medians with removal; 95 % intervals from resampling facts"
+    rng, truth = np.random.default_rng(seed), shares["removal"]
+    n, rows = len(truth), []
+    draws = [np.arange(n), *rng.integers(n, size=(n_boot, n))]
+    for method in (m for m in shares if m != "removal"):
+        rho = [spearmanr(np.median(shares[method][d], 0), np.median(truth[d], 0)).statistic for d in draws]
+        rows.append((method, rho[0], *np.nanquantile(rho[1:], [.025, .975]), n))
+    return pd.DataFrame(rows, columns=["method", "rho", "ci_low", "ci_high", "n"])
 
 # %% ../nbs/13_localization.ipynb #8122c8bf
 def chosen_by_fact(

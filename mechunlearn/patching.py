@@ -13,12 +13,13 @@ import numpy as np
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
+from transformers import DynamicCache
 
 from . import models, store
 from .facts import Task
 from .models import LM, Component
 from .store import Refusal, Run, choose
-from .tracing import Cache, Scores, _components_table, read, record, shares, swap_cases
+from .tracing import Cache, Scores, _components_table, _copy, _rest, read, record, shared_prefix, shares, swap_cases
 
 # %% ../nbs/12_path_patching.ipynb #8044f86d
 def _module(lm, name, l): return lm.hf.get_submodule(lm.path(name, l))
@@ -63,6 +64,13 @@ def answer_logits(
         return (torch.tanh(logits/cap)*cap if cap else logits).cpu()
 
 # %% ../nbs/12_path_patching.ipynb #de12ef51
+def _two_runs(lm, batch, cases):
+    "Clean and swapped runs from the subject on: the rest of the clean prompts, what comes before, both runs"
+    other, start = lm.encode([c.corrupt for c in cases]), min(c.span[0] for c in cases)
+    rest, past = shared_prefix(lm, batch, start)
+    if past is not None: other = _rest(other, other["input_ids"].shape[1] + start)
+    return rest, past, record(lm, rest, past=past), record(lm, other, past=past)
+
 def _differences(raw):
     "Own answer's logit minus the other's: clean [n], other [n], patched [n, C]"
     return ((raw[k][..., 0] - raw[k][..., 1]).double().numpy() for k in ("clean", "other", "patched"))
@@ -90,7 +98,7 @@ def direct_effect(
     cases, comps, rows = swap_cases(lm, facts, pool, seed), models.components(lm), {}
     for ids, batch in tqdm(list(models.batches(lm, [c.fact.prompt for c in cases], batch_size)), "direct effects", disable=not progress, leave=False):
         group = [cases[i] for i in ids]
-        answers, clean, other = torch.tensor([c.answers for c in group]), record(lm, batch), record(lm, lm.encode([c.corrupt for c in group]))
+        answers, (_, _, clean, other) = torch.tensor([c.answers for c in group]), _two_runs(lm, batch, group)
         delta = contributions(lm, clean, other)
         at = [delta[:, c.layer, lm.n_heads if c.kind == "mlp" else c.head] for c in comps]
         patched = answer_logits(lm, clean.resid[-1][:, -1:].float() + torch.stack(at, 1), answers)
@@ -157,12 +165,13 @@ def carried(
     sender:Component, # who says it
     receivers:list[Component], # heads and MLPs
     within:bool=True, # receivers hear one another; False: each hears the sender alone
+    past:DynamicCache|None=None, # keys and values of what comes before, see `tracing.shared_prefix`
 ) -> torch.Tensor: # [b, d]
     "How the receivers change the stream at the last token when they hear the sender"
     places, out = {l: r for l, r in _receivers(lm, receivers).items() if _hears(sender, l, *r)}, []
     if not places: return torch.zeros_like(delta[:, -1], dtype=torch.float)
     with torch.no_grad(): added = {l: _mlp_added(lm, clean, l) if mlp else None for l, (_, mlp) in places.items()}
-    with torch.no_grad(), lm.nn.trace(batch, logits_to_keep=1) as tracer:
+    with torch.no_grad(), lm.nn.trace(batch, logits_to_keep=1, **_copy(past)) as tracer:
         heard, total = delta, torch.zeros_like(delta[:, -1], dtype=torch.float)
         for l in range(max(places) + 1):
             if l not in places:
@@ -199,10 +208,11 @@ def from_residual(
     clean:Cache, # their run
     delta:torch.Tensor, # what the sender says differently [b, s, d]
     layer:int, # where the stream is changed: the layer's input
+    past:DynamicCache|None=None, # keys and values of what comes before, see `tracing.shared_prefix`
 ) -> torch.Tensor: # [b, d]
     "How the stream at the last token changes after all layers when it changes at the input of one"
     out = []
-    with torch.no_grad(), lm.nn.trace(batch, logits_to_keep=1) as tracer:
+    with torch.no_grad(), lm.nn.trace(batch, logits_to_keep=1, **_copy(past)) as tracer:
         for l in range(layer): lm.layer(l).skip(clean.resid[l + 1])
         lm.layer(layer).input = clean.resid[layer] + delta
         out.append(lm.layer(lm.n_layers - 1).output[:, -1].float() - clean.resid[-1][:, -1].float())
@@ -229,12 +239,11 @@ def through(
     cases, rows = swap_cases(lm, facts, pool, seed), {}
     for ids, batch in tqdm(list(models.batches(lm, [c.fact.prompt for c in cases], batch_size)), "path patching", disable=not progress, leave=False):
         group = [cases[i] for i in ids]
-        answers, clean, other = torch.tensor([c.answers for c in group]), record(lm, batch), record(lm, lm.encode([c.corrupt for c in group]))
-        change = []
+        answers, change, (batch, past, clean, other) = torch.tensor([c.answers for c in group]), [], _two_runs(lm, batch, group)
         for c in senders:
             delta = sent(lm, clean, other, c)
-            if receiver == "components": change.append(carried(lm, batch, clean, delta, c, receivers, within))
-            else: change.append(from_residual(lm, batch, clean, delta, first) if c.layer < first else torch.zeros_like(delta[:, -1]))
+            if receiver == "components": change.append(carried(lm, batch, clean, delta, c, receivers, within, past))
+            else: change.append(from_residual(lm, batch, clean, delta, first, past) if c.layer < first else torch.zeros_like(delta[:, -1]))
         patched = answer_logits(lm, clean.resid[-1][:, -1:].float() + torch.stack(change, 1), answers)
         rows |= dict(zip(ids, zip(read(clean.logits, answers)[0], read(other.logits, answers)[0], patched)))
     config = {"receivers": [str(c) for c in receivers], "receiver": receiver, "within": within, "seed": seed, "min_gap": min_gap, "n_dropped": len(facts) - len(cases)}

@@ -153,7 +153,7 @@ def training(
 
 # %% ../nbs/41_report.ipynb #410024
 def recorded(
-    table:str, # 'metrics', 'records_small', 'probing', 'traced', 'trace_grid', 'localizations', 'training'
+    table:str, # 'metrics', 'records_small', 'probing', 'traced', 'trace_grid', 'paths', 'localizations', 'training'
     folder="recorded", # where `record` put them
     **which, # model, task, forget_size; default: the first run in the table
 ) -> pd.DataFrame: # rows of one run
@@ -1209,6 +1209,7 @@ class Found(NamedTuple):
     curve: pd.DataFrame # probing
     traced: pd.DataFrame # tracing by component
     grid: pd.DataFrame # tracing by token
+    paths: pd.DataFrame # path patching: direct effects, and through the extraction set
     where: dict # localizations
     curves: pd.DataFrame # training
     settings: pd.DataFrame # learning rates
@@ -1235,7 +1236,8 @@ def find(
     sidecars = [p for p in sorted(Path(run_dir).rglob("*.meta.json")) if p != sidecar(Path(run_dir)/"metrics.parquet")]
     made = [json.loads(p.read_text())["provenance"] for p in sidecars]
     return Found(run, per_fact(records(run_dir)) if done else None, metrics(run_dir) if done else pd.DataFrame(columns=METRICS),
-                 scores(run_dir, "probing"), scores(run_dir, "causal-tracing-*"), scores(run_dir, "trace-grid*"), where, training(run_dir),
+                 scores(run_dir, "probing"), scores(run_dir, "causal-tracing-*"), scores(run_dir, "trace-grid*"),
+                 pd.concat([scores(run_dir, "direct-effect"), scores(run_dir, "to-extraction")], ignore_index=True), where, training(run_dir),
                  settings(run_dir), [f"{p.parts[-3]}/{p.parts[-2]}" for p in finished(run_dir).query("not used").path], made)
 
 # %% ../nbs/41_report.ipynb #410171
@@ -1515,10 +1517,10 @@ def needed(
     return {m: {n for where, n in found if where == m} for m in parts if any(where == m for where, _ in found)}
 
 # %% ../nbs/41_report.ipynb #410195
-_MODULES = ("models", "facts", "probing", "tracing", "localization", "evaluation", "finetuning", "relearning", "latent", "stats")
+_MODULES = ("models", "facts", "probing", "tracing", "patching", "localization", "evaluation", "finetuning", "relearning", "latent", "stats")
 _DATA = ("data/organism/checksums.json", "data/organism/world.json")
 _EDITS = ("run_evaluation", "run_relearning", "run_latent")
-RECORDED = {"probing": ("run_probing",), "traced": ("run_tracing",), "trace_grid": ("token_map",), "localizations": ("run_localization",),
+RECORDED = {"probing": ("run_probing",), "traced": ("run_tracing",), "trace_grid": ("token_map",), "paths": ("run_paths",), "localizations": ("run_localization",),
             "training": ("run_finetuning",), "records_small": _EDITS, "metrics": _EDITS} # table -> functions that make it
 
 def _needs(table):
@@ -1552,7 +1554,7 @@ def _slim(metrics):
 def _tables_of(f):
     "What is kept of one run"
     curves = f.curves.groupby(["localization", "step"], as_index=False)[["forget", "retain", "text"]].mean() if len(f.curves) else f.curves
-    return {"probing": f.curve.assign(flu=f.curve.layer.isin(f.flu)) if len(f.curve) else f.curve, "traced": f.traced, "trace_grid": f.grid,
+    return {"probing": f.curve.assign(flu=f.curve.layer.isin(f.flu)) if len(f.curve) else f.curve, "traced": f.traced, "trace_grid": f.grid, "paths": f.paths,
             "localizations": trained(f.where), "training": curves, "metrics": _slim(f.metrics),
             "records_small": pd.DataFrame() if f.facts is None else _small(f.facts)}
 

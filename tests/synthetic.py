@@ -77,7 +77,8 @@ def maps(path, rng, layers=LAYERS):
     parts = [("mlp", l, None) for l in range(layers)] + [("head", l, h) for l in range(layers) for h in range(4)]
     rows = [dict(component=".".join(str(x) for x in p if x is not None), kind=p[0], layer=p[1], head=p[2], score=x, ci_low=x - .05, ci_high=x + .05, n=24)
             for p in parts for x in [float(rng.normal(.05, .03) + .5*(p[1] in (0, layers - 1)))]]
-    save_table(path/"scores/causal-tracing-swap.parquet", pd.DataFrame(rows).astype({"head": "Int64"}), {"invented": True})
+    for method in ("causal-tracing-swap", "direct-effect", "to-extraction"):
+        save_table(path/f"scores/{method}.parquet", pd.DataFrame(rows).astype({"head": "Int64"}), {"invented": True})
     tokens = {-7: "subject 1/3", -6: "subject 2/3", -5: "subject 3/3", -4: "plays", -3: "the", -2: "sport", -1: "of"}
     for kind, size in (("resid", 1.), ("attn", .4), ("mlp", .35)):
         rows = []

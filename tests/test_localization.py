@@ -2,7 +2,7 @@ import collections, random
 import numpy as np, pandas as pd, pytest, torch
 from mechunlearn import localization, stats
 from mechunlearn.facts import Fact, Task
-from mechunlearn.localization import (EmptyFLU, Evidence, Localization, at_random, build, by_hand, by_score, chosen_by_fact, compare, control_draws,
+from mechunlearn.localization import (EmptyFLU, Evidence, Localization, agreement, at_random, build, by_hand, by_score, chosen_by_fact, compare, control_draws,
     describe, fill, late, layer_table, layer_text, localizations_for, localize, localize_all, localize_each, mechanism_table, mechanisms, neuron_size,
     overlap, plot_localizations, plot_mechanisms, run_localization, split_name, trained_share, tracing_of, units)
 from mechunlearn.models import Component, components, n_params, slices
@@ -340,3 +340,11 @@ def test_layer_table_reads_what_is_there(tiny, tmp_path):
     assert t.method.tolist() == ["causal tracing"] * 2 + ["direct effect"] * 2 and t.value.tolist() == [.1, .2] * 2
     text = layer_text(t, [1])
     assert "causal tracing (n=8)" in text and "0.20 [0.10,0.30]" in text and "1*" in text
+
+
+def test_agreement_is_spearmans_correlation_with_removal():
+    rng = np.random.default_rng(0)
+    truth = rng.normal(size=(40, 1)) * .01 + np.arange(12) # every fact has the same order
+    t = agreement({"removal": truth, "same": truth ** 3, "reverse": -truth, "noise": rng.normal(size=(40, 12))}, n_boot=100).set_index("method")
+    assert t.loc["same", ["rho", "ci_low", "ci_high"]].tolist() == [1, 1, 1] and t.rho["reverse"] == -1 and (t.n == 40).all()
+    assert t.ci_low["noise"] < t.rho["noise"] < t.ci_high["noise"] and abs(t.rho["noise"]) < .9

@@ -1,5 +1,4 @@
 "The pipeline's machinery on small fake stages, and the real one killed at random moments"
-from functools import partial
 import importlib, inspect, json, os, random, signal, subprocess, sys, textwrap, time
 from pathlib import Path
 
@@ -250,10 +249,12 @@ def wait_for(test, seconds=120):
 def descendants(pid): return psutil.Process(pid).children(recursive=True)
 
 
+def as_in_a_terminal(): signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+
+
 @pytest.mark.parametrize("sig,code", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_stopped_run_leaves_no_process_and_goes_on(steps, tmp_path, sig, code):
     seeds = ["--seeds", "0,1,2,3,4"]
-    as_in_a_terminal = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     p = subprocess.Popen(command(tmp_path, steps, *seeds), stderr=subprocess.PIPE, text=True, preexec_fn=as_in_a_terminal)
     wait_for(lambda: (tmp_path / "count").exists())
     alive = descendants(p.pid)
@@ -284,7 +285,8 @@ def test_killed_at_random_moments_gives_the_same_metrics(tmp_path):
     subprocess.run([*argv, "--out", str(tmp_path / "whole")], check=True, capture_output=True)
     rng, kills, limit = random.Random(0), 0, 5.
     while True:
-        p = subprocess.Popen([*argv, "--out", str(tmp_path / "torn")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        p = subprocess.Popen([*argv, "--out", str(tmp_path / "torn")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                             preexec_fn=as_in_a_terminal)
         try: assert p.wait(rng.uniform(.5, 1)*limit) == 0; break
         except subprocess.TimeoutExpired: pass
         alive = descendants(p.pid); p.send_signal(rng.choice([signal.SIGINT, signal.SIGKILL])); p.wait(60)
