@@ -1,7 +1,7 @@
 "Direct effects against an independent implementation: hooks that freeze everything but one component"
 import pytest, torch
 from mechunlearn.models import Component, components
-from mechunlearn.patching import answer_logits, contributions, direct_effect, extraction_set, sent, through
+from mechunlearn.patching import answer_logits, contributions, direct_effect, extraction_set, lookup_mlps, sent, share_by_fact, through
 from mechunlearn.store import Refusal
 from mechunlearn.tracing import record, swap_cases
 from test_tracing import make_facts
@@ -146,7 +146,7 @@ def test_through_does_not_depend_on_batches(lm):
 def test_nothing_passes_where_nobody_listens(lm):
     s = through(lm, make_facts(), [Component("head", 1, 0)], components(lm), min_gap=-99, progress=False)
     deaf = [c.layer >= 1 for c in components(lm)]
-    assert torch.equal(s.raw["patched"][:, deaf], s.raw["clean"][:, None].expand(-1, sum(deaf), -1)) or s.table.score[deaf].abs().max() < 1e-5
+    torch.testing.assert_close(s.raw["patched"][:, deaf], s.raw["clean"][:, None].expand(-1, sum(deaf), -1), rtol=0, atol=1e-5)
     assert s.table.score[[not d for d in deaf]].abs().min() > 0
 
 
@@ -170,3 +170,21 @@ def test_extraction_set_follows_its_rule(lm):
 
 def test_an_unknown_receiver_is_refused(lm):
     with pytest.raises(Refusal, match="receiver"): through(lm, make_facts(), RECEIVERS, receiver="heads", progress=False)
+
+
+def test_lookup_rules():
+    share = [0., .01, .03, .3, .0, -.5, .02, 0., 0., 0.]
+    assert lookup_mlps(share) == [2, 3] and lookup_mlps(share, "2sd") == []
+    share[5] = 0.
+    assert lookup_mlps(share, "2sd") == [3]
+    assert lookup_mlps([x + .4 for x in share], "2sd") == [3] and len(lookup_mlps([x + .4 for x in share])) == 10 # an offset fools the fixed rule alone
+    assert lookup_mlps([0.] * 5) == lookup_mlps([0.] * 5, "2sd") == []
+    with pytest.raises(Refusal, match="rule"): lookup_mlps(share, "3sd")
+
+
+def test_shares_by_fact_average_to_the_score(lm):
+    lm.hf.model.norm.weight.data += 30 # larger logits
+    s = through(lm, make_facts(), RECEIVERS, min_gap=.05, progress=False)
+    each, gap = share_by_fact(s), (s.raw["clean"] - s.raw["other"]) @ torch.tensor([1., -1.])
+    assert list(each.index) == s.raw["facts"] and each.notna().all(axis=1).tolist() == (gap > .05).tolist()
+    if (gap > .05).any(): torch.testing.assert_close(torch.tensor(each.mean().to_numpy()), torch.tensor(s.table.score_per_fact.to_numpy()), rtol=0, atol=1e-9)
