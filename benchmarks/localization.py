@@ -1,14 +1,15 @@
 """How much faster are our maps than one forward per component, and are they the same?
 
-    python benchmarks/localization.py [--facts 32] [--repeat 3] [--threads 2] [--device cpu] [--only causal-tracing,direct-path,...] [--shapes]
+    python benchmarks/localization.py [--facts 32] [--repeat 3] [--threads 2] [--device cpu] [--only causal-tracing,direct-path,...] [--shapes] [--save NAME]
 
 One JSON object a line: name, against, ours_s, theirs_s, ratio (theirs / ours; medians of alternating runs), floor, over_floor,
 max_abs_diff (patched logits), equal (1e-4 of the largest logit), peak_mb of both. For causal tracing also `ceiling`, the ratio that
 prefix sharing and suffix-only allow if a token costs the same in every layer, and `of_ceiling`. `--shapes` (GPU): random weights in the
-shapes of Llama-3-8B and Gemma-2-9B, bf16, 64 prompts.
+shapes of Llama-3-8B and Gemma-2-9B, bf16, 64 prompts. `--save NAME` also writes results/NAME.jsonl and, as a table, results/NAME.md.
 """
-import argparse, copy, json, os, statistics, sys, tempfile, threading, time
-import psutil, torch
+import argparse, copy, json, os, platform, statistics, tempfile, threading, time
+from pathlib import Path
+import pandas as pd, psutil, torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 from mechunlearn.facts import world_facts
 from mechunlearn.models import Component, components, load, wrap
@@ -126,12 +127,27 @@ def path_loop(lm, clean_batch, other_batch, answers, receivers):
         out.append(forward(lm, clean_batch, both(hear, hold(lm, clean, receivers))).gather(1, answers))
     return torch.stack(out)
 
-def two_forwards_one_backward(lm, clean_batch, other_batch, answers):
-    with torch.no_grad(): forward(lm, clean_batch)
+def two_forwards_one_backward(lm, clean_batch, other_batch, answers, clean_hooks=lambda l, b: [], hooks=lambda l, b: []):
+    with torch.no_grad(): forward(lm, clean_batch, clean_hooks)
     x = lm.hf.get_input_embeddings()(other_batch["input_ids"]).detach().requires_grad_()
     with torch.enable_grad():
-        logits = forward(lm, {k: v for k, v in other_batch.items() if k != "input_ids"}, inputs_embeds=x).gather(1, answers)
+        logits = forward(lm, {k: v for k, v in other_batch.items() if k != "input_ids"}, hooks, inputs_embeds=x).gather(1, answers)
         (logits[:, 0] - logits[:, 1]).sum().backward()
+
+def plain_attribution(lm, clean_batch, other_batch, answers):
+    "First-order gains by plain autograd; only compared, not timed"
+    clean, other = {}, {}
+    def watch(l, block):
+        def z(_, args): other["head", l] = args[0]; args[0].retain_grad()
+        def mlp(_, args, out): other["mlp", l] = out; out.retain_grad()
+        return [block.self_attn.o_proj.register_forward_pre_hook(z), block.mlp.register_forward_hook(mlp)]
+    two_forwards_one_backward(lm, clean_batch, other_batch, answers, see(clean), watch)
+    gain = {k: (clean[k] - x.detach()) * x.grad for k, x in other.items()}
+    return torch.stack([gain[c.kind, c.layer][..., column(lm, c)].sum((1, 2)) for c in components(lm)])
+
+def our_attribution(lm, facts, how):
+    raw = attribution_patching(lm, facts, **how).raw
+    return torch.stack([raw[c.kind][0, ..., c.layer].sum(1) if c.kind == "mlp" else raw["head"][0, ..., c.layer, c.head].sum(1) for c in components(lm)])
 
 def transformer_lens(lm, clean_batch, other_batch, answers):
     "Its patching loop over heads and MLPs"
@@ -142,6 +158,7 @@ def transformer_lens(lm, clean_batch, other_batch, answers):
         lm.tok.save_pretrained(folder)
         bridge = TransformerBridge.boot_transformers(folder, hf_model=copy.deepcopy(lm.hf))
     bridge.eval()
+    patching.tqdm = lambda x, *a, **k: x # no bars
     def loop(*_):
         out = []
         with torch.no_grad():
@@ -178,18 +195,45 @@ def timed(fn):
     if torch.cuda.is_available(): torch.cuda.synchronize()
     return time.perf_counter() - start, out
 
-def compare(name, against, ours, theirs, repeat, floor, **more):
-    "Alternate; the first round warms up and is checked for equality"
+LINES = []
+
+def say(**line):
+    LINES.append(line)
+    print(json.dumps(line), flush=True)
+
+def compare(name, against, ours, theirs, repeat, floor, same=None, **more):
+    "Alternate; the first round warms up and is checked for equality (against `same`, where `theirs` computes less)"
     with Peak() as p: a = ours()
     with Peak() as q: b = theirs()
-    diff = None if b is None else (a - b.cpu()).abs().max().item()
+    if same: b = same()
+    diff = (a - b.cpu()).abs().max().item()
     times = [(timed(ours)[0], timed(theirs)[0]) for _ in range(repeat)]
     mine, other = (statistics.median(t) for t in zip(*times))
     ratio = other / mine
     if "ceiling" in more: more["of_ceiling"] = round(ratio / more["ceiling"], 2)
-    equal = None if diff is None else diff <= 1e-4 * max(1., b.abs().max().item())
-    print(json.dumps(dict(name=name, against=against, ours_s=round(mine, 4), theirs_s=round(other, 4), ratio=round(ratio, 2), floor=floor and round(floor, 2),
-        over_floor=floor and ratio >= floor, max_abs_diff=diff, equal=equal, peak_mb=p.mb, their_peak_mb=q.mb, **more)), flush=True)
+    equal = diff <= 1e-4 * max(1., b.abs().max().item())
+    say(name=name, against=against, ours_s=round(mine, 4), theirs_s=round(other, 4), ratio=round(ratio, 2), floor=round(floor, 2),
+        over_floor=ratio >= floor, max_abs_diff=diff, equal=equal, peak_mb=p.mb, their_peak_mb=q.mb, repeat=repeat, **more)
+
+def save(name):
+    "results/NAME.jsonl and the same as a table"
+    folder, first, *lines = Path(__file__).parent / "results", *LINES
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(l) + "\n" for l in LINES))
+    t = pd.DataFrame(lines)
+    shown = pd.DataFrame({"what": t.name, "against": t.against, "facts": t.facts, "tokens": t.tokens, "ours, s": t.ours_s, "theirs, s": t.theirs_s,
+        "ratio": t.ratio, "asked": t.floor, "of ceiling": t.get("of_ceiling", pd.Series(float("nan"), t.index)), "largest difference": t.max_abs_diff.map("{:.0e}".format),
+        "peak MB, ours": t.peak_mb, "theirs": t.their_peak_mb})
+    rows = [list(shown), ["---"] * shown.shape[1], *shown.astype(object).where(shown.notna(), "").values.tolist()]
+    table = "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
+    about = ", ".join(f"{k} {v}" for k, v in first.items())
+    (folder / f"{name}.md").write_text(f"`python benchmarks/localization.py`: {about}; medians of alternating runs.\n\n{table}\n")
+
+def processor():
+    "Its name, where the system tells"
+    info = Path("/proc/cpuinfo")
+    names = [l.split(":")[1].strip() for l in info.read_text().splitlines() if l.startswith("model name")] if info.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
 
 def ceiling(lm, cases):
     "Tokens x layers of one forward per component, over those from the subject and the component on (and one prefix, one clean, one corrupted run)"
@@ -207,7 +251,7 @@ def run(lm, facts, pool, only, repeat, peers=False):
     cases = swap_cases(lm, facts, pool, 0)
     clean_batch, other_batch = lm.encode([c.fact.prompt for c in cases]), lm.encode([c.corrupt for c in cases])
     answers = torch.tensor([c.answers for c in cases], device=lm.device)
-    how = dict(pool=pool, batch_size=n, progress=False, min_gap=-1e9)
+    how = dict(pool=pool, batch_size=2 * n, progress=False, min_gap=-1e9)
     receivers = [Component("head", l, h) for l in range(lm.n_layers // 2, lm.n_layers) for h in (1, 2)] + [Component("mlp", lm.n_layers - 1)]
     args, info = (lm, clean_batch, other_batch, answers), dict(model=lm.name, facts=n, tokens=length)
     floor = lambda name: FLOORS.get(f"{name}/{lm.name}", FLOORS.get(name))
@@ -222,8 +266,8 @@ def run(lm, facts, pool, only, repeat, peers=False):
         compare(f"mlp-to-extraction/{lm.name}", "two frozen forwards an MLP", lambda: through(lm, facts, receivers, **how).raw["patched"].transpose(0, 1),
                 lambda: path_loop(*args, receivers), repeat, floor("mlp-to-extraction"), **info)
     if "attribution" in only:
-        compare(f"attribution/{lm.name}", "two forwards and one backward", lambda: attribution_patching(lm, facts, **how) and None,
-                lambda: two_forwards_one_backward(*args), repeat, floor("attribution"), **info)
+        compare(f"attribution/{lm.name}", "two forwards and one backward", lambda: our_attribution(lm, facts, how),
+                lambda: two_forwards_one_backward(*args), repeat, floor("attribution"), same=lambda: plain_attribution(*args), **info)
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -234,16 +278,17 @@ if __name__ == "__main__":
     p.add_argument("--only", default="causal-tracing,direct-path,mlp-to-extraction,attribution")
     p.add_argument("--models", default="organism,llama-12x512")
     p.add_argument("--shapes", action="store_true", help="random weights in the shapes of 8-9 B models (GPU)")
+    p.add_argument("--save", metavar="NAME")
     a = p.parse_args()
     torch.set_num_threads(a.threads)
     organism, only = load("organism", device=a.device), a.only.split(",")
-    print(json.dumps(dict(device=torch.cuda.get_device_name() if a.device == "cuda" else "cpu", threads=a.threads, torch=torch.__version__)), flush=True)
+    say(device=torch.cuda.get_device_name() if a.device == "cuda" else processor(), threads=a.threads, torch=torch.__version__)
     facts, pool = sports(a.facts)
     if a.shapes:
         for lm in shapes(organism.tok): run(lm, *sports(64), only, a.repeat)
-        sys.exit()
-    if "organism" in a.models: run(organism, facts, pool, only, a.repeat)
-    if "llama" in a.models:
+    elif "organism" in a.models: run(organism, facts, pool, only, a.repeat)
+    if "llama" in a.models and not a.shapes:
         try: import transformer_lens as peers
         except ImportError: peers = None
         run(llama(organism.tok, a.device), facts, pool, only, a.repeat, peers is not None)
+    if a.save: save(a.save)

@@ -19,7 +19,7 @@ from . import models, store
 from .facts import Task
 from .models import LM, Component
 from .store import Refusal, Run, choose
-from .tracing import Cache, Scores, _components_table, _copy, _rest, read, record, shared_prefix, shares, swap_cases
+from .tracing import Cache, Scores, _components_table, _copy, pair, read, record, shares, swap_cases
 
 # %% ../nbs/12_path_patching.ipynb #8044f86d
 def _module(lm, name, l): return lm.hf.get_submodule(lm.path(name, l))
@@ -66,9 +66,7 @@ def answer_logits(
 # %% ../nbs/12_path_patching.ipynb #de12ef51
 def _two_runs(lm, batch, cases):
     "Clean and swapped runs from the subject on: the rest of the clean prompts, what comes before, both runs"
-    other, start = lm.encode([c.corrupt for c in cases]), min(c.span[0] for c in cases)
-    rest, past = shared_prefix(lm, batch, start)
-    if past is not None: other = _rest(other, other["input_ids"].shape[1] + start)
+    rest, other, past = pair(lm, batch, cases)
     return rest, past, record(lm, rest, past=past), record(lm, other, past=past)
 
 def _differences(raw):
