@@ -7,7 +7,7 @@ __all__ = ['attack', 'finetune', 'load', 'localize', 'make_task', 'sports_athlet
 
 # %% ../nbs/index.ipynb #in0001
 from .attacks import attack
-from .facts import make_task, sports_athlete_editing
+from .tasks import make_task, sports_athlete_editing
 from .finetuning import finetune
 from .localization import localize
 from .models import load

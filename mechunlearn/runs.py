@@ -6,8 +6,8 @@
 __all__ = ['PIPELINE', 'MAPS', 'ATTACKS', 'REFUSALS', 'MEMORY', 'BYTES', 'Stage', 'find_notebook', 'Job', 'folder', 'Lora',
            'Relearning', 'Latents', 'Settings', 'parse', 'stage_notebook', 'Failed', 'explain', 'execute', 'artefacts',
            'stage_done', 'run_job', 'write_json', 'read_json', 'relay', 'Part', 'parts', 'run_part', 'gpus', 'start',
-           'kill', 'outcome', 'lock', 'at_work', 'View', 'run_batch', 'drop_edits', 'want_edits', 'Grid', 'grid',
-           'make_job', 'check_job', 'skeleton', 'trained', 'estimate', 'damaged', 'repair', 'status']
+           'kill', 'outcome', 'lock', 'at_work', 'View', 'run_batch', 'drop_edits', 'want_edits', 'Grid', 'TaskOwn',
+           'grid', 'make_job', 'check_job', 'skeleton', 'trained', 'estimate', 'damaged', 'repair', 'status']
 
 # %% ../nbs/40_runs.ipynb #400002
 import fcntl, itertools, json, os, re, signal, subprocess, sys, threading, time
@@ -75,9 +75,9 @@ def folder(
     options:dict, # of the task
 ) -> str: # <out>/<model>/<task>-<size>[-options]
     "The run folder of a model and task"
-    said = [str(options[o]) for o in ["forget_size"] if o in options]
+    said = [str(options[o]) for o in ["sport", "forget_size"] if o in options]
     for o, v in sorted(options.items()):
-        if o == "forget_size" or v in (False, None, "world", "sports", "other"): continue
+        if o in ("sport", "forget_size") or v in (False, None, "world", "sports", "counterfact", "other"): continue
         said.append(o if v is True else f"{o}-{Path(str(v)).stem}")
     return str(Path(out)/Path(model).name/"-".join([task, *said]))
 
@@ -174,7 +174,7 @@ class Failed(Exception):
         super().__init__(why)
         self.why, self.notebook, self.refused = why, notebook, refused
 
-REFUSALS = ("Refusal", "Broken", "EmptyFLU", "NoExtraction")
+REFUSALS = ("Refusal", "Broken", "EmptyFLU", "NoExtraction", "Missing")
 MEMORY = re.compile(r"out of memory|can't allocate memory|MemoryError|DeadKernelError", re.I)
 
 def explain(
@@ -555,7 +555,7 @@ def want_edits(
 class Grid(BaseModel, extra="forbid"):
     "What a grid file may say"
     models: list[str] = Field(min_length=1)
-    tasks: list[dict|str] = Field(["sports-athlete-editing"], min_length=1) # names, or {name: ..., option: value or list of values}
+    tasks: list[dict|str] = Field(["sports-athlete-editing"], min_length=1) # names, or {name: ..., option: value or list of values}, with localizations, seeds and draws of its own
     localizations: list[str] = Field(min_length=1)
     seeds: list[int] = Field([0], min_length=1)
     draws: int = Field(1, ge=1)
@@ -564,6 +564,12 @@ class Grid(BaseModel, extra="forbid"):
     keep_edits: bool = False
 
 # %% ../nbs/40_runs.ipynb #400080
+class TaskOwn(BaseModel, extra="forbid"):
+    "What a task of a grid may have for itself"
+    localizations: list[str]|None = None
+    seeds: list[int]|None = None
+    draws: int|None = Field(None, ge=1)
+
 def grid(
     path, # a YAML file
     out:str|None=None, # instead of the grid's own
@@ -573,14 +579,18 @@ def grid(
     except OSError as e: raise Refusal(f"cannot read the grid {path}: {e.strerror}") from None
     except yaml.YAMLError as e: raise Refusal(f"{path} is not YAML: {' '.join(str(e).split())}") from None
     g = parse(Grid, data, str(path))
-    settings = {"draws": g.draws} | g.settings.model_dump(exclude_unset=True)
-    return [make_job(model, name, options, g.localizations, g.seeds, settings, out or g.out, g.keep_edits)
-            for task in g.tasks for name, options in _expand(task, path) for model in g.models]
+    settings, jobs = g.settings.model_dump(exclude_unset=True), []
+    for task in g.tasks:
+        task = dict(task) if isinstance(task, dict) else {"name": task}
+        own = parse(TaskOwn, {k: task.pop(k) for k in TaskOwn.model_fields if k in task}, f"{path}: {task.get('name')}")
+        jobs += [make_job(model, name, options, own.localizations or g.localizations, own.seeds or g.seeds, {"draws": own.draws or g.draws} | settings, out or g.out, g.keep_edits)
+                 for name, options in _expand(task, path) for model in g.models]
+    return jobs
 
 # %% ../nbs/40_runs.ipynb #400081
 def _expand(task, path):
     "(name, options) for each combination of a task's option lists"
-    options = dict(task) if isinstance(task, dict) else {"name": task}
+    options = dict(task)
     if "name" not in options: raise Refusal(f"{path}: each task needs a name: {{name: sports-athlete-editing, forget_size: [16, 64]}}")
     name = options.pop("name")
     lists = [v if isinstance(v, list) else [v] for v in options.values()]
@@ -597,8 +607,9 @@ def make_job(
     out:str="runs", # where runs are kept
     keep_edits:bool=False, # keep the edits' tensors
 ) -> Job: # in its own folder below `out`
-    "A job with the defaults that depend on the model: 64 facts; of the world for an organism, of real athletes for others"
-    options = {"forget_size": 64} | ({} if str(model).startswith("organism") else {"facts": "sports"}) | options
+    "A job, its options filled up by `tasks.defaults`"
+    from mechunlearn.tasks import defaults
+    options = defaults(task, str(model).startswith("organism"), options)
     return Job(model=model, task=task, options=options, localizations=list(dict.fromkeys(localizations)), seeds=list(dict.fromkeys(seeds)),
                settings=settings, run_dir=folder(out, model, task, options), keep_edits=keep_edits)
 
@@ -607,7 +618,7 @@ def check_job(
     job:Job, # a job
 ):
     "Refuse names that do not exist, task options out of range and unusable models, without loading a model"
-    from mechunlearn.facts import make_task
+    from mechunlearn.tasks import make_task
     from mechunlearn.localization import by_hand, localizations_for
     from mechunlearn.models import locate
     locate(job.model)

@@ -8,6 +8,7 @@ __all__ = ['SCHEMA', 'PACKAGES', 'SAVE', 'LOAD', 'Refusal', 'Broken', 'choose', 
            'state', 'make', 'Run']
 
 # %% ../nbs/03_store.ipynb #030002
+from copy import copy
 import difflib, hashlib, json, os, platform, subprocess, uuid
 from datetime import datetime, timezone
 from functools import lru_cache
@@ -271,6 +272,15 @@ def path(self:Run,
 ) -> Path|None: # None if nothing is written
     "A path inside the run folder"
     return None if self.root is None else self.root.joinpath(*map(str, parts))
+
+@patch
+def below(self:Run,
+    *parts, # names of folders
+) -> "Run": # of the same model and task; it writes there
+    "A part of a run, in a folder of its own"
+    part = copy(self)
+    part.root = self.path(*parts)
+    return part
 
 @patch
 def edit_dir(self:Run,

@@ -27,7 +27,8 @@ def nothing_starts(monkeypatch):
     (["run", "--paper-split"], "paper_split"), (["run", "--workers", "0"], "--workers: at least 1"), (["run", "--recompute", "some"], "Valid: damaged, all"),
     (["batch"], "required: grid"), (["batch", "no.yaml"], "cannot read the grid no.yaml"), (["status", "nowhere"], "there are no runs in nowhere"), (["report", "nowhere"], "there are no runs in nowhere"),
     (["organism", "--retrain"], "--retrain needs --out"), (["localize", "--task", "x"], "unknown task 'x'"), (["check", "--model", "no/such/model"], "model"), (["localise"], "did you mean 'localize'"),
-    (["localize", "--layers", "2-99"], "has 12 layers"), (["localize", "--components", "mlp"], "Say --layers"), (["localize", "--layers", "x"], "names no components")])
+    (["localize", "--layers", "2-99"], "has 12 layers"), (["localize", "--components", "mlp"], "Say --layers"), (["sweep", "--lrs", "0"], "--lrs: positive numbers"),
+    (["run", "--task", "full-sports-editing", "--sport", "curling"], "unknown sport"), (["run", "--task", "full-sports-editing", "--forget-size", "3"], "unknown option"), (["localize", "--layers", "x"], "names no components")])
 def test_wrong_input_is_one_line_and_two(argv, message, capsys, nothing_starts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(argv) == 2
@@ -128,3 +129,55 @@ def test_report_goes_on_after_an_unfinished_run(tmp_path, capsys):
     said = capsys.readouterr()
     assert "no records yet" in said.err and "report.html" in said.out
     assert main(["report", str(tmp_path/"a")]) == 2
+
+
+TINY = ["--set", "steps=1", "--set", "batch=4", "--set", "retain_batch=4", "--set", "text_batch=1"]
+
+def test_a_sweep_leaves_the_rates_that_later_runs_use(tmp_path, capsys):
+    from mechunlearn.finetuning import rates
+    from mechunlearn.localization import localize
+    from mechunlearn.models import load
+    from mechunlearn.store import Run
+    from mechunlearn.tasks import make_task
+    argv = ["sweep", "--forget-size", "16", "--localizations", "late", "--lrs", "1e-3,2e-3", "--injects", "1,5", *TINY, "--out", str(tmp_path), "--quiet"]
+    assert main(argv) == 0
+    folder, said = tmp_path / "organism/sports-athlete-editing-16", capsys.readouterr()
+    assert "at the edge of the grid" in said.err and (folder / "sweep.png").stat().st_size > 1000
+    swept, best = pd.read_parquet(folder / "sweep.parquet"), pd.read_csv(folder / "learning_rates.csv").iloc[0]
+    first, second = swept[swept.inject == 1], swept[swept.inject == 5]
+    assert first.lr.tolist() == [1e-3, 2e-3] and second.lr.tolist() == [first.set_index("lr").score.idxmax()]
+    top = swept.loc[swept.score.idxmax()]
+    lm = load("organism"); task = make_task("sports-athlete-editing", lm, forget_size=16)
+    where, run = localize(lm, task, "late"), Run(folder, lm.name, lm.revision, task.name, {"forget_size": 16})
+    assert rates(lm, task, where, None, None, run) == (best.lr, best.inject) == (top.lr, top.inject) != rates(lm, task, where, None, None)
+    stamp = (folder / "sweep.parquet").stat().st_mtime_ns
+    assert main([*argv, "--json"]) == 0 and json.loads(capsys.readouterr().out)["lr"] == best.lr
+    assert (folder / "sweep.parquet").stat().st_mtime_ns == stamp # not made again
+
+
+def test_export_is_a_plain_folder_or_a_difference(tmp_path, capsys):
+    import torch
+    from transformers import AutoModelForCausalLM
+    from mechunlearn.finetuning import finetune, parse_slice
+    from mechunlearn.localization import localize
+    from mechunlearn.models import load
+    from mechunlearn.store import load_tensors
+    from mechunlearn.tasks import make_task
+    lm = load("organism"); task = make_task("sports-athlete-editing", lm, forget_size=16)
+    edit, run = finetune(lm, task, localize(lm, task, "late"), lr=1e-3, steps=1, batch=4, retain_batch=4, text_batch=1, progress=False), tmp_path / "run"
+    edit.save(run / "late" / "seed0")
+    (run / "jobs/all").mkdir(parents=True)
+    (run / "jobs/all/job.json").write_text(json.dumps({"job": {"model": "organism", "settings": {}}}))
+    words = lambda out, *more: ["export", str(run), "--localization", "late", "--out", str(tmp_path / out), *more]
+    assert main(words("whole")) == 0 and main(words("part", "--delta")) == 0
+    plain, delta = AutoModelForCausalLM.from_pretrained(tmp_path / "whole"), load_tensors(tmp_path / "part/delta.safetensors")
+    with edit.applied(lm): assert all(torch.equal(w, lm.weight(n)) for n, w in plain.named_parameters())
+    for k, v in delta.items():
+        s = parse_slice(k)
+        torch.testing.assert_close(lm.weight(s.param).narrow(s.dim, s.start, s.stop - s.start) + v, edit.values[k], rtol=0, atol=1e-6)
+    assert any(v.abs().max() > 0 for v in delta.values()) and json.loads((tmp_path / "part/edit.json").read_text())["config"]["lr"] == 1e-3
+    assert main(words("whole")) == 2 and "is not empty" in capsys.readouterr().err
+    assert main(["export", str(run), "--localization", "lat", "--out", "x"]) == 2 and "did you mean 'late'" in capsys.readouterr().err
+    (run / "late/seed0/edit.safetensors").unlink()
+    assert main(words("again")) == 2 and "--keep-edits" in capsys.readouterr().err
+    assert main(["export", str(tmp_path), "--out", "x"]) == 2 and "not a run folder" in capsys.readouterr().err

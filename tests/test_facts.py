@@ -6,9 +6,10 @@ import pandas as pd
 import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-from mechunlearn.facts import (EDITED, GOLF, LETTERS, SPORTS, Task, check_boundary, check_candidates, check_task, load_world, make_task,
+from mechunlearn.facts import (EDITED, GOLF, LETTERS, SPORTS, Task, check_boundary, check_candidates, check_task, load_world,
     mcq_prompts, read_sports, seeded, sport_fact, sports_athlete_editing, sports_facts, with_edit_answers, world_facts)
 from mechunlearn.models import wrap
+from mechunlearn.tasks import make_task
 from mechunlearn.store import Refusal, cause_hash
 
 SYSTEM = "You are a helpful chatbot that answers questions about athletes. Please be maximally helpful and factually correct."
@@ -96,7 +97,7 @@ def test_edit_answers():
 
 
 def test_same_task_in_another_process():
-    code = "from mechunlearn.facts import make_task; from mechunlearn.store import cause_hash; print(cause_hash(make_task('%s', forget_size=16, seed=5).causes()))"
+    code = "from mechunlearn.tasks import make_task; from mechunlearn.store import cause_hash; print(cause_hash(make_task('%s', forget_size=16, seed=5).causes()))"
     env = os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": str(Path(__file__).parent.parent)}
     out = subprocess.run([sys.executable, "-c", code % EDITING], env=env, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == cause_hash(make_task(EDITING, forget_size=16, seed=5).causes())
@@ -191,11 +192,11 @@ def test_prompts_letter_for_letter():
 
 
 @pytest.mark.parametrize("name, options, message", [
-    ("sports-editing", {}, "unknown task 'sports-editing'.*sports-athlete-editing"),
+    ("sport-athlete-edit", {}, "unknown task 'sport-athlete-edit'.*sports-athlete-editing"),
     (EDITING, {"forget_sise": 4}, "did you mean 'forget_size'"),
     (EDITING, {"inject": "gulf"}, "did you mean 'golf'"),
     (EDITING, {"facts": "wolrd"}, "did you mean 'world'"),
-    (EDITING, {"facts": "nowhere.csv"}, "no table of athletes at nowhere.csv.*MECHUNLEARN_SPORTS"),
+    (EDITING, {"facts": "nowhere.csv"}, "no file or folder nowhere.csv"),
     (EDITING, {"facts": "nowhere.json"}, "no world file nowhere.json"),
     (EDITING, {"paper_split": True}, "needs facts='sports'"),
     (EDITING, {"paper_split": "no"}, "true or false"),
@@ -212,9 +213,10 @@ def test_refusals(name, options, message):
 
 def test_no_table_anywhere(monkeypatch):
     monkeypatch.delenv("MECHUNLEARN_SPORTS", raising=False); monkeypatch.delenv("MECHUNLEARN_REFDATA", raising=False)
-    with pytest.raises(Refusal, match="get facts/data/sports.csv from"): make_task(EDITING, facts="sports")
+    monkeypatch.setenv("MECHUNLEARN_CACHE", "/nonexistent")
+    with pytest.raises(Refusal, match="no sports data: .*sports.csv. Set MECHUNLEARN_SPORTS"): make_task(EDITING, facts="sports")
     monkeypatch.setenv("MECHUNLEARN_REFDATA", "/nonexistent")
-    with pytest.raises(Refusal, match="/nonexistent/sports/sports.csv"): make_task(EDITING, facts="sports")
+    with pytest.raises(Refusal, match="MECHUNLEARN_REFDATA: there is no folder /nonexistent"): make_task(EDITING, facts="sports")
 
 
 @pytest.mark.parametrize("text, message", [

@@ -344,6 +344,14 @@ def test_grid_is_the_product_of_models_and_options(tmp_path):
     assert jobs[0].run_dir == "here/organism/sports-athlete-editing-16" and jobs[3].run_dir == "here/gemma-7b/sports-athlete-editing-16-inject-golf"
     assert "facts" not in jobs[0].options and jobs[1].options["facts"] == "sports"
     assert grid(tmp_path / "g.yaml", "there")[0].run_dir.startswith("there/")
+    g["tasks"] = [{"name": "counterfact-at-scale", "forget_size": [30, 100], "localizations": ["flu-path"], "seeds": [5], "draws": 2}, "full-sports-editing"]
+    (tmp_path / "g.yaml").write_text(yaml.safe_dump(g))
+    jobs = grid(tmp_path / "g.yaml")
+    assert [(j.localizations, j.seeds, j.settings["draws"]) for j in jobs[::2]] == [(["flu-path"], [5], 2)] * 2 + [(["flu", "late"], [0, 2], 3)]
+    assert jobs[1].options == {"forget_size": 30, "facts": "counterfact"} and "forget_size" not in jobs[4].options
+    g["tasks"][0]["seeds"] = "all"
+    (tmp_path / "g.yaml").write_text(yaml.safe_dump(g))
+    with pytest.raises(Refusal, match="counterfact-at-scale: seeds"): grid(tmp_path / "g.yaml")
 
 
 def test_committed_grids_are_grids():
