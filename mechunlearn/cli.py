@@ -182,6 +182,7 @@ def show_run(
     page = report.write_report(run_dir)
     if args.json: print(metrics.to_json(orient="records", lines=True).strip()); return
     print(report.results_text(report.results_table(metrics)))
+    if len(parts := report.parts_table(metrics)): print("\n" + report.parts_text(parts))
     print(f"\nreport: {page}\nexecuted notebooks: {Path(run_dir)/'notebooks'}")
 
 # %% ../nbs/50_cli.ipynb #500017

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOOKS', 'FLU', 'TRACING', 'PLACE', 'MEASURED', 'METRICS', 'EDITED', 'ATTACKED', 'SIDE', 'COLUMNS', 'KEY', 'LATENT',
-           'MCQ_CHANCE', 'BARS', 'CLAIMS', 'NO_FRONTIER', 'SECTIONS', 'RECORDED', 'printed', 'family', 'look',
+           'MCQ_CHANCE', 'BARS', 'CLAIMS', 'SCALED', 'NO_FRONTIER', 'SECTIONS', 'RECORDED', 'printed', 'family', 'look',
            'ordered', 'baseline', 'about', 'finished', 'records', 'training', 'recorded', 'settings', 'localizations',
            'scores', 'per_fact', 'summarise', 'metrics', 'Column', 'column_rows', 'results_table', 'results_text',
            'results_html', 'fact_values', 'compare', 'Chance', 'chance', 'flu_layers', 'plot_probe', 'say_probe',
@@ -12,8 +12,8 @@ __all__ = ['LOOKS', 'FLU', 'TRACING', 'PLACE', 'MEASURED', 'METRICS', 'EDITED', 
            'say_bars', 'frontier', 'undominated', 'plot_frontier', 'say_frontier', 'plot_relearning', 'say_relearning',
            'plot_latent', 'say_latent', 'plot_training', 'say_training', 'before_after', 'Claim', 'orderings',
            'say_orderings', 'plot_orderings', 'say_tally', 'Found', 'find', 'command', 'what_was_done',
-           'say_localizations', 'say_short', 'page', 'write_report', 'source_hash', 'needed', 'record',
-           'check_recorded']
+           'say_localizations', 'parts_table', 'parts_text', 'plot_parts', 'say_parts', 'plot_scale', 'say_short',
+           'page', 'write_report', 'source_hash', 'needed', 'record', 'check_recorded']
 
 # %% ../nbs/41_report.ipynb #410002
 import ast, base64, hashlib, html, io, json, re, textwrap, tokenize
@@ -1325,12 +1325,88 @@ def say_localizations(
     return (f"{flu} trains {_count(size[flu])} parameters. " + (f"The same to within 2 %: {', '.join(same)}. " if same else "")
             + (f"Not matched: {', '.join(other)}." if other else "") + " Squares are MLPs (pale: some neurons), 3h means three heads.")
 
+# %% ../nbs/41_report.ipynb #11a83355
+def parts_table(
+    metrics:pd.DataFrame, # from `metrics`, one run
+    answer:str="edit", # or truth
+    measure:str="top1", # or prob
+) -> pd.DataFrame: # localization, part, when ('own training' | 'end'), value, ci_low, ci_high, n; empty unless it was a sequence
+    "Each part's facts right after the part was trained, and when all were"
+    m = metrics[(metrics.evaluation == "sequence") & (metrics.group == "forget") & (metrics.seed == -1)]
+    m = m[(m.answer == answer) & (m.measure == measure)].assign(part=lambda d: d.setting.str.extract(r"(\d+)", expand=False).astype(float))
+    chosen = [m[m.step == m.part].assign(when="own training"), m[m.step == m.step.max()].assign(when="end")]
+    return pd.concat(chosen)[["localization", "part", "when", "value", "ci_low", "ci_high", "n"]].astype({"part": int}).reset_index(drop=True)
+
+def parts_text(
+    table:pd.DataFrame, # from `parts_table`
+) -> str: # a line a localization
+    "The same for a terminal: after its own training > at the end"
+    cell = table.assign(text=[f"{r.value:.2f} [{r.ci_low:.2f},{r.ci_high:.2f}]" for r in table.itertuples()])
+    wide = cell.pivot(index=["localization", "part"], columns="when", values="text").reset_index()
+    wide["cell"] = wide["own training"] + " > " + wide["end"]
+    n = table.groupby("part").n.max()
+    out = wide.pivot(index="localization", columns="part", values="cell").rename(columns=lambda k: f"part {k} (n={n[k]})").rename_axis(columns=None)
+    return "Part after part: the edit answer after its own training > at the end\n" + out.reset_index().to_string(index=False)
+
+# %% ../nbs/41_report.ipynb #ecc6b7b9
+@mpl.rc_context(_RC)
+def plot_parts(
+    metrics:pd.DataFrame, # from `metrics`, one run that was a sequence
+    answer:str="edit", # or truth
+): # a figure
+    "Each part's facts after each part of the training, one panel a localization; 95 % intervals"
+    m = metrics[(metrics.evaluation == "sequence") & (metrics.group == "forget") & (metrics.seed == -1) & (metrics.answer == answer) & (metrics.measure == "top1")]
+    names = ordered(m.localization.unique())
+    fig, axes = _figure(1 + 2.2*len(names), 2.6, 1, len(names), sharey=True, squeeze=False)
+    for ax, name in zip(axes[0], names):
+        for part, r in m[m.localization == name].groupby("setting"):
+            ax.plot(r.step.astype(int), r.value, marker="o", ms=3, label=part)
+            ax.fill_between(r.step.astype(int), r.ci_low, r.ci_high, alpha=.12, lw=0)
+        ax.set(title=printed(name), xlabel="parts trained", ylim=(-.03, 1.03))
+    axes[0, 0].set_ylabel(f"{answer} answer given")
+    axes[0, -1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return fig
+
+def say_parts(
+    table:pd.DataFrame, # from `parts_table`
+) -> str:
+    "What later parts did to earlier ones"
+    wide = table[table.part < table.part.max()].pivot(index=["localization", "part"], columns="when", values="value").groupby("localization").mean()
+    lost = (wide["own training"] - wide["end"])
+    return "Of what earlier parts had learned, later parts undid, on average over parts: " + ", ".join(f"{printed(n)} {v:.2f}" for n, v in lost.items()) + "."
+
+# %% ../nbs/41_report.ipynb #e921bafe
+SCALED = ("edit", "MCQ truth", "maintain", "same subject")
+
+@mpl.rc_context(_RC)
+def plot_scale(
+    metrics:pd.DataFrame, # from `metrics`, several runs of one task with different numbers of facts
+    names=SCALED, # columns of the results table
+): # a figure
+    "Accuracy against the number of facts that were edited (Figures 8 and 9 of the paper); 95 % intervals"
+    fig, axes = _figure(1 + 2.6*len(names), 2.8, 1, len(names), sharey=True, squeeze=False)
+    for ax, column in zip(axes[0], names):
+        rows = column_rows(metrics[metrics.seed == -1], column)
+        for name in ordered(rows.localization.unique()):
+            r = rows[rows.localization == name].sort_values("forget_size")
+            err = [r.value - r.ci_low, r.ci_high - r.value]
+            ax.errorbar(r.forget_size.astype(int), r.value, err, ms=4, capsize=2, label=printed(name), **look(name))
+        ax.set(title=f"{column} {_arrow(column)}", xscale="log", xlabel="facts edited", ylim=(-.03, 1.03))
+        ax.set_xticks(sizes := sorted(set(rows.forget_size.astype(int))), sizes)
+        ax.xaxis.set_minor_formatter(NullFormatter())
+    axes[0, -1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return fig
+
 # %% ../nbs/41_report.ipynb #410181
 def _edits(f):
     if not f.has("standard"): return _missing("The comparison", "evaluation")
     return _shown(plot_bars(f.metrics, guess=f.guess), say_bars(f.metrics, guess=f.guess))
 
 NO_FRONTIER = "These facts have no other facts about the edited subjects, so there is no frontier of robustness against side effects."
+
+def _parts(f):
+    if not (f.has("standard") and len(table := parts_table(f.metrics))): return ""
+    return _shown(plot_parts(f.metrics), say_parts(table))
 
 def _frontier(f):
     if not f.has("standard"): return _missing("The frontier", "evaluation")
@@ -1381,6 +1457,7 @@ SECTIONS = {
     "The map": (_map, "Where the model keeps the facts, by several methods, and which weights each localization therefore trains."),
     "Edits compared": (_edits,
         "Bars pool all seeds and draws, with 95 % intervals; dots are single ones. Dotted lines: guessing. Hatched: MLPs only."),
+    "Part after part": (_parts, "All facts were asked after each part of the training; the line of a part should rise at its own turn and stay."),
     "Robustness against side effects": (_frontier, "Up: neither multiple choice nor relearning gets the old answer back. Right: other facts "
         "of the same subjects survive. Small points are single seeds and draws; the grey line joins the edits that no other beats in both."),
     "Relearning": (_relearn, "The edited model is retrained on the true answers of one half of the edited facts and asked about the other."),
@@ -1434,8 +1511,9 @@ def page(
     slug = lambda title: re.sub(r"\W+", "-", title.lower()).strip("-")
     title = f"{found.about['model']}, {found.about['task']}"
     head = lambda t, lead: f'<h2 id="{slug(t)}">{html.escape(t)}</h2>' + (f'<p class="lead">{html.escape(lead)}</p>' if lead else "")
-    parts = [head(t, lead) + draw(found) for t, (draw, lead) in SECTIONS.items()]
-    links = "".join(f'<a href="#{slug(t)}">{html.escape(t)}</a> ' for t in SECTIONS)
+    made = {t: (lead, body) for t, (draw, lead) in SECTIONS.items() if (body := draw(found))}
+    parts = [head(t, lead) + body for t, (lead, body) in made.items()]
+    links = "".join(f'<a href="#{slug(t)}">{html.escape(t)}</a> ' for t in made)
     short = "" if found.facts is None else f'<p class="short">{html.escape(say_short(found))}</p>'
     return ('<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
             f"<title>{html.escape(title)}</title><style>{_CSS}</style></head><body><h1>{html.escape(title)}</h1>{short}<nav>{links}</nav>"

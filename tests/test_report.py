@@ -224,7 +224,7 @@ def test_report_is_one_file_without_outside_resources(run_dir, tmp_path):
     page = r.write_report(run_dir, tmp_path/"report.html").read_text()
     assert not re.search(r"(?:src|href)=[\"'](?!data:|#)", page) and "@import" not in page and "<script" not in page
     assert page.count("<img alt=") == 10 and "class=\"missing\"" not in page
-    assert [t for t in r.SECTIONS if f">{r.html.escape(t)}</h2>" in page] == list(r.SECTIONS)
+    assert [t for t in r.SECTIONS if f">{r.html.escape(t)}</h2>" in page] == [t for t in r.SECTIONS if t != "Part after part"] # only sequences have it
     assert page == r.write_report(run_dir, tmp_path/"again.html").read_text()
     pd.testing.assert_frame_equal(r.load_table(run_dir/"metrics.parquet"), r.metrics(run_dir))
 
@@ -292,3 +292,34 @@ def test_a_table_depends_on_what_its_stage_needs(tmp_path):
     for old, new, same in [("other(): return stage()", "other(): return 7", True), ("weight = 2", "weight = 2 # two", True), ("LIMIT = 3", "LIMIT = 4", False)]:
         r._statements.cache_clear(); copy.write_text((tmp_path/"two.py").read_text().replace(old, new))
         assert (r.source_hash(copy, need["two"]) == r.source_hash(tmp_path/"two.py", need["two"])) is same
+
+# sequences and scale
+
+def sequence(n=8, parts=3, lost=.25):
+    "Each part's facts take the edit answer at their turn; in the end part 1 has lost a quarter of it"
+    rows = []
+    for step in range(parts + 1):
+        for part in range(1, parts + 1):
+            done = 0. if step < part else 1 - lost if part == 1 and step == parts else 1.
+            rows.append(one(truth=1 - done, fmt="completion", n=n, evaluation="sequence", setting=f"part {part}", step=step).assign(fact=lambda d: f"p{part}" + d.fact))
+    return pd.concat(rows, ignore_index=True)
+
+def test_a_sequence_shows_what_later_parts_do_to_earlier_ones(tmp_path):
+    run = synthetic_run(tmp_path/"run", ("flu",), seeds=(0,), n=8)
+    assert not len(r.parts_table(r.metrics(run))) and "Part after part" not in r.write_report(run).read_text()
+    store.save_table(run/"flu/seed0/sequence.parquet", sequence().drop(columns=["localization", "draw", "seed"]), {"invented": True})
+    m = r.metrics(run)
+    t = r.parts_table(m).set_index(["part", "when"])
+    assert t.value[1, "own training"] == 1 and t.value[1, "end"] == .75 and t.value[3, "end"] == t.value[3, "own training"] == 1 and (t.n == 8).all()
+    assert ((t.ci_low <= t.value) & (t.value <= t.ci_high)).all() and r.parts_table(m, "truth").set_index(["part", "when"]).value[1, "end"] == .25
+    assert re.search(r"flu 1\.00 \[[\d.,]+\] > 0\.75", r.parts_text(t.reset_index())) and "part 3 (n=8)" in r.parts_text(t.reset_index())
+    assert "flu 0.12" in r.say_parts(t.reset_index()) # the mean of a quarter and nothing
+    assert isinstance(r.plot_parts(m), Figure) and "<h2 id=\"part-after-part\">" in r.write_report(run).read_text()
+
+def test_scale_is_drawn_over_the_number_of_facts(found):
+    both = pd.concat([found.metrics, found.metrics.assign(forget_size=100)])
+    axes = r.plot_scale(both).axes
+    assert [a.get_title()[:-2] or a.get_title(loc="left")[:-2] for a in axes] == list(r.SCALED)
+    x, y = axes[1].containers[0].lines[0].get_data()
+    want = r.column_rows(found.metrics[found.metrics.seed == -1], "MCQ truth").set_index("localization").value["none"]
+    assert list(x) == [12, 100] and np.allclose(y, want)
