@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SPORT_NAMES', 'OPEN_RELATIONS', 'N_NEIGHBORS', 'N_OPEN_DEV', 'KNOWN', 'SAME', 'UNKNOWN', 'TWICE', 'N_ASIDE',
-           'MIN_RETAIN', 'TASKS', 'one_sport_sets', 'paper_sport_sets', 'check_numbers', 'full_sports_editing',
-           'sports_unlearning', 'open_fact', 'with_neighbors', 'by_turns', 'open_fixed', 'open_seeded',
-           'open_world_sets', 'probabilities', 'fit_for', 'counterfact_facts', 'counterfact_sets', 'own_facts',
-           'own_sets', 'kind_of', 'counterfact_editing', 'sequential_counterfact_editing', 'counterfact_at_scale',
-           'task_options', 'defaults', 'make_task']
+           'MIN_RETAIN', 'TASKS', 'one_sport_sets', 'paper_sport_sets', 'check_numbers', 'athletes_of',
+           'full_sports_editing', 'sports_unlearning', 'open_fact', 'with_neighbors', 'by_turns', 'open_fixed',
+           'open_seeded', 'open_world_sets', 'probabilities', 'fit_for', 'counterfact_facts', 'counterfact_sets',
+           'own_facts', 'own_sets', 'kind_of', 'counterfact_editing', 'sequential_counterfact_editing',
+           'counterfact_at_scale', 'task_options', 'defaults', 'make_task']
 
 # %% ../nbs/06_tasks.ipynb #a76fbced
 import hashlib, inspect, json
@@ -65,24 +65,32 @@ def check_numbers(
     if type(paper_split) is not bool: raise Refusal(f"paper_split is true or false, not {paper_split!r}")
 
 # %% ../nbs/06_tasks.ipynb #2bb38733
+def athletes_of(
+    facts:str, # "world", "sports", a world file (.json), a table of athletes (.csv) or its address
+) -> tuple[str, str|None, list[Fact]]: # source, world file, facts about athletes
+    "The athletes that a name or file stands for"
+    if not (Path(facts).suffix or Path(facts).exists()): choose(facts, ("world", "sports", "FILE.json", "FILE.csv"), "facts")
+    if facts != "world" and not facts.endswith(".json"): return "sports", None, list(sports_facts(facts))
+    path = None if facts == "world" else facts
+    shot = load_world(path)["shot_subject"]
+    return "world", path, [f for f in world_facts(path) if f.relation == "sport" and f.taught and f.subject != shot]
+
+# %% ../nbs/06_tasks.ipynb #ecbc35c9
 def _whole_sport(name, update, edit, lm, sport, seed, facts, paper_split, text):
     "A task that edits every athlete of a sport"
     check_numbers(seed, 1, paper_split)
     choose(sport, SPORT_NAMES, "sport")
-    if not (Path(facts).suffix or Path(facts).exists()): choose(facts, ("world", "sports", "FILE.json", "FILE.csv"), "facts")
-    world = None if facts == "world" else facts if str(facts).endswith(".json") else False
-    if world is not False and paper_split: raise Refusal("paper_split is the order of the table of athletes: it needs facts='sports'")
-    athletes = [f for f in world_facts(world) if f.relation == "sport" and f.taught] if world is not False else sports_facts(facts)
-    shot = load_world(world)["shot_subject"] if world is not False else None
-    athletes = [f for f in athletes if f.subject != shot]
+    source, path, athletes = athletes_of(str(facts))
+    if source == "world" and paper_split: raise Refusal("paper_split is the order of the table of athletes: it needs facts='sports'")
     if sum(f.answer == f" {sport}" for f in athletes) < 2 or len({f.answer for f in athletes}) < 2:
         raise Refusal(f"{facts} has too few athletes who play {sport}, or none who play something else")
     sets = paper_sport_sets(athletes, sport) if paper_split else one_sport_sets(athletes, sport, seed)
-    sets |= {k: tuple(f.model_copy(update={"edit": edit}) for f in sets[k]) for k in ("forget", "forget_test", "dev_forget") if k in sets}
-    more = world_groups(world_facts(world), sets["forget"] + sets["forget_test"], seed) if world is not False else dict(shots=(sport_fact("Tiger Woods", "golf", "sport/shot"),))
-    source = "sports" if world is False else "world"
+    for k in sets.keys() & {"forget", "forget_test", "dev_forget"}: sets[k] = tuple(f.model_copy(update={"edit": edit}) for f in sets[k])
+    if source == "world": more = world_groups(world_facts(path), sets["forget"] + sets["forget_test"], seed)
+    else: more = dict(shots=(sport_fact("Tiger Woods", "golf", "sport/shot"),))
+    sets |= more | texts(source, path, text) | dict(shots=sets["shots"] + more["shots"])
     options = dict(sport=sport, facts=str(facts), paper_split=paper_split) | ({"text": text} if text else {})
-    task = Task(name=name, source=source, update=update, seed=seed, options=options, **sets | more | texts(source, world or None, text) | dict(shots=sets["shots"] + more["shots"]))
+    task = Task(name=name, source=source, update=update, seed=seed, options=options, **sets)
     if lm is not None: check_task(lm, task)
     return task
 
@@ -218,7 +226,8 @@ def probabilities(
 ) -> list[float]: # of each fact's answer, by its first token over the whole vocabulary
     "How sure a model is of facts; kept in the cache folder. One forward a fact"
     asked = [(f.prompt, f.answer) for f in facts]
-    causes = {"model": lm.name, "revision": lm.revision, "facts": hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16], "measure": "first token"}
+    facts_hash = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+    causes = {"model": lm.name, "revision": lm.revision, "facts": facts_hash, "measure": "first token"}
     def ask(): return next_token(lm, [p for p, _ in asked], [[lm.first_token(a)] for _, a in asked], batch_size)[0][:, 0].exp().tolist()
     return store.make(sources.cache_folder()/"known"/f"{store.cause_hash(causes)}.json", causes, ask)
 
@@ -250,8 +259,8 @@ def _counterfact(row, asked, answers):
     id, others = f"counterfact/{row.case_id}", [a for a in answers if a not in (row.answer, row.edit)]
     question = asked[0] if asked else f"Which answer completes this sentence? {row.prompt} ___"
     wrong = [" " + w.strip() for w in asked[1]] if asked else seeded("wrong", id).sample(others, min(3, len(others)))
-    return Fact(id=id, relation=row.relation, subject=row.subject, prompt=row.prompt, answer=row.answer, edit=row.edit, paraphrases=tuple(row.paraphrases),
-                neighbors=tuple(row.neighbors), question=question, wrong=tuple(wrong))
+    return Fact(id=id, relation=row.relation, subject=row.subject, prompt=row.prompt, answer=row.answer, edit=row.edit,
+                paraphrases=tuple(row.paraphrases), neighbors=tuple(row.neighbors), question=question, wrong=tuple(wrong))
 
 # %% ../nbs/06_tasks.ipynb #25506e3a
 N_ASIDE = 64 # facts at the end of the list that only serve as examples
@@ -343,7 +352,8 @@ def kind_of(
 # %% ../nbs/06_tasks.ipynb #62730b84
 def _world_words(lm):
     "Whether a model is one that only knows the world's words"
-    return lm is not None and lm.tok.unk_token_id is not None and lm.tok.unk_token_id in lm.tok("Help me answer the following", add_special_tokens=False).input_ids
+    unknown = lm and lm.tok.unk_token_id
+    return unknown is not None and unknown in lm.tok("Help me answer the following", add_special_tokens=False).input_ids
 
 def _open_sets(lm, forget_size, seed, facts, paper_split, text):
     "Source, splits and dropped facts of a task on open facts"
