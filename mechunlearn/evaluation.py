@@ -162,7 +162,8 @@ MAX_FACTS = {"retain": 160, "retain/mcq": 48, "same-subject": 160, "other-relati
 # %% ../nbs/15_evaluation.ipynb #150028
 OPEN = {"forget": (*FORMATS["forget"], "neighborhood"), "retain": (*FORMATS["retain"], "neighborhood")}
 OPEN_MAX = {"retain/neighborhood": 48, "forget/mcq": 256, "forget/neighborhood": 256}
-HELD_OUT, HELD_OUT_MAX = {"held-out": FORMATS["forget"]}, {"held-out/mcq": 64}
+HELD_OUT = {"held-out": FORMATS["forget"], "whole": ("completion", "mcq")}
+HELD_OUT_MAX = {"held-out/mcq": 64, "whole/mcq": 64}
 
 def asked_of(
     task:Task, # a task

@@ -221,7 +221,7 @@ def in_parts(self:Task) -> list: # of tasks that edit one part each
 @patch
 def groups(self:Task) -> dict: # name -> facts; empty groups are left out
     "The groups of facts that evaluations report"
-    g = {"forget": self.forget, "held-out": self.forget_test, "retain": self.retain_test, "same-subject": self.same_subject,
+    g = {"forget": self.forget, "held-out": self.forget_test, "whole": self.forget + self.forget_test if self.forget_test else (), "retain": self.retain_test, "same-subject": self.same_subject,
          "other-relation": self.other_relation, "ghost": self.ghosts, "general": self.general}
     return {k: v for k, v in g.items() if v}
 

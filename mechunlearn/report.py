@@ -335,6 +335,7 @@ COLUMNS = {c.name: c for c in [
     Column("forget error", EDITED, _E, _C, "forget", "truth", "high", error=True), Column("edit", EDITED, _E, _C, "forget", "edit", "high"),
     Column("paraphrase edit", EDITED, _E, ("paraphrase",), "forget", "edit", "high"),
     Column("held-out error", EDITED, _E, _C, "held-out", "truth", "high", error=True), Column("held-out edit", EDITED, _E, _C, "held-out", "edit", "high"),
+    Column("whole error", EDITED, _E, _C, "whole", "truth", "high", error=True), Column("whole edit", EDITED, _E, _C, "whole", "edit", "high"),
     Column("maintain", EDITED, _E, _C, "retain", "truth", "high"),
     Column("MCQ truth", ATTACKED, _E, _Q, "forget", "truth", "low"), Column("MCQ edit", ATTACKED, _E, _Q, "forget", "edit", "high"),
     Column("MCQ retain", ATTACKED, _E, _Q, "retain", "truth", "high"),
