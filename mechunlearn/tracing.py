@@ -553,6 +553,7 @@ def trace_grid(
     n_noise:int=5, # noise samples
     seed:int=0, # draws partners and noise
     width:int=1, # layers restored together, around each (10 in ROME)
+    pool=None, # facts whose subjects may be swapped in; default `facts`
     batch_size:int=32, # rows of one forward
     min_gap:float=.05, # see `normalise`
     progress:bool=True, # show a bar
@@ -560,7 +561,7 @@ def trace_grid(
     "Restore one position of one layer, or window of layers, at a time. Cost in forwards a fact: 2 + layers x positions / 2"
     store.choose(corruption, ("swap", "noise"), "corruption")
     store.choose(kind, ("mlp", "attn", "resid"), "kind")
-    cases = _aligned(lm, swap_cases(lm, facts, seed=seed) if corruption == "swap" else noise_cases(lm, facts))
+    cases = _aligned(lm, swap_cases(lm, facts, pool, seed) if corruption == "swap" else noise_cases(lm, facts))
     how = {} if corruption == "swap" else {"sd": noise * embedding_sd(lm, cases, batch_size), "n_samples": n_noise}
     places = [(l, p) for l in range(lm.n_layers) for p in range(cases[0].span[0], 0)]
     raw = run_patches(lm, cases, [Patch(kind, l, None, p, width) for l, p in places], seed=seed, batch_size=batch_size,
@@ -717,6 +718,9 @@ def token_map(
     task = task_for_seed(seeds[0])
     facts, split = task.localize_on[:GRID_FACTS], "dev_forget" if task.dev_forget else "forget"
     causes = {"model": lm.name, "revision": lm.revision, "task": task.causes(split), "method": "trace-grid", "facts": GRID_FACTS}
+    one_answer = len({f.answer for f in facts}) == 1 # a whole sport: the other subjects must be of another
+    pool = [*facts, *(task.dev_retain if task.dev_forget else task.retain)] if one_answer else None
     def grids():
-        return pd.concat([trace_grid(lm, facts, kind, batch_size=batch_size, progress=progress) for kind in ("resid", "attn", "mlp")], ignore_index=True)
+        return pd.concat([trace_grid(lm, facts, kind, pool=pool, batch_size=batch_size, progress=progress) for kind in ("resid", "attn", "mlp")],
+                         ignore_index=True)
     return store.make(run and run.path("scores", "trace-grid.parquet"), causes, grids, recompute)

@@ -515,3 +515,14 @@ def test_real_counterfact(refdata, monkeypatch, column, known, counts, questions
             m = mcq_prompts(t, f)[1]
             assert f.prompt == prompt[int(f.id.split("/")[1])] and {f.answer, f.edit or f.answer} <= set(m.options) and len(set(m.options)) == 4
             assert m.prompt.endswith("\n\n" + HELP.format(f.question, *(o.strip() for o in m.options))) and m.prompt.count(HELP[:40]) == 9
+
+
+@pytest.mark.parametrize("name", [FULL, UNLEARN])
+def test_a_whole_sport_is_swapped_with_another(name, monkeypatch):
+    from mechunlearn import tracing
+    monkeypatch.setattr(tracing, "GRID_FACTS", 4)
+    lm = load("organism"); task = make_task(name, lm)
+    assert len({f.answer for f in task.localize_on}) == 1
+    with pytest.raises(Refusal, match="no two of these facts"): tracing.trace_grid(lm, task.localize_on[:4], progress=False)
+    grid = tracing.token_map(lm, lambda seed: task, progress=False)
+    assert set(grid.kind) == {"resid", "attn", "mlp"} and grid.n.min() > 0 and grid.score.max() > .5
