@@ -1431,7 +1431,7 @@ def _train(f):
 # %% ../nbs/41_report.ipynb #410184
 def _examples(f):
     if not f.has("standard"): return _missing("The list of answers", "evaluation")
-    table = before_after(f.facts).map(html.escape)
+    table = before_after(f.facts).astype(object).fillna("–").map(html.escape) # unlearning installs no answer
     for c in table.columns[table.columns.get_loc("before") + 1:]:
         table[c] = [_coloured(a, r) for a, r in zip(table[c], table.to_dict("records"))]
     return '<div class="wide">' + table.to_html(index=False, border=0, escape=False, justify="left") + "</div>"

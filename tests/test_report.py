@@ -323,3 +323,8 @@ def test_scale_is_drawn_over_the_number_of_facts(found):
     x, y = axes[1].containers[0].lines[0].get_data()
     want = r.column_rows(found.metrics[found.metrics.seed == -1], "MCQ truth").set_index("localization").value["none"]
     assert list(x) == [12, 100] and np.allclose(y, want)
+
+def test_answers_are_listed_where_nothing_is_installed(found, monkeypatch):
+    table = r.before_after(found.facts).assign(**{"edit answer": np.nan}) # unlearning
+    monkeypatch.setattr(r, "before_after", lambda facts: table)
+    assert "<td>–</td>" in r._examples(found)
