@@ -9,8 +9,8 @@ __all__ = ['SPORTS', 'GOLF', 'SPORTS_PROMPT', 'SPORTS_SYSTEM', 'SPORTS_PARAPHRAS
            'sports_path', 'read_sports', 'sports_facts', 'Task', 'McqFormat', 'mcq_block', 'seeded', 'mcq_options',
            'has_options', 'usable_shots', 'mcq_shots', 'askable', 'McqItem', 'mcq_example', 'mcq_prompts',
            'with_edit_answers', 'of_each', 'without', 'fixed_sets', 'check_size', 'split_retain', 'seeded_sets',
-           'world_groups', 'paper_sets', 'texts', 'world_sets', 'table_sets', 'check_options', 'sports_athlete_editing',
-           'unknown_words', 'check_candidates', 'check_boundary', 'check_task']
+           'world_groups', 'paper_sets', 'texts', 'world_sets', 'table_sets', 'check_numbers', 'check_options',
+           'sports_athlete_editing', 'unknown_words', 'check_candidates', 'check_boundary', 'check_task']
 
 # %% ../nbs/01_facts.ipynb #010003
 import hashlib, json, random
@@ -524,6 +524,17 @@ def table_sets(
     return sets | texts("sports", place=text) | dict(shots=sets["shots"] + (sport_fact("Tiger Woods", "golf", "sport/shot"),))
 
 # %% ../nbs/01_facts.ipynb #010077
+def check_numbers(
+    seed, # a whole number
+    forget_size=1, # a positive whole number
+    paper_split=False, # true or false
+):
+    "Refuse values of the wrong kind"
+    if type(forget_size) is not int: raise Refusal(f"forget_size is a whole number of facts, not {forget_size!r}")
+    if forget_size < 1: raise Refusal(f"forget_size {forget_size} leaves the forget set empty; it must be at least 1")
+    if type(seed) is not int: raise Refusal(f"seed is a whole number, not {seed!r}")
+    if type(paper_split) is not bool: raise Refusal(f"paper_split is true or false, not {paper_split!r}")
+
 def check_options(
     seed:int, # any whole number
     forget_size:int, # facts to edit
@@ -533,10 +544,7 @@ def check_options(
 ) -> str: # the source: "world" or "sports"
     "Refuse options that make no sense; says which source the facts are of"
     choose(inject, INJECT, "inject")
-    if type(forget_size) is not int: raise Refusal(f"forget_size is a whole number of facts, not {forget_size!r}")
-    if forget_size < 1: raise Refusal(f"forget_size {forget_size} leaves the forget set empty; it must be at least 1")
-    if type(seed) is not int: raise Refusal(f"seed is a whole number, not {seed!r}")
-    if type(paper_split) is not bool: raise Refusal(f"paper_split is true or false, not {paper_split!r}")
+    check_numbers(seed, forget_size, paper_split)
     if not (Path(facts).suffix or Path(facts).exists()): choose(facts, ("world", "sports", "FILE.json", "FILE.csv"), "facts")
     source = "world" if facts == "world" or facts.endswith(".json") else "sports"
     if source == "world" and paper_split: raise Refusal("paper_split is the order of the table of athletes: it needs facts='sports'")

@@ -414,7 +414,7 @@ def finetune(
     task:Task, # what to edit, what to retain, and text
     where:Localization, # what is trained
     lr:float|None=None, # peak learning rate; none: from the table of `learning_rate`
-    steps:int=50, # optimizer steps
+    steps:int=50, # optimizer steps; a sequence has half of them for each part, at scale there are at least as many as `VISITS` asks
     batch:int=64, # forget facts a step
     retain_batch:int=48, # retain facts a step
     text_batch:int=8, # texts a step

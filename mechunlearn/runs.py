@@ -618,7 +618,7 @@ def check_job(
     job:Job, # a job
 ):
     "Refuse names that do not exist, task options out of range and unusable models, without loading a model"
-    from mechunlearn.tasks import make_task
+    from mechunlearn.tasks import kind_of, make_task
     from mechunlearn.localization import by_hand, localizations_for
     from mechunlearn.models import locate
     locate(job.model)
@@ -626,7 +626,8 @@ def check_job(
     if not job.localizations: raise Refusal("no localization is named: give at least one, such as flu")
     localizations_for(job.localizations, job.settings.get("draws", 1))
     for name in (l for l in job.localizations if l.startswith("hand@")): by_hand(skeleton(job), name.removeprefix("hand@"))
-    make_task(job.task, None, **job.options, seed=job.seeds[0])
+    own = "counterfact" in job.task and kind_of(job.options.get("facts", "world")) == "own" # whose words decide what they are kept with
+    make_task(job.task, skeleton(job) if own else None, **job.options, seed=job.seeds[0])
 
 # %% ../nbs/40_runs.ipynb #400089
 def skeleton(

@@ -4,18 +4,18 @@
 
 # %% auto #0
 __all__ = ['SPORT_NAMES', 'OPEN_RELATIONS', 'N_NEIGHBORS', 'N_OPEN_DEV', 'KNOWN', 'SAME', 'UNKNOWN', 'TWICE', 'N_ASIDE',
-           'MIN_RETAIN', 'TASKS', 'one_sport_sets', 'paper_sport_sets', 'check_numbers', 'athletes_of',
-           'full_sports_editing', 'sports_unlearning', 'open_fact', 'with_neighbors', 'by_turns', 'open_fixed',
-           'open_seeded', 'open_world_sets', 'probabilities', 'fit_for', 'counterfact_facts', 'counterfact_sets',
-           'own_facts', 'own_sets', 'kind_of', 'counterfact_editing', 'sequential_counterfact_editing',
-           'counterfact_at_scale', 'task_options', 'defaults', 'make_task']
+           'MIN_RETAIN', 'TASKS', 'one_sport_sets', 'paper_sport_sets', 'athletes_of', 'full_sports_editing',
+           'sports_unlearning', 'open_fact', 'with_neighbors', 'by_turns', 'open_fixed', 'open_seeded',
+           'open_world_sets', 'probabilities', 'fit_for', 'counterfact_facts', 'counterfact_sets', 'own_facts',
+           'own_sets', 'kind_of', 'counterfact_editing', 'sequential_counterfact_editing', 'counterfact_at_scale',
+           'task_options', 'defaults', 'make_task']
 
 # %% ../nbs/06_tasks.ipynb #a76fbced
 import hashlib, inspect, json
 from collections import Counter
 from pathlib import Path
 from . import sources, store
-from .facts import (GOLF, N_DEV_FORGET, N_DEV_RETAIN, N_OTHER_SHOTS, N_SHOTS, Fact, Task, check_size, check_task, load_world, of_each,
+from .facts import (GOLF, N_DEV_FORGET, N_DEV_RETAIN, N_OTHER_SHOTS, N_SHOTS, Fact, Task, check_numbers, check_size, check_task, load_world, of_each,
     paper_sets, seeded, sport_fact, sports_athlete_editing, sports_facts, split_retain, texts, with_edit_answers, without, world_facts, world_groups)
 from .models import LM, next_token
 from .store import Refusal, choose
@@ -51,18 +51,6 @@ def paper_sport_sets(
     sets = dict(forget=theirs[:half], forget_test=theirs[half:], retain=others[:k], retain_test=others[k:])
     shots = of_each(sets["retain"], N_SHOTS) + of_each(sets["forget_test"], N_SHOTS)
     return {k: tuple(v) for k, v in sets.items()} | {"shots": tuple(shots)}
-
-# %% ../nbs/06_tasks.ipynb #a69ca904
-def check_numbers(
-    seed, # a whole number
-    forget_size=1, # a positive whole number
-    paper_split=False, # true or false
-):
-    "Refuse values of the wrong kind"
-    if type(seed) is not int: raise Refusal(f"seed is a whole number, not {seed!r}")
-    if type(forget_size) is not int: raise Refusal(f"forget_size is a whole number of facts, not {forget_size!r}")
-    if forget_size < 1: raise Refusal(f"forget_size {forget_size} leaves the forget set empty; it must be at least 1")
-    if type(paper_split) is not bool: raise Refusal(f"paper_split is true or false, not {paper_split!r}")
 
 # %% ../nbs/06_tasks.ipynb #2bb38733
 def athletes_of(

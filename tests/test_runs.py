@@ -383,3 +383,15 @@ def test_repair_takes_only_what_is_damaged_unless_told(tmp_path):
     assert [p.name for p in runs.damaged(tmp_path)] == ["b.json"]
     assert [p.name for p in repair(tmp_path)] == ["b.json", "run.json"] and sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "a.json.meta.json"]
     assert [p.name for p in repair(tmp_path, everything=True)] == ["a.json"] and not list(tmp_path.iterdir())
+
+
+def test_three_facts_of_ones_own_are_enough_on_the_organism(tmp_path, monkeypatch):
+    from mechunlearn.tasks import make_task
+    for v in [v for v in os.environ if v.startswith("MECHUNLEARN_")]: monkeypatch.delenv(v)
+    monkeypatch.setenv("MECHUNLEARN_CACHE", str(tmp_path))
+    some = [f for f in make_task("counterfact-editing").retain if f.relation == "city"][:3]
+    rows = ["subject,relation,prompt,answer,edit"] + [f"{f.subject},city,{f.prompt},{f.answer.strip()},{f.wrong[0].strip()}" for f in some]
+    (tmp_path / "my.csv").write_text("\n".join(rows))
+    job = runs.make_job("organism", "counterfact-editing", {"facts": str(tmp_path / "my.csv")}, ["all-mlps"], [0], {}, tmp_path)
+    runs.check_job(job) # what must stay is taken from the world; CounterFact is not needed
+    assert "forget_size" not in job.options
