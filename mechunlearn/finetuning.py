@@ -513,6 +513,7 @@ def _trial(lm, task, base, where, lr, inject, seed, training):
     with edit.applied(lm): metrics = training_metrics(lm, task)
     return about | metrics | dict(score=score(metrics, base))
 
+# %% ../nbs/20_finetuning.ipynb #c3e67d25
 def sweep(
     lm:LM, # unedited model
     task:Task, # with dev facts
@@ -544,6 +545,7 @@ def best_rates(
     edges = table.groupby(keys).lr.agg(["min", "max"]).reset_index()
     return best.merge(edges, on=keys).assign(source=source, at_edge=lambda d: (d.lr == d["min"]) | (d.lr == d["max"])).drop(columns=["min", "max"])
 
+# %% ../nbs/20_finetuning.ipynb #1f53dabd
 def plot_sweep(
     table:pd.DataFrame, # of `sweep`
     ax=None, # matplotlib axes

@@ -94,6 +94,7 @@ def full_sports_editing(
     "Make every athlete of a sport a golfer (paper, section 3: Full-Sports-Editing)"
     return _whole_sport("full-sports-editing", "edit", GOLF, lm, sport, seed, facts, paper_split, text)
 
+# %% ../nbs/06_tasks.ipynb #a17ee8a5
 def sports_unlearning(
     lm:LM|None=None, # the model whose tokenizer must take the task; none: not checked
     sport:str="basketball", # what is forgotten of all who play it
@@ -116,6 +117,7 @@ def open_fact(
     wrong = seeded("wrong", fact.id).sample([c for c in fact.candidates if c != fact.answer], 3)
     return fact.model_copy(update={"candidates": (), "wrong": tuple(wrong)})
 
+# %% ../nbs/06_tasks.ipynb #e20f521f
 def with_neighbors(
     facts, # facts to be asked
     others, # facts that are never trained on
@@ -242,6 +244,7 @@ def counterfact_facts(
     answers = {r: sorted(set(g.answer)) for r, g in rows.groupby("relation")}
     return tuple(_counterfact(r, asked.get(r.case_id), answers[r.relation]) for r in rows.itertuples())
 
+# %% ../nbs/06_tasks.ipynb #22e56e8f
 def _counterfact(row, asked, answers):
     "One row as a fact"
     id, others = f"counterfact/{row.case_id}", [a for a in answers if a not in (row.answer, row.edit)]
@@ -293,6 +296,7 @@ def own_facts(
     answers = {r.relation: sorted({x for q in rows if q.relation == r.relation for x in (q.answer, q.edit) if x}) for r in rows}
     return tuple(_own(i, r, answers[r.relation]) for i, r in enumerate(rows))
 
+# %% ../nbs/06_tasks.ipynb #015e0eb5
 def _own(i, row, answers):
     "One row as a fact"
     wrong = row.wrong or [a for a in answers if a not in (row.answer, row.edit)]
@@ -343,6 +347,7 @@ def _world_words(lm):
     unknown = lm and lm.tok.unk_token_id
     return unknown is not None and unknown in lm.tok("Help me answer the following", add_special_tokens=False).input_ids
 
+# %% ../nbs/06_tasks.ipynb #088c64bc
 def _open_sets(lm, forget_size, seed, facts, paper_split, text):
     "Source, splits and dropped facts of a task on open facts"
     place, dropped = None if facts in ("world", "counterfact") else facts, {}
@@ -359,6 +364,7 @@ def _open_sets(lm, forget_size, seed, facts, paper_split, text):
     sets, twice = counterfact_sets(known, forget_size or 64, seed, paper_split)
     return "counterfact", sets | texts("counterfact", place=text), dropped | ({TWICE: twice} if twice else {})
 
+# %% ../nbs/06_tasks.ipynb #801b3e24
 def _open_task(name, update, parts, lm, forget_size, seed, facts, paper_split, text):
     "A task on open facts"
     check_numbers(seed, 1 if forget_size is None else forget_size, paper_split)
@@ -382,6 +388,7 @@ def counterfact_editing(
     "Give facts of many relations another answer (paper, section 3: CounterFact-Editing)"
     return _open_task("counterfact-editing", "edit", 1, lm, forget_size, seed, facts, paper_split, text)
 
+# %% ../nbs/06_tasks.ipynb #87191613
 def sequential_counterfact_editing(
     lm:LM|None=None, # as in `counterfact_editing`
     forget_size:int|None=None, # facts to edit in all; none: 64
@@ -395,6 +402,7 @@ def sequential_counterfact_editing(
     if type(parts) is not int or parts < 2: raise Refusal(f"parts is a whole number of at least 2, not {parts!r}")
     return _open_task("sequential-counterfact-editing", "sequential", parts, lm, forget_size, seed, facts, paper_split, text)
 
+# %% ../nbs/06_tasks.ipynb #76893b81
 def counterfact_at_scale(
     lm:LM|None=None, # as in `counterfact_editing`
     forget_size:int=100, # facts to edit
@@ -417,6 +425,7 @@ def task_options(
     "What a task can be told, besides the seed"
     return [p for p in inspect.signature(TASKS[choose(name, TASKS, "task")]).parameters if p not in ("lm", "seed")]
 
+# %% ../nbs/06_tasks.ipynb #866ece34
 def defaults(
     name:str, # a key of `TASKS`
     organism:bool, # or another model
@@ -428,6 +437,7 @@ def defaults(
     size = {"forget_size": 100 if name == "counterfact-at-scale" else 64} if "forget_size" in task_options(name) and not own else {}
     return size | facts | {k: v for k, v in options.items() if v is not None}
 
+# %% ../nbs/06_tasks.ipynb #e25abcd5
 def make_task(
     name:str, # a key of `TASKS`
     lm:LM|None=None, # the model whose tokenizer must take it; none: not checked
