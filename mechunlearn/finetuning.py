@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['UPDATES', 'MAX_TOKENS', 'FILES', 'LEARNING_RATES', 'RATE_GROUPS', 'LIKE', 'VISITS', 'N_TEXT', 'LRS', 'LARGE_LRS',
-           'INJECTS', 'SWEPT', 'TRAINING', 'masters', 'matrices', 'Update', 'not_said', 'Row', 'fact_rows',
+           'INJECTS', 'SWEPT', 'TRAINING', 'place', 'masters', 'matrices', 'Update', 'not_said', 'Row', 'fact_rows',
            'training_rows', 'draws', 'shared_prefix', 'last_logits', 'heard', 'fact_losses', 'text_losses',
-           'step_losses', 'slice_key', 'parse_slice', 'Edit', 'load_edit', 'Rate', 'learning_rate', 'rates',
-           'own_slices', 'finetune', 'fingerprint', 'dev_task', 'training_metrics', 'score', 'sweep', 'best_rates',
-           'plot_sweep', 'plot_sequence', 'export', 'Job', 'edit_jobs', 'run_finetuning', 'plot_curves']
+           'step_losses', 'slice_key', 'parse_slice', 'Edit', 'put', 'kept', 'load_edit', 'Rate', 'learning_rate',
+           'rates', 'own_slices', 'finetune', 'fingerprint', 'dev_task', 'training_metrics', 'score', 'sweep',
+           'best_rates', 'plot_sweep', 'plot_sequence', 'export', 'Job', 'edit_jobs', 'run_finetuning', 'plot_curves']
 
 # %% ../nbs/20_finetuning.ipynb #200002
 import json, math
@@ -32,6 +32,13 @@ from .store import (Refusal, Run, choose, load_json, load_table, load_tensors, m
     save_tensors, state)
 
 # %% ../nbs/20_finetuning.ipynb #200008
+def place(
+    lm:LM, # model
+    s:Slice, # slice of a matrix
+) -> Tensor: # a view: writing to it changes the model
+    "Where a slice lies in the model's weights"
+    return lm.weight(s.param).detach().narrow(s.dim, s.start, s.stop - s.start)
+
 def masters(
     lm:LM, # its weights are only read
     slices:Sequence[Slice], # disjoint slices of its matrices
@@ -40,7 +47,7 @@ def masters(
     for s in slices:
         if not lm.weight(s.param).is_floating_point():
             raise Refusal(f"{s.param} is quantized ({lm.weight(s.param).dtype}) and cannot be trained: load the model without quantize")
-    return {s: lm.weight(s.param).detach().narrow(s.dim, s.start, s.stop - s.start).float().clone().requires_grad_() for s in slices}
+    return {s: place(lm, s).float().clone().requires_grad_() for s in slices}
 
 # %% ../nbs/20_finetuning.ipynb #200010
 def matrices(
@@ -247,15 +254,23 @@ class Edit:
             f"forget loss {self.curve.forget.iloc[0]:.2f} -> {last.forget:.3f}, retain {last.retain:.3f})")
 
 # %% ../nbs/20_finetuning.ipynb #200030
-def _targets(edit, lm):
-    "Where each value belongs; refuses a model that the edit was not made for"
+def _values(edit, lm):
+    "The values by slice; refuses a model that the edit was not made for"
     if lm.revision != edit.config["revision"]:
         raise Refusal(f"this edit was made for {edit.config['model']} {edit.config['revision']}, not for {lm.name} {lm.revision}")
-    slices = [(parse_slice(k), v) for k, v in edit.values.items()]
-    return [(lm.weight(s.param).detach().narrow(s.dim, s.start, s.stop - s.start), v) for s, v in slices]
+    return {parse_slice(k): v for k, v in edit.values.items()}
+
+def put(
+    lm:LM, # changed
+    values:dict[Slice, Tensor], # new values by slice
+):
+    "Write slices into the model"
+    for s, v in values.items(): place(lm, s).copy_(v.detach())
 
 @contextmanager
-def _kept(weights):
+def kept(
+    weights:Sequence[Tensor], # parts of a model, from `place`
+):
     "Tensors are what they were after the `with` block, to the bit"
     old = []
     try:
@@ -270,9 +285,9 @@ def applied(self:Edit,
     lm:LM, # the model the edit was made for
 ):
     "The edited model, for the length of a `with` block; afterwards every bit is as before"
-    targets = _targets(self, lm)
-    with _kept([w for w, _ in targets]):
-        for weight, value in targets: weight.copy_(value)
+    values = _values(self, lm)
+    with kept([place(lm, s) for s in values]):
+        put(lm, values)
         yield lm
 
 # %% ../nbs/20_finetuning.ipynb #200031
@@ -376,13 +391,13 @@ def _train(lm, values, batches, steps, lr, update, inject, micro_batch, clip, pr
 def _sequence(lm, task, where, steps, sizes, seed, **how):
     "Part after part; final values, curves, and what was measured after each part"
     if not where.parts: raise Refusal(f"{where.name} was not made for a sequence: localize(lm, task, ...) with this task gives a localization for each part")
-    curves, records, params = [], [_ask_parts(lm, task, 0)], [lm.weight(s.param).detach().narrow(s.dim, s.start, s.stop - s.start) for s in where.slices]
-    with _kept(params):
+    curves, records = [], [_ask_parts(lm, task, 0)]
+    with kept([place(lm, s) for s in where.slices]):
         for k, (sub, part) in enumerate(zip(task.in_parts(), where.parts, strict=True)):
             own = [s for s in where.slices if _inside(s, part.slices)]
             values = masters(lm, own)
             curves.append(_train(lm, values, draws(training_rows(lm, sub), sizes, steps, seed + k), steps, **how).assign(part=k + 1))
-            for s, v in values.items(): lm.weight(s.param).detach().narrow(s.dim, s.start, s.stop - s.start).copy_(v.detach())
+            put(lm, values)
             records.append(_ask_parts(lm, task, k + 1))
         final = masters(lm, where.slices)
     curve = pd.concat(curves, ignore_index=True)

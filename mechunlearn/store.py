@@ -9,7 +9,7 @@ __all__ = ['SCHEMA', 'PACKAGES', 'SAVE', 'LOAD', 'Refusal', 'Broken', 'choose', 
 
 # %% ../nbs/03_store.ipynb #030002
 from copy import copy
-import difflib, hashlib, json, os, platform, subprocess, uuid
+import difflib, hashlib, json, os, platform, subprocess, time, uuid
 from datetime import datetime, timezone
 from functools import lru_cache
 from importlib import metadata
@@ -129,12 +129,13 @@ def save(
     path, # any file
     causes:dict, # what determined it
     write:Callable[[Path], Any], # writes the content to the path it is given
+    seconds:float|None=None, # how long it took to compute
 ) -> Path: # `path`
     "Put a file in its place with its sidecar; the table, tensor and JSON savers end here"
     sidecar(path).unlink(missing_ok=True)
     _replace(path, write)
     meta = {"hash": cause_hash(causes), "schema": SCHEMA, "causes": causes, "sha256": sha256(path),
-            "provenance": provenance()}
+            "provenance": provenance() | ({} if seconds is None else {"seconds": round(seconds, 2)})}
     _replace(sidecar(path), lambda tmp: tmp.write_text(json.dumps(meta, indent=1, default=_plain)))
     return Path(path)
 
@@ -143,28 +144,31 @@ def save_table(
     path, # `.parquet`
     df, # a pandas DataFrame; the index is not kept
     causes:dict, # what determined it
+    seconds:float|None=None, # how long it took to compute
 ) -> Path: # `path`
     "Write a table with its sidecar"
-    return save(path, causes, lambda tmp: df.to_parquet(tmp, index=False))
+    return save(path, causes, lambda tmp: df.to_parquet(tmp, index=False), seconds)
 
 # %% ../nbs/03_store.ipynb #030030
 def save_tensors(
     path, # `.safetensors`
     tensors:dict, # name -> tensor
     causes:dict, # what determined them
+    seconds:float|None=None, # how long it took to compute
 ) -> Path: # `path`
     "Write tensors with their sidecar"
     from safetensors.torch import save_file
-    return save(path, causes, lambda tmp: save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, tmp))
+    return save(path, causes, lambda tmp: save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, tmp), seconds)
 
 # %% ../nbs/03_store.ipynb #030031
 def save_json(
     path, # `.json`
     obj, # anything JSON can hold
     causes:dict, # what determined it
+    seconds:float|None=None, # how long it took to compute
 ) -> Path: # `path`
     "Write a JSON value with its sidecar"
-    return save(path, causes, lambda tmp: tmp.write_text(json.dumps(obj, indent=1, default=_plain)))
+    return save(path, causes, lambda tmp: tmp.write_text(json.dumps(obj, indent=1, default=_plain)), seconds)
 
 # %% ../nbs/03_store.ipynb #030034
 def read_meta(
@@ -233,7 +237,9 @@ def make(
     path = Path(path)
     now = "missing" if recompute else state(path, causes)
     if now == "broken": read_meta(path)
-    if now != "done": SAVE[path.suffix](path, fn(), causes)
+    if now != "done":
+        start, value = time.perf_counter(), fn()
+        SAVE[path.suffix](path, value, causes, time.perf_counter() - start)
     return LOAD[path.suffix](path)
 
 # %% ../nbs/03_store.ipynb #030049

@@ -5,7 +5,8 @@ from mechunlearn.facts import Fact, Task, sports_athlete_editing
 from mechunlearn.finetuning import Edit, finetune, fingerprint, slice_key
 from mechunlearn.localization import build
 from mechunlearn.models import Component
-from mechunlearn.relearning import (ORGANISM, PUBLISHED, Lora, adapters, asked, chance, halves, lora_for, relearn, relearned, run_relearning, teach)
+from mechunlearn.relearning import (ORGANISM, PUBLISHED, Lora, adapters, asked, attacker, by_attacker, chance, everything, grid_for, halves, linear_weights,
+    lora_for, low_resource, pair, recovery, relearn, relearn_grid, relearned, run_relearning, teach)
 from mechunlearn.store import Refusal, Run
 
 SMALL = dict(lora=Lora(4, 4, 1e-2, 0.), sizes=dict(forget=4, retain=4, text=1), max_facts=6)
@@ -171,3 +172,87 @@ def test_stage_writes_each_table_once(tiny, task, tmp_path, monkeypatch):
     monkeypatch.setattr("mechunlearn.relearning.relearn", lambda *a, **kw: pytest.fail("made again"))
     again = run_relearning(lm, lambda seed: task, run, ["late"], [0], **how)
     pd.testing.assert_frame_equal(first, again)
+
+
+WHOLE = Lora(0, 0, 1e-2, 0.)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_the_weights_themselves(lm, task, dtype):
+    lm.hf.to(dtype)
+    before, linear = fingerprint(lm), {s.param for s in linear_weights(lm)}
+    with attacker(lm, WHOLE) as (params, values):
+        assert all(p.dtype == torch.float32 for p in params) and len(params) == 7 * lm.n_layers
+        for _ in teach(lm, task, task.forget[:4], params, WHOLE, 3, sizes=SMALL["sizes"], values=values): pass
+        assert {name for name, sha in fingerprint(lm).items() if sha != before[name]} == linear
+    assert fingerprint(lm) == before and not any(p.requires_grad for p in lm.hf.parameters())
+
+
+def test_the_weights_themselves_follow_plain_adamw(tiny, task):
+    lm, plain = tiny("llama"), tiny("llama")
+    facts, sizes = task.forget[:4], dict(forget=4, retain=0, text=0)
+    with attacker(lm, WHOLE) as (params, values):
+        for _ in teach(lm, task, facts, params, WHOLE, 3, sizes=sizes, values=values): pass
+        ours = {s.param: lm.weight(s.param).detach().clone() for s in values}
+    weights = [plain.weight(s.param).requires_grad_() for s in linear_weights(plain)]
+    opt = torch.optim.AdamW(weights, lr=1e-2, weight_decay=0.)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, 3)
+    target = torch.tensor([plain.first_token(f.answer) for f in facts])
+    for _ in range(3):
+        batch = plain.pad(plain.ids([f.prompt for f in facts]))
+        torch.nn.functional.cross_entropy(plain.hf(**batch).logits[:, -1], target).backward()
+        opt.step(); schedule.step(); opt.zero_grad()
+    assert max(float((ours[s.param] - plain.weight(s.param).detach()).abs().max()) for s in linear_weights(plain)) < 2e-4
+
+
+def test_weights_are_restored_when_training_them_fails(tiny, task):
+    lm = tiny()
+    before = fingerprint(lm)
+    with pytest.raises(RuntimeError, match="stop"), attacker(lm, WHOLE) as (params, values):
+        for step in teach(lm, task, task.forget[:4], params, WHOLE, 3, sizes=SMALL["sizes"], values=values):
+            if step == 2: raise RuntimeError("stop")
+    assert fingerprint(lm) == before
+
+
+def test_a_grid_has_every_combination_once_and_keeps_the_scale(tiny, task):
+    lm = tiny()
+    grid = grid_for(lm, ranks=(0, 2, 4), lrs=(1e-3, 1e-2), steps=(1, 2))
+    assert len(set(grid)) == 12 and {l.alpha / l.rank for l, _ in grid if l.rank} == {ORGANISM.alpha / ORGANISM.rank}
+    records = relearn_grid(lm, task, None, grid[:4] + grid[-1:], sizes=SMALL["sizes"], max_facts=4)
+    table = by_attacker(records)
+    assert sorted(table.index) == sorted(f.id for f in task.forget) and table.notna().all(axis=None) and set(records.evaluation) == {"relearning-grid"}
+    assert list(table) == ["rank0/lr0.001/steps1", "rank0/lr0.001/steps2", "rank0/lr0.01/steps1", "rank0/lr0.01/steps2", "rank4/lr0.01/steps2"]
+    alone = relearn(lm, task, None, grid[-1][0], 2, at=(2,), sizes=SMALL["sizes"], max_facts=4)
+    held = alone[alone.group == "forget"].set_index("fact").prob_truth
+    assert by_attacker(records, column="prob_truth")["rank4/lr0.01/steps2"][held.index].to_numpy() == pytest.approx(held.to_numpy(), rel=1e-4)
+
+
+def test_two_facts_or_all_are_taught(tiny, task):
+    for side in (0, 1):
+        taught, held = pair(task, side)
+        assert len(taught) == 2 and {*taught, *held} == set(task.forget) and not {*taught} & {*held}
+    assert pair(task, 0)[0] != pair(task, 1)[0] and everything(task, 0) == (task.forget, ())
+    with pytest.raises(Refusal, match="at least 3"): pair(task.model_copy(update=dict(forget=task.forget[:2])), 0)
+    records = low_resource(tiny(), task, None, SMALL["lora"], sizes=SMALL["sizes"], max_facts=4)
+    assert set(records.setting) == {"two facts/half0", "two facts/half1", "all facts/half0"} and set(records.format) == {"completion", "mcq"}
+    last = records[(records.step > 0) & (records.format == "completion")].groupby(["setting", "group"]).fact.nunique().unstack()
+    assert last.loc["two facts/half0", ["forget", "trained"]].tolist() == [6, 2] and last.loc["all facts/half0", "trained"] == 8
+    assert records.groupby("setting").step.max().to_dict() == {"two facts/half0": 10, "two facts/half1": 10, "all facts/half0": 20}
+
+
+def test_recovery_is_the_share_of_what_was_taken():
+    rows = lambda values, step: pd.DataFrame(dict(evaluation="relearning", group="forget", fact=[f"f{i}" for i in range(len(values))], step=step, top1_truth=values))
+    original, edited, back = rows([True] * 8, 0), rows([True] * 2 + [False] * 6, 0), rows([True] * 5 + [False] * 3, 9)
+    r = recovery(pd.concat([edited, back]), original)
+    assert r["value"] == pytest.approx((5 / 8 - 2 / 8) / (8 / 8 - 2 / 8)) and r["n"] == 8 and r["ci_low"] <= r["value"] <= r["ci_high"]
+    assert pd.isna(recovery(pd.concat([original, rows([True] * 8, 9)]), original)["value"])
+
+
+def test_stage_writes_the_grid_where_it_is_wanted(tiny, task, tmp_path):
+    lm = tiny()
+    run = Run(tmp_path, lm.name, lm.revision, task.name, {})
+    how = dict(relearning=dict(steps=1, max_facts=4, sizes=SMALL["sizes"], lora=dict(rank=4)), steps=2, lr=1e-3, progress=False)
+    how["relearning"] |= dict(low_resource=True, grid=dict(ranks=(2,), lrs=(1e-3,), steps=(1,), localizations=["late"], seeds=[0]))
+    run_relearning(lm, lambda seed: task, run, ["late", "all-mlps"], [0], **how)
+    written = lambda name: {p.parts[-3] for p in tmp_path.glob(f"*/seed0/{name}.parquet")}
+    assert written("relearning_grid") == {"none", "late"} and written("low_resource") == written("relearning") == {"none", "late", "all-mlps"}

@@ -5,7 +5,7 @@ import numpy as np, pandas as pd, pytest
 from scipy.stats import binomtest, false_discovery_control
 from statsmodels.stats.multitest import multipletests
 
-from mechunlearn.stats import bootstrap, bootstrap_clustered, holm, mcnemar, paired_bootstrap, wilson
+from mechunlearn.stats import best_of, bootstrap, bootstrap_clustered, bootstrap_ratio, holm, mcnemar, paired_bootstrap, wilson
 
 
 @pytest.mark.parametrize("n", [1, 7, 64])
@@ -97,3 +97,23 @@ def test_holm_by_hand_and_by_statsmodels():
     assert (holm(p) >= false_discovery_control(p) - 1e-12).all()
     np.testing.assert_allclose(holm([.01, np.nan, .04]), [.02, np.nan, .04])
     assert holm([]).size == 0 and np.isnan(holm([np.nan])).all()
+
+
+def test_ratio_of_two_means():
+    x, y = np.r_[np.ones(5), np.zeros(15)], np.ones(20)
+    r = bootstrap_ratio(x, y)
+    assert r["value"] == .25 and (r["ci_low"], r["ci_high"]) == pytest.approx(bootstrap(x), abs=.03)
+    assert bootstrap_ratio(y, y) == dict(value=1., ci_low=1., ci_high=1.)
+    assert all(np.isnan(v) for v in bootstrap_ratio(x, 0 * y).values()) and all(np.isnan(v) for v in bootstrap_ratio([], []).values())
+    with pytest.raises(ValueError): bootstrap_ratio([1.], [1., 2.])
+
+
+def test_best_attempt_is_chosen_on_the_other_half():
+    lucky = pd.DataFrame({"a": [1, 1, 0, 0], "b": [0, 0, 1, 1]}, index=list("wxyz"), dtype=float)
+    for seed in range(20):
+        order = np.random.default_rng(seed).permutation(4)
+        chosen = best_of(lucky, seed)
+        for mine, other in ((order[::2], order[1::2]), (order[1::2], order[::2])):
+            best = lucky.iloc[np.sort(other)].mean().idxmax()
+            assert (chosen.iloc[mine] == lucky[best].iloc[mine]).all()
+    assert best_of(lucky[["a"]]).tolist() == [1, 1, 0, 0] and best_of(lucky.iloc[:1]).tolist() == [1]
