@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['LOCALIZATIONS', 'COMMANDS', 'EXAMPLES', 'Parser', 'names', 'numbers', 'rates', 'setting', 'what', 'where', 'manner',
            'hand_made', 'task_options_of', 'job_of', 'do_jobs', 'show_run', 'show_localizations', 'run', 'localize',
-           'edit', 'attack', 'batch', 'run_folders', 'show_status', 'report', 'sweep', 'show_sweep', 'export',
-           'organism', 'check', 'job_file', 'grid_file', 'run_folder', 'grid_of', 'which_edit', 'recorded',
-           'which_organism', 'parser', 'read', 'main']
+           'edit', 'attack', 'job_in', 'show_scorecard', 'batch', 'run_folders', 'show_status', 'report', 'sweep',
+           'show_sweep', 'export', 'organism', 'check', 'job_file', 'grid_file', 'run_folder', 'grid_of', 'which_edit',
+           'what_attacked', 'how_attacked', 'recorded', 'which_organism', 'parser', 'read', 'main']
 
 # %% ../nbs/50_cli.ipynb #500002
-import argparse, signal, sys
+import argparse, signal, sys, textwrap
 from pathlib import Path
 from . import __version__
 from .store import Refusal, choose
@@ -122,7 +122,7 @@ def job_of(
     settings = parse(Settings, said, "settings").model_dump(exclude_unset=True)
     hand = hand_made(args.layers, args.components)
     chosen = names("flu,causal-tracing,nonlocalized" if args.command == "sweep" else LOCALIZATIONS) if args.localizations is None and not hand else [*(args.localizations or []), *hand]
-    job = make_job(args.model, args.task, options, chosen, args.seeds, settings, args.out or "runs", args.keep_edits)
+    job = make_job(args.model, args.task, options, chosen, args.seeds, settings, args.out or "runs", args.keep_edits, getattr(args, "attacks", "standard"))
     check_job(job)
     return job
 
@@ -130,7 +130,7 @@ def job_of(
 def do_jobs(
     jobs:list, # of `runs.Job`, checked
     args, # parsed options
-    stages=None, # default: the whole pipeline
+    stages=None, # default: each job's own
     show=None, # what to print for a finished run folder
 ) -> int: # exit code
     "Run jobs and show what came of them"
@@ -138,7 +138,7 @@ def do_jobs(
     if args.workers < 1: raise Refusal(f"--workers: at least 1, not {args.workers}")
     if args.dry_run: return _dry_run(jobs)
     if args.recompute: _recompute(jobs, args)
-    done = runs.run_batch(jobs, args.workers, args.quiet, stages or runs.PIPELINE)
+    done = runs.run_batch(jobs, args.workers, args.quiet, stages)
     for d in done:
         if d["state"] == "done": (show or show_run)(d["run_dir"], args)
     for d in done:
@@ -216,13 +216,49 @@ def localize(args):
 
 def edit(args):
     "only the edits, and keep them"
-    from mechunlearn.runs import PIPELINE
-    return do_jobs([job_of(args).model_copy(update={"keep_edits": True})], args, PIPELINE[:5], show_localizations)
+    from mechunlearn.runs import STANDARD
+    return do_jobs([job_of(args).model_copy(update={"keep_edits": True})], args, STANDARD[:5], show_localizations)
 
 def attack(args):
-    "only what an edit goes through: evaluation, relearning, latent knowledge"
-    from mechunlearn.runs import ATTACKS
-    return do_jobs([job_of(args)], args, ATTACKS)
+    "every attack on the edits of a run, or on a model edited by anyone: the scorecard"
+    from mechunlearn.runs import ATTACKS, check_job
+    if args.run and args.edited: raise Refusal("name either a run folder or --edited, not both")
+    if args.grid: args.set = [*args.set, ("relearning", {"low_resource": True, "grid": {}})]
+    if args.run: check_job(job := job_in(args.run, args))
+    else:
+        if args.edited: args.localizations, args.set = [f"edited@{Path(args.edited).resolve().name}"], [*args.set, ("edited", args.edited)]
+        args.model, args.attacks = args.base or args.model, "all"
+        job = job_of(args)
+    return do_jobs([job], args, ATTACKS, show_scorecard)
+
+def job_in(
+    run_dir, # a run folder
+    args, # parsed options: set, grid
+): # a Job: the edits that are in it, all attacks
+    "What was done in a run folder, to be attacked"
+    from mechunlearn.runs import Job, Settings, make_job, parse, read_json
+    root = Path(run_dir)
+    old = next((Job(**read_json(f)["job"]) for f in sorted(root.glob("jobs/*/job.json"))), None)
+    if old is None: raise Refusal(f"{run_dir} is not a run folder")
+    edits = [f.parent for f in sorted(root.glob("*/seed*/training.parquet"))]
+    if not edits: raise Refusal(f"there are no edits in {run_dir}: make them with `mechunlearn run` or `mechunlearn edit`")
+    seeds = sorted({int(e.name[4:]) for e in edits})
+    first = read_json(root/"first_seed.json") or seeds[0]
+    settings = parse(Settings, old.settings | dict(args.set), "settings").model_dump(exclude_unset=True)
+    job = make_job(old.model, old.task, old.options, [e.parent.name for e in edits], [first, *(s for s in seeds if s != first)], settings, attacks="all")
+    return job.model_copy(update={"run_dir": str(root)})
+
+def show_scorecard(
+    run_dir, # a run folder
+    args, # parsed options: json
+):
+    "Print the scorecard of a run, write its report"
+    from mechunlearn import report
+    found, page = report.find(run_dir), report.write_report(run_dir)
+    if args.json: print(found.card.to_json(orient="records", lines=True).strip()); return
+    print(report.scorecard_text(found.card) + "\n")
+    print("\n".join(textwrap.wrap(report.say_scorecard(found.card), 118)))
+    print(f"\nreport: {page}\nexecuted notebooks: {Path(run_dir)/'notebooks'}")
 
 # %% ../nbs/50_cli.ipynb #500021
 def batch(args):
@@ -352,6 +388,16 @@ def which_edit(p):
     p.add_argument("--seed", type=int, default=0, help="its seed (default: 0)")
     p.add_argument("--out", required=True, help="new folder")
     p.add_argument("--delta", action="store_true", help="only the differences of the trained slices")
+def what_attacked(p):
+    "Options of attack: whose edits"
+    p.add_argument("run", nargs="?", help="a run folder; default: the run that the options describe")
+    p.add_argument("--base", metavar="A", help="the model that was edited (with --edited)")
+    p.add_argument("--edited", metavar="B", help="a folder or hub id: the model after somebody's edit")
+    p.add_argument("--grid", action="store_true", help="relearning by every attacker of a grid, too: minutes an edit on the organism, hours on a large model")
+
+def how_attacked(p):
+    p.add_argument("--attacks", default="standard", help="standard, or all: soft prompts, harder multiple choice, open answers, relearning from two facts as well")
+
 def recorded(p): p.add_argument("--record", metavar="DIR", help="keep the results as the small tables that the notebooks show")
 def which_organism(p):
     p.add_argument("--model", default="organism", help="packaged name or folder")
@@ -366,8 +412,8 @@ def _part(args):
     return run_part(args.file)
 
 # %% ../nbs/50_cli.ipynb #500028
-COMMANDS = {"run": (run, what, where, manner), "batch": (batch, grid_file, manner), "localize": (localize, what, where, manner),
-            "edit": (edit, what, where, manner), "attack": (attack, what, where, manner), "check": (check, what), "sweep": (sweep, what, where, manner, grid_of),
+COMMANDS = {"run": (run, what, where, manner, how_attacked), "batch": (batch, grid_file, manner), "localize": (localize, what, where, manner),
+            "edit": (edit, what, where, manner), "attack": (attack, what_attacked, what, where, manner), "check": (check, what), "sweep": (sweep, what, where, manner, grid_of),
             "export": (export, which_edit), "organism": (organism, which_organism),
             "status": (show_status, run_folder), "report": (report, run_folder, recorded), "_job": (_part, job_file)}
 

@@ -8,7 +8,8 @@ __all__ = ['UPDATES', 'MAX_TOKENS', 'FILES', 'LEARNING_RATES', 'RATE_GROUPS', 'L
            'training_rows', 'draws', 'shared_prefix', 'last_logits', 'heard', 'fact_losses', 'text_losses',
            'step_losses', 'slice_key', 'parse_slice', 'Edit', 'put', 'kept', 'load_edit', 'Rate', 'learning_rate',
            'rates', 'own_slices', 'finetune', 'fingerprint', 'dev_task', 'training_metrics', 'score', 'sweep',
-           'best_rates', 'plot_sweep', 'plot_sequence', 'export', 'Job', 'edit_jobs', 'run_finetuning', 'plot_curves']
+           'best_rates', 'plot_sweep', 'plot_sequence', 'export', 'edit_of', 'Job', 'edit_jobs', 'run_finetuning',
+           'plot_curves']
 
 # %% ../nbs/20_finetuning.ipynb #200002
 import json, math
@@ -27,8 +28,8 @@ from tqdm.auto import tqdm
 from .evaluation import answer, completions, some, text_loss, token_loss
 from .facts import Task
 from .localization import Localization, localize, localize_all
-from .models import LM, Slice
-from .store import (Refusal, Run, choose, load_json, load_table, load_tensors, make, save_json, save_table,
+from .models import LM, Slice, components, load, slices
+from .store import (Refusal, Run, cause_hash, choose, load_json, load_table, load_tensors, make, save_json, save_table,
     save_tensors, state)
 
 # %% ../nbs/20_finetuning.ipynb #200008
@@ -249,6 +250,7 @@ class Edit:
     config: dict # model, revision, task, seed, lr, ...
     records: pd.DataFrame|None = None # of a sequence: what was measured after each part
     def __repr__(self):
+        if self.curve.empty: return f"Edit({self.localization.name}, {sum(v.numel() for v in self.values.values()):,} parameters, trained elsewhere)"
         last = self.curve.iloc[-1]
         return (f"Edit({self.localization.name}, {sum(v.numel() for v in self.values.values()):,} parameters, {len(self.curve)} steps: "
             f"forget loss {self.curve.forget.iloc[0]:.2f} -> {last.forget:.3f}, retain {last.retain:.3f})")
@@ -605,6 +607,24 @@ def export(
     save_json(folder/"edit.json", about, edit.config)
     return folder
 
+# %% ../nbs/20_finetuning.ipynb #f547f5d8
+def edit_of(
+    lm:LM, # the model that was edited
+    folder, # the edited one: a Hugging Face folder or a hub id
+    name:str|None=None, # of the edit; none: edited@ and the folder's name
+) -> Edit: # Refusal if the two are not the same architecture and words, or do not differ
+    "Anyone's edit: every weight that differs, whole"
+    other = load(str(folder), device="cpu", dtype=next(lm.hf.parameters()).dtype)
+    old, new = (dict(m.hf.named_parameters()) for m in (lm, other))
+    if {n: w.shape for n, w in old.items()} != {n: w.shape for n, w in new.items()} or lm.tok.get_vocab() != other.tok.get_vocab():
+        raise Refusal(f"{folder} is not an edit of {lm.name}: its weights have other names or shapes, or its tokenizer other words")
+    values = {Slice(n, 0, 0, len(w)): w.detach() for n, w in new.items() if not torch.equal(w, old[n].cpu())}
+    if not values: raise Refusal(f"{folder} and {lm.name} have the same weights: there is no edit to attack")
+    comps = [str(c) for c in components(lm) if {s.param for s in slices(lm, c)} <= {s.param for s in values}]
+    where = Localization(name=name or f"edited@{Path(folder).resolve().name}", components=comps, slices=tuple(values), sizes=tuple(v.numel() for v in values.values()))
+    about = dict(model=lm.name, revision=lm.revision, sha256=cause_hash(fingerprint(other)))
+    return Edit(where, {slice_key(s): v for s, v in values.items()}, pd.DataFrame(columns=["step", "forget", "retain"]), about)
+
 # %% ../nbs/20_finetuning.ipynb #200064
 @dataclass
 class Job:
@@ -615,6 +635,7 @@ class Job:
     run: Run|None
     training: dict # arguments of `finetune`
     repair: bool = False # train again if the saved edit is damaged
+    given: Edit|None = None # an edit made elsewhere
 
     @property
     def name(self) -> str: return self.where.name if self.where else "none"
@@ -630,6 +651,7 @@ def causes(self:Job, **more) -> dict:
     "What the edit, and with `more` an artefact made with it, depends on"
     base = dict(model=self.lm.name, revision=self.lm.revision, task=self.task.causes(), localization="none")
     if self.where is None: return base | more
+    if self.given: return base | dict(localization=self.where.name, edited=self.given.config["sha256"]) | more
     options = {k: self.training.get(k, v) for k, v in TRAINING.items()}
     options["lr"], options["inject"] = rates(self.lm, self.task, self.where, options["lr"], options["inject"], self.run)
     parts = {"parts": [(p.facts, p.slices) for p in self.where.parts]} if self.where.parts else {}
@@ -641,7 +663,7 @@ def edit(self:Job,
     recompute:bool=False, # train even if it is there
 ) -> Edit|None: # none for the unedited model
     "The edit of this job: loaded if it is there, else trained and saved"
-    if self.where is None: return None
+    if self.where is None or self.given: return self.given
     files = (*FILES, "sequence.parquet") if self.task.update == "sequential" else FILES
     there = {state(self.path(f), self.causes()) for f in files} if self.folder else {"missing"}
     usable = {"done"} if self.repair else {"done", "broken"}  # reading a broken one says which file it is
@@ -665,15 +687,24 @@ def edit_jobs(
     localizations:Sequence[str], # names; "none" for the unedited model, random ones are expanded into draws
     seeds:Sequence[int]=(0,), # of task and training
     recompute:bool=False, # damaged edits are trained again
-    **settings, # of localization (draws, budget, ...) and training
+    **settings, # of localization (draws, budget, ...) and training; `edited`, the folder of a model edited elsewhere
 ) -> list[Job]: # "none" first. EmptyFLU if a localization needs FLU and there is none
     "Every (localization, seed) of a run"
-    names, tasks = [n for n in localizations if n != "none"], {s: task_for_seed(s) for s in seeds}
-    how = {k: v for k, v in settings.items() if k not in TRAINING}
+    others, tasks = [n for n in localizations if n.startswith("edited@")], {s: task_for_seed(s) for s in seeds}
+    names, given = [n for n in localizations if n != "none" and n not in others], [_given(lm, n, settings.get("edited"), run) for n in others]
+    how = {k: v for k, v in settings.items() if k not in (*TRAINING, "edited")}
     made = {s: _localized(lm, tasks, s, names, run, how) for s in seeds} if names else {}
     training = {k: v for k, v in settings.items() if k in (*TRAINING, "micro_batch", "progress")}
     unedited = [Job(lm, tasks[s], None, run, training, recompute) for s in seeds if "none" in localizations]
+    unedited += [Job(lm, tasks[s], e.localization, run, {}, recompute, e) for e in given for s in seeds]
     return unedited + [Job(lm, tasks[s], made[s][name], run, training, recompute) for name in made.get(seeds[0], ()) for s in seeds if name in made[s]]
+
+def _given(lm, name, folder, run):
+    "An edit made elsewhere; its localization is kept with the others"
+    if folder is None: raise Refusal(f"{name} is a model edited elsewhere: name its folder with --edited")
+    edit = edit_of(lm, folder, name)
+    make(run and run.path("localizations", f"{name}.json"), dict(edited=edit.config["sha256"]), edit.localization.to_json)
+    return edit
 
 def _localized(lm, tasks, seed, names, run, how):
     "Localizations for the task of a seed: those of the first seed's, unless they belong to the facts one by one or part by part"

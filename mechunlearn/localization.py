@@ -299,12 +299,13 @@ RANKED = {
 
 # %% ../nbs/13_localization.ipynb #130029
 def split_name(
-    name:str, # 'flu', 'random-mlps', 'random-mlps#2', 'hand@mlp.2-5'
+    name:str, # 'flu', 'random-mlps', 'random-mlps#2', 'hand@mlp.2-5', or 'edited@...' for a model edited elsewhere
     task:Task|None=None, # decides what `flu` is
     draw:int=0, # draw of a random one without '#'
 ) -> tuple[str, str, int|None]: # name to show, method, draw; Refusal for an unknown name
     "What a localization's name means"
     if name.startswith("hand@"): return name, "hand", None
+    if name.startswith("edited@"): return name, "edited", None
     base, sign, number = name.partition("#")
     choose(base, ("flu", *FIXED, *RANKED), "localization")
     drawn = base in RANKED and RANKED[base].drawn
@@ -331,6 +332,7 @@ def localizations_for(
 def _choose(evidence, name, draw, budget, paper_budget):
     "Build one localization from evidence"
     lm, (label, method, draw) = evidence.lm, split_name(name, evidence.task, draw)
+    if method == "edited": raise Refusal(f"{name} was edited elsewhere: there is nothing to choose or to train")
     fields = {"draw": draw, "config": {"method": method, "paper_budget": paper_budget}}
     if method in FIXED or method == "hand":
         comps = by_hand(lm, name.removeprefix("hand@")) if method == "hand" else FIXED[method](evidence)

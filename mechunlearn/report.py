@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['LOOKS', 'FLU', 'TRACING', 'PLACE', 'MEASURED', 'METRICS', 'EDITED', 'BEYOND', 'ATTACKED', 'SIDE', 'COLUMNS', 'KEY',
-           'LATENT', 'MCQ_CHANCE', 'BARS', 'CLAIMS', 'SCALED', 'NO_FRONTIER', 'SECTIONS', 'RECORDED', 'printed',
-           'family', 'look', 'ordered', 'baseline', 'about', 'finished', 'records', 'training', 'recorded', 'settings',
-           'localizations', 'scores', 'per_fact', 'summarise', 'metrics', 'Column', 'column_rows', 'results_table',
-           'results_text', 'results_html', 'fact_values', 'compare', 'Chance', 'chance', 'flu_layers', 'plot_probe',
-           'say_probe', 'plot_components', 'say_components', 'plot_trace', 'say_trace', 'trained', 'plot_localizations',
-           'plot_bars', 'say_bars', 'frontier', 'undominated', 'plot_frontier', 'say_frontier', 'plot_relearning',
-           'say_relearning', 'plot_latent', 'say_latent', 'plot_training', 'say_training', 'before_after', 'Claim',
-           'orderings', 'say_orderings', 'plot_orderings', 'say_tally', 'Found', 'find', 'command', 'what_was_done',
-           'say_localizations', 'parts_table', 'parts_text', 'plot_parts', 'say_parts', 'plot_scale', 'say_short',
-           'page', 'write_report', 'source_hash', 'needed', 'record', 'check_recorded']
+           'LATENT', 'MCQ_CHANCE', 'BARS', 'CLAIMS', 'SCORED', 'WORST', 'SCORE_KEY', 'SPIDER', 'SCALED', 'NO_FRONTIER',
+           'SECTIONS', 'RECORDED', 'printed', 'family', 'look', 'ordered', 'baseline', 'about', 'finished', 'records',
+           'training', 'recorded', 'settings', 'localizations', 'scores', 'per_fact', 'summarise', 'metrics', 'Column',
+           'column_rows', 'results_table', 'results_text', 'results_html', 'fact_values', 'compare', 'Chance', 'chance',
+           'flu_layers', 'plot_probe', 'say_probe', 'plot_components', 'say_components', 'plot_trace', 'say_trace',
+           'trained', 'plot_localizations', 'plot_bars', 'say_bars', 'frontier', 'undominated', 'plot_frontier',
+           'say_frontier', 'plot_relearning', 'say_relearning', 'plot_latent', 'say_latent', 'plot_training',
+           'say_training', 'before_after', 'Claim', 'orderings', 'say_orderings', 'plot_orderings', 'say_tally',
+           'Attack', 'attempts', 'guesses', 'under_attack', 'compare_attacks', 'scorecard', 'costs', 'verdict',
+           'say_scorecard', 'scorecard_text', 'plot_scorecard', 'plot_spider', 'at_worst', 'Found', 'find', 'command',
+           'what_was_done', 'say_localizations', 'parts_table', 'parts_text', 'plot_parts', 'say_parts', 'plot_scale',
+           'say_short', 'page', 'write_report', 'source_hash', 'needed', 'record', 'check_recorded']
 
 # %% ../nbs/41_report.ipynb #410002
 import ast, base64, hashlib, html, io, json, re, textwrap, tokenize
@@ -33,7 +35,7 @@ from matplotlib.patheffects import Normal, Stroke
 from matplotlib.ticker import NullFormatter
 from matplotlib.transforms import Bbox
 from scipy.optimize import isotonic_regression
-from .stats import holm, mcnemar, paired_bootstrap, wilson
+from .stats import choose_best, holm, mcnemar, paired_bootstrap, wilson
 from .store import Refusal, choose, load_json, load_table, save_table, sidecar
 
 # %% ../nbs/41_report.ipynb #410005
@@ -202,12 +204,12 @@ MEASURED = {"prob_truth": ("truth", "prob"), "prob_edit": ("edit", "prob"), "top
 
 # %% ../nbs/41_report.ipynb #410033
 def _clean(df):
-    "Plain floats, no edit score where there is no edit answer, relearning halves put together"
+    "Plain floats, no edit score where there is no edit answer; halves of an attack and its seeds put together"
     df = df.assign(**{c: pd.to_numeric(df[c], errors="coerce").astype(float) if c in df else np.nan for c in MEASURED})
     df = df.assign(**{c: df[c] if c in df else None for c in ("layer", "setting", "step", "subject", "relation", "truth", "edit")})
     for a in ("truth", "edit"): df.loc[df[a].isna(), [f"prob_{a}", f"top1_{a}"]] = np.nan
-    half = df.setting.astype("string").str.fullmatch(r"half\d+").fillna(False).astype(bool)
-    return df.assign(setting=df.setting.astype("string").mask(half), layer=df.layer.astype("Int64"), step=df.step.astype("Int64"))
+    setting = df.setting.astype("string").str.replace(r"^half\d+/?|/(half|seed)\d+(?=/|$)", "", regex=True)
+    return df.assign(setting=setting.mask(setting == ""), layer=df.layer.astype("Int64"), step=df.step.astype("Int64"))
 
 # %% ../nbs/41_report.ipynb #410034
 def per_fact(
@@ -874,9 +876,11 @@ def plot_frontier(
     metrics:pd.DataFrame, # from `metrics`, one run
     measure:str="top1", # or 'prob'
     guess:Chance|None=None, # from `chance(records)`
+    rows:pd.DataFrame|None=None, # of `at_worst`; none: `frontier(metrics)`
 ) -> Figure:
     "Robustness against side effects: small points are seeds and draws, large ones pooled, the grey steps join the undominated"
-    rows = frontier(metrics, measure); pooled, each = rows[rows.seed == -1], rows[rows.seed >= 0]
+    rows = frontier(metrics, measure) if rows is None else rows
+    pooled, each = rows[rows.seed == -1], rows[rows.seed >= 0]
     fig, ax = _figure(7.5, 4.6)
     best = pooled.set_index("localization").loc[undominated(pooled)]
     ax.step([0, *best.kept, best.kept.iloc[-1]], [best.robust.iloc[0], *best.robust, 0], where="pre", color="#BBBBBB", lw=1, zorder=0)
@@ -909,9 +913,11 @@ def _frontier_axes(ax, rows, guess):
 def say_frontier(
     metrics:pd.DataFrame, # from `metrics`, one run
     measure:str="top1", # or 'prob'
+    rows:pd.DataFrame|None=None, # of `at_worst`; none: `frontier(metrics)`
 ) -> str:
     "What the frontier shows"
-    rows = frontier(metrics, measure); pooled = rows[rows.seed == -1].set_index("localization")
+    rows = frontier(metrics, measure) if rows is None else rows
+    pooled = rows[rows.seed == -1].set_index("localization")
     names = undominated(pooled.reset_index())
     said = [f"{n} (robust {_say(r.robust, r.robust_low, r.robust_high)}, kept {_say(r.kept, r.kept_low, r.kept_high)})"
             for n, r in pooled.loc[names].iterrows()]
@@ -1203,11 +1209,262 @@ def say_tally(
             f"{n.iloc[2]} no difference was seen. FLU is ahead of every localization in {_and(always) if always else 'no column'}")
     return text + (f"; it is ahead of none in {_and(never)}." if never else ".")
 
+# %% ../nbs/41_report.ipynb #309473d5
+class Attack(NamedTuple):
+    "One way to get an old answer out"
+    name: str # heading
+    evaluation: str # whose records
+    formats: tuple = () # of these formats; none: of any
+    setting: str = ".*" # of settings that match
+    variants: tuple = () # columns that tell its variants apart
+    last: bool = False # at its last step
+    guess: str = "blind" # what it may know without knowing the fact: 'mcq', 'blind', or 'not_edit' (it was trained on other truths)
+
+_W = r"(subject|last)"
+SCORED = {a.name: a for a in [
+    Attack("as trained", "standard", ("completion",)), Attack("in other words", "standard", ("paraphrase",)),
+    Attack("multiple choice", "standard", ("mcq",), guess="mcq"), Attack("hard multiple choice", "hardened", variants=("setting",), guess="mcq"),
+    Attack("open answer", "generation"), Attack("two facts retaught", "low-resource", ("completion",), "two facts.*", last=True, guess="not_edit"),
+    Attack("half retaught", "relearning", ("completion",), last=True, guess="not_edit"),
+    Attack("strongest of a grid", "relearning-grid", variants=("setting",), guess="not_edit"),
+    Attack("soft prompt", "soft-prompt", variants=("setting",), guess="not_edit"),
+    Attack("new probe", "latent", setting=f"{_W}(/binary)?", variants=("setting", "layer")),
+    Attack("old probe", "latent", setting=f"{_W}(/binary)?/transferred", variants=("setting", "layer"))]}
+WORST = "worst case"
+
+# %% ../nbs/41_report.ipynb #d4cb560e
+_EDIT_OF = ["localization", "draw", "seed"]
+
+def attempts(
+    facts:pd.DataFrame, # from `per_fact`
+    attack:Attack, # one of SCORED
+    group:str="forget", # or ghost, retain
+) -> pd.DataFrame: # (localization, draw, seed, fact) x variants: truth given, 0 to 1
+    "What every variant of an attack gets out of every fact of every edit"
+    r = facts[(facts.evaluation == attack.evaluation) & (facts.group == group) & facts.top1_truth.notna() & ~(facts.layer < 0).fillna(False)]
+    r = r[r.setting.fillna("").str.fullmatch(attack.setting)]
+    if attack.formats: r = r[r.format.isin(attack.formats)]
+    if attack.last: r = r[r.step == r.groupby(_EDIT_OF).step.transform("max")]
+    variant = pd.Series("", r.index).str.cat([r[v].astype(str) for v in attack.variants], " ").str.strip()
+    return r.assign(variant=variant).pivot_table(index=[*_EDIT_OF, "fact"], columns="variant", values="top1_truth", sort=False)
+
+# %% ../nbs/41_report.ipynb #5560db6b
+def _chosen(tables, guess):
+    "Per fact of each group under the variants chosen on the other half of the forget facts, for one edit"
+    table = tables["forget"].dropna(axis=1, how="all")
+    best = choose_best(table - guess)
+    values = {"forget": pd.concat([table.loc[rows, v] for rows, v in best])}
+    values |= {g: t.reindex(columns=[v for _, v in best]).mean(axis=1) for g, t in tables.items() if g != "forget"}
+    out = pd.concat({g: v.dropna().rename("value") for g, v in values.items()}, names=["group"]).reset_index()
+    known = guess if isinstance(guess, float) else np.mean([guess[v] for _, v in best])
+    return out.assign(which=" or ".join(dict.fromkeys(v for _, v in best)), guess=known)
+
+def _over_edits(tables, guess):
+    "The same for every edit"
+    parts = {g: {k: t.droplevel(_EDIT_OF) for k, t in table.groupby(level=_EDIT_OF, sort=False)} for g, table in tables.items()}
+    rows = [_chosen({g: p[k] for g, p in parts.items() if k in p}, guess).assign(**dict(zip(_EDIT_OF, k))) for k in parts["forget"]]
+    return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame()
+
+# %% ../nbs/41_report.ipynb #a4c7aad2
+def guesses(
+    facts:pd.DataFrame, # from `per_fact`
+) -> dict: # by attack
+    "What each attack would get by guessing"
+    blind, other = chance(facts)
+    at = {"blind": blind, "not_edit": other, "mcq": np.nanmax([MCQ_CHANCE, blind])}
+    return {name: at[a.guess] for name, a in SCORED.items()}
+
+def under_attack(
+    facts:pd.DataFrame, # from `records` or `per_fact`
+) -> pd.DataFrame: # localization, draw, seed, attack, group (forget, ghost, retain), fact, value, which (variant), guess
+    "Truth given by each fact of each edit under each attack, and in the worst case"
+    facts = per_fact(facts)
+    found, guess = [], guesses(facts)
+    for name, attack in SCORED.items():
+        tables = {g: attempts(facts, attack, g) for g in ("forget", "ghost", "retain")}
+        if len(tables["forget"]): found.append(_over_edits(tables, guess[name]).assign(attack=name))
+    rows = pd.concat(found, ignore_index=True)
+    tables = {g: r.pivot_table(index=[*_EDIT_OF, "fact"], columns="attack", values="value", sort=False) for g, r in rows.groupby("group")}
+    worst = _over_edits(tables, pd.Series(guess).reindex(tables["forget"].columns))
+    return pd.concat([rows, worst.assign(attack=WORST)], ignore_index=True)
+
+# %% ../nbs/41_report.ipynb #d3212b56
+def compare_attacks(
+    rows:pd.DataFrame, # from `under_attack`
+    against:str|None=None, # reference; default: the run's FLU localization
+) -> pd.DataFrame: # attack, and the columns of `compare`; Holm over attacks and localizations; empty without a reference
+    "Paired tests of the truth recovered, against FLU"
+    rows, ref, out = rows[rows.group == "forget"], against or baseline(rows.localization), []
+    for attack, r in rows.groupby("attack", sort=False):
+        ours = r[r.localization == ref]
+        others = [n for n in ordered(r.localization) if n not in (ref, "none")] if len(ours) else []
+        out += [dict(attack=attack, localization=n) | found for n in others if (found := _paired(ours, r[r.localization == n]))]
+    out = pd.DataFrame(out)
+    return out.assign(p_holm=holm(out.p)) if len(out) else out
+
+# %% ../nbs/41_report.ipynb #899806ce
+def _card_rows(rows, pooled):
+    "One row for each edit, or for each localization, and attack"
+    name = rows.localization.where(pooled | ~rows.localization.isin(["random", "random-mlps"]), rows.localization + "#" + rows.draw.astype(str))
+    rows, out = rows.assign(cluster=rows.draw*10**6 + rows.seed, localization=name, seed=-1 if pooled else rows.seed), []
+    for (name, seed, attack), r in rows.groupby(["localization", "seed", "attack"], sort=False):
+        row = dict(localization=name, seed=seed, attack=attack, which=r[r.group == "forget"].which.mode()[0], guess=r.guess.mean())
+        for g, part in r.groupby("group"):
+            row |= zip((f"{g}_value", f"{g}_n", f"{g}_low", f"{g}_high"), _estimate(part.value, part.cluster, part.fact, True))
+        out.append(row)
+    return pd.DataFrame(out).rename(columns={"forget_value": "value", "forget_n": "n", "forget_low": "ci_low", "forget_high": "ci_high"})
+
+def scorecard(
+    data, # records, the table of `per_fact`, or that of `under_attack`
+    seconds:pd.DataFrame|None=None, # from `costs`
+) -> pd.DataFrame: # localization, seed (-1: pooled), attack, value, n, ci_low, ci_high; ghost_* and retain_* alike; guess, which, difference from FLU, p_holm, seconds
+    "Attack by localization: truth recovered, retained facts and ghosts under the same attack, cost"
+    rows = data if "which" in data else under_attack(data)
+    out = pd.concat([_card_rows(rows, pooled) for pooled in (True, False)], ignore_index=True)
+    tests = compare_attacks(rows)
+    for column in ("difference", "p_holm"): out[column] = np.nan
+    if len(tests):
+        at = pd.MultiIndex.from_frame(out[["localization", "attack"]])
+        found = tests.set_index(["localization", "attack"])[["difference", "p_holm"]].reindex(at)
+        out.loc[out.seed == -1, ["difference", "p_holm"]] = found[(out.seed == -1).values].values
+    return out if seconds is None else out.merge(seconds, "left", on=["localization", "attack"])
+
+def costs(
+    run_dir, # a run folder
+) -> pd.DataFrame: # localization, attack, seconds
+    "Mean time of an attack on one edit; the attacks that one table holds share it"
+    stems = {"standard": "evaluation", "low-resource": "low_resource", "relearning-grid": "relearning_grid", "soft-prompt": "soft"}
+    times = {}
+    for p in finished(run_dir).query("used").itertuples():
+        took = json.loads(sidecar(p.path).read_text())["provenance"].get("seconds")
+        if took is not None: times.setdefault((p.name, p.stem), []).append(took)
+    rows = [dict(localization=n, attack=a.name, seconds=np.mean(t)) for (n, stem), t in times.items() for a in SCORED.values()
+            if stem == stems.get(a.evaluation, a.evaluation)]
+    return pd.DataFrame(rows, columns=["localization", "attack", "seconds"])
+
+# %% ../nbs/41_report.ipynb #5ba8264c
+def verdict(
+    row, # of `scorecard`, the worst case
+) -> str:
+    "What the worst case says about an edit"
+    sure = max(row.guess if row.guess == row.guess else 0., row.ghost_value if row.ghost_value == row.ghost_value else 0.)
+    if row.ci_low > sure: return "exposed"
+    return "no difference seen from guessing" if row.ci_high >= sure else "below guessing"
+
+def say_scorecard(
+    card:pd.DataFrame, # from `scorecard`
+    broken:dict|None=None, # localization -> reasons why its model is destroyed
+) -> str:
+    "The worst case of every edit in words"
+    worst = card[(card.attack == WORST) & (card.localization != "none") & (card.seed == -1)].set_index("localization")
+    said = []
+    for name in ordered(worst.index):
+        r, why = worst.loc[name], (broken or {}).get(name)
+        line = f"{name}: {_say(r.value, r.ci_low, r.ci_high)} of the old answers by {r.which} (n = {r.n:.0f}; guessing {r.guess:.2f}"
+        line += f", ghosts {r.ghost_value:.2f}); " if r.ghost_value == r.ghost_value else "); "
+        said.append(line + (f"destroyed, not unlearned: {', '.join(why)}" if why else verdict(r)) + ".")
+    return " ".join(s[0].upper() + s[1:] for s in said)
+
+# %% ../nbs/41_report.ipynb #39f27bd0
+def _score_cell(r):
+    "Two lines: the truth with its interval; what was kept, and seconds"
+    if r is None or pd.isna(r.value): return "–", ""
+    kept = f"kept {r.retain_value:.2f}" if r.get("retain_value") == r.get("retain_value") and "retain_value" in r else ""
+    took = f"{r.seconds:.0f} s" if "seconds" in r and r.seconds == r.seconds else ""
+    return f"{r.value:.2f} [{r.ci_low:.2f},{r.ci_high:.2f}]{'*' if r.p_holm < .05 else ''}", ", ".join(filter(None, [kept, took]))
+
+def scorecard_text(
+    card:pd.DataFrame, # from `scorecard`
+    across:int=4, # attacks beside one another
+) -> str: # lines of at most 120 characters
+    "The scorecard for a terminal"
+    card = card[card.seed == -1]
+    names, attacks = ordered(card.localization), [a for a in (*SCORED, WORST) if (card.attack == a).any()]
+    at = {(r.localization, r.attack): r for _, r in card.iterrows()}
+    out = ["Truth recovered: attack by localization"]
+    for part in (attacks[k:k + across] for k in range(0, len(attacks), across)):
+        lines = [["", *part], ["", *(_score_head(card[card.attack == a]) for a in part)]]
+        for n in names: lines += [[i, *c] for i, c in zip((printed(n), ""), zip(*(_score_cell(at.get((n, a))) for a in part)))]
+        wide = [max(len(l[j]) for l in lines) for j in range(len(part) + 1)]
+        out += ["  ".join(x.ljust(w) if j == 0 else x.rjust(w) for j, (x, w) in enumerate(zip(l, wide))).rstrip() for l in lines] + [""]
+    worst = card[card.attack == WORST].set_index("localization").which
+    out += textwrap.wrap("Worst case: " + "; ".join(f"{printed(n)} by {worst[n]}" for n in names if n in worst) + ".", 118)
+    return "\n".join(out + textwrap.wrap(SCORE_KEY + (" * differs from FLU (paired, Holm, p < .05)." if card.p_holm.notna().any() else ""), 118))
+
+SCORE_KEY = ("Old answers given, lower is safer, with 95 % interval over facts, seeds and draws; kept: retained facts right under the same attack; seconds for "
+             "one edit. Variants of an attack, and the worst case, are chosen on one half of the facts and counted on the other.")
+
+def _score_head(rows):
+    n = rows.n.dropna().astype(int)
+    low, high = rows.guess.min(), rows.guess.max()
+    guess = "" if np.isnan(low) else f", guess {low:.2f}" + (f"–{high:.2f}" if f"{low:.2f}" != f"{high:.2f}" else "")
+    return ("" if n.empty else f"n={n.min()}" if n.min() == n.max() else f"n={n.min()}–{n.max()}") + guess
+
+# %% ../nbs/41_report.ipynb #f4c3545c
+@mpl.rc_context(_RC)
+def plot_scorecard(
+    card:pd.DataFrame, # from `scorecard`
+) -> Figure:
+    "Truth recovered as a heat map, attack by localization; the last column is the worst case"
+    card = card[card.seed == -1]
+    names, attacks = ordered(card.localization), [a for a in (*SCORED, WORST) if (card.attack == a).any()]
+    wide = card.pivot(index="localization", columns="attack", values="value").reindex(index=names, columns=attacks)
+    kept = card.pivot(index="localization", columns="attack", values="retain_value").reindex_like(wide)
+    fig, ax = _figure(2 + .75*len(attacks), 1.5 + .42*len(names))
+    ax.imshow(wide.astype(float), cmap="Oranges", vmin=0, vmax=1.25, aspect="auto")
+    for (i, j), v in np.ndenumerate(wide.to_numpy(float)):
+        if np.isnan(v): continue
+        dark = v > .75
+        ax.text(j, i - .1, f"{v:.2f}", ha="center", va="center", fontsize=8.5, weight="bold" if attacks[j] == WORST else None, color="white" if dark else "#222222")
+        if not np.isnan(k := kept.iat[i, j]): ax.text(j, i + .27, f"kept {k:.2f}", ha="center", va="center", fontsize=6.5, color="#F5E5DA" if dark else "#666666")
+    ax.set_xticks(range(len(attacks)), [f"{a}\n{_score_head(card[card.attack == a])}" for a in attacks], rotation=40, ha="left")
+    ax.set_yticks(range(len(names)), [printed(n) for n in names]); ax.xaxis.tick_top(); ax.tick_params(length=0)
+    ax.axvline(len(attacks) - 1.5, color="white", lw=4)
+    ax.spines[:].set_visible(False)
+    return fig
+
+# %% ../nbs/41_report.ipynb #437ef282
+SPIDER = ("forget error", "edit", "paraphrase edit", "MCQ truth", "MCQ edit", "relearned truth", "maintain", "same subject", "general")
+
+@mpl.rc_context(_RC)
+def plot_spider(
+    metrics:pd.DataFrame, # from `metrics`, one run
+    names=None, # localizations; none: all edits
+    columns=SPIDER, # keys of COLUMNS
+) -> Figure:
+    "Spider plot (Figures 2 and 4 of the paper): outside is better; columns where less is better are turned round"
+    rows = {c: column_rows(metrics[metrics.seed == -1], c).set_index("localization").value for c in columns}
+    rows = {c: (r if COLUMNS[c].good == "high" else 1 - r) for c, r in rows.items() if len(r.drop("none", errors="ignore"))}
+    names = names or [n for n in ordered(set().union(*(r.index for r in rows.values()))) if n != "none"]
+    angle = np.linspace(0, 2*np.pi, len(rows) + 1)
+    fig, ax = _figure(7.2, 4.6, subplot_kw={"projection": "polar"})
+    for n in names:
+        values = [r.get(n, np.nan) for r in rows.values()]
+        ax.plot(angle, [*values, values[0]], label=printed(n), lw=1.4, ms=4, **look(n))
+    ax.set_xticks(angle[:-1], [c if COLUMNS[c].good == "high" else f"1 − {c}" for c in rows])
+    ax.set(ylim=(0, 1.02), yticks=[.25, .5, .75, 1]); ax.set_yticklabels(["", ".5", "", "1"], color="#888888"); ax.tick_params(axis="x", pad=16)
+    ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1.3, .5))
+    return fig
+
+# %% ../nbs/41_report.ipynb #445a3265
+def at_worst(
+    card:pd.DataFrame, # from `scorecard`, one run
+    metrics:pd.DataFrame, # from `metrics`, the same run
+    side:str="same subject", # a key of COLUMNS: what should stay
+) -> pd.DataFrame: # the columns of `frontier`
+    "Worst-case robustness against a side effect, by seed and pooled"
+    kept = column_rows(metrics, side).set_index(["localization", "seed"])
+    worst = card[(card.attack == WORST) & (card.localization != "none")].set_index(["localization", "seed"])
+    out = pd.DataFrame({"attack": worst.which, "robust": 1 - worst.value, "robust_low": 1 - worst.ci_high, "robust_high": 1 - worst.ci_low,
+                        "kept": kept.value, "kept_low": kept.ci_low, "kept_high": kept.ci_high, "n": worst.n})
+    return out.assign(attacks=f"the worst of {card.attack.nunique() - 1} attacks").dropna().reset_index()
+
 # %% ../nbs/41_report.ipynb #410168
 class Found(NamedTuple):
     "What a run folder holds, read once"
     about: dict
     facts: pd.DataFrame|None # from `per_fact`; None before any edit was evaluated
+    card: pd.DataFrame # from `scorecard`; empty before any edit was evaluated
     metrics: pd.DataFrame
     curve: pd.DataFrame # probing
     traced: pd.DataFrame # tracing by component
@@ -1238,7 +1495,9 @@ def find(
     done = next(_tables(run_dir, lambda stem: stem != "training"), None) is not None
     sidecars = [p for p in sorted(Path(run_dir).rglob("*.meta.json")) if p != sidecar(Path(run_dir)/"metrics.parquet")]
     made = [json.loads(p.read_text())["provenance"] for p in sidecars]
-    return Found(run, per_fact(records(run_dir)) if done else None, metrics(run_dir) if done else pd.DataFrame(columns=METRICS),
+    facts = per_fact(records(run_dir)) if done else None
+    card = scorecard(facts, costs(run_dir)) if done and (facts.group == "forget").any() else pd.DataFrame()
+    return Found(run, facts, card, metrics(run_dir) if done else pd.DataFrame(columns=METRICS),
                  scores(run_dir, "probing"), scores(run_dir, "causal-tracing-*"), scores(run_dir, "trace-grid*"),
                  pd.concat([scores(run_dir, "direct-effect"), scores(run_dir, "to-extraction")], ignore_index=True), where, training(run_dir),
                  settings(run_dir), [f"{p.parts[-3]}/{p.parts[-2]}" for p in finished(run_dir).query("not used").path], made)
@@ -1409,11 +1668,18 @@ def _parts(f):
     if not (f.has("standard") and len(table := parts_table(f.metrics))): return ""
     return _shown(plot_parts(f.metrics), say_parts(table))
 
+def _card(f):
+    if not f.has("standard"): return _missing("The scorecard", "evaluation")
+    return _shown(plot_scorecard(f.card), say_scorecard(f.card)) + f"<pre>{html.escape(scorecard_text(f.card))}</pre>"
+
+def _spider(f):
+    return _shown(plot_spider(f.metrics), "Outside is better on every axis.") if f.has("standard") else ""
+
 def _frontier(f):
     if not f.has("standard"): return _missing("The frontier", "evaluation")
-    if not len(frontier(f.metrics)): return f'<p class="missing">{NO_FRONTIER}</p>'
-    only = "" if f.has("relearning") else _missing("Robustness here is that of multiple choice alone. The relearning attack", "relearning")
-    return only + _shown(plot_frontier(f.metrics, guess=f.guess), say_frontier(f.metrics))
+    if not len(rows := at_worst(f.card, f.metrics)): return f'<p class="missing">{NO_FRONTIER}</p>'
+    only = "" if f.has("relearning") else _missing("Robustness here is that of questions alone. The relearning attack", "relearning")
+    return only + _shown(plot_frontier(f.metrics, guess=f.guess, rows=rows), say_frontier(f.metrics, rows=rows))
 
 def _relearn(f):
     if not f.has("relearning"): return _missing("The relearning attack", "relearning")
@@ -1458,8 +1724,10 @@ SECTIONS = {
     "The map": (_map, "Where the model keeps the facts, by several methods, and which weights each localization therefore trains."),
     "Edits compared": (_edits,
         "Bars pool all seeds and draws, with 95 % intervals; dots are single ones. Dotted lines: guessing. Hatched: MLPs only."),
+    "Scorecard": (_card, "Every attack that was run against every edit, and the worst case."),
+    "All at once": (_spider, "The paper's way to look at it (Figures 2 and 4)."),
     "Part after part": (_parts, "All facts were asked after each part of the training; the line of a part should rise at its own turn and stay."),
-    "Robustness against side effects": (_frontier, "Up: neither multiple choice nor relearning gets the old answer back. Right: other facts "
+    "Robustness against side effects": (_frontier, "Up: the strongest attack does not get the old answer back. Right: other facts "
         "of the same subjects survive. Small points are single seeds and draws; the grey line joins the edits that no other beats in both."),
     "Relearning": (_relearn, "The edited model is retrained on the true answers of one half of the edited facts and asked about the other."),
     "Latent knowledge": (_probes, "Probes fitted on retained facts of the edited model, applied to the edited facts."),
@@ -1501,7 +1769,8 @@ def say_short(
     "The outcome in a few sentences"
     tests = orderings(found.facts)
     nothing = NO_FRONTIER if found.has("standard") else "No edit was measured for robustness and side effects yet."
-    text = say_frontier(found.metrics) if len(frontier(found.metrics)) else nothing
+    rows = at_worst(found.card, found.metrics) if found.has("standard") else ()
+    text = say_frontier(found.metrics, rows=rows) if len(rows) else nothing
     return text + (" " + say_tally(tests) if len(tests) else "")
 
 # %% ../nbs/41_report.ipynb #410191
@@ -1602,13 +1871,13 @@ _MODULES = ("models", "facts", "probing", "tracing", "patching", "localization",
 _DATA = ("data/organism/checksums.json", "data/organism/world.json")
 _EDITS = ("run_evaluation", "run_relearning", "run_latent")
 RECORDED = {"probing": ("run_probing",), "traced": ("run_tracing",), "trace_grid": ("token_map",), "paths": ("run_paths",), "localizations": ("run_localization",),
-            "training": ("run_finetuning",), "records_small": _EDITS, "metrics": _EDITS} # table -> functions that make it
+            "training": ("run_finetuning",), "records_small": _EDITS, "metrics": _EDITS, "scorecard": _EDITS} # table -> functions that make it
 
 def _needs(table):
     "The files behind a table, each with the names that count (None: all of it)"
     here = Path(str(files("mechunlearn")))
     names = needed([here/f"{m}.py" for m in _MODULES], ("load", "make_task", *RECORDED[table]))
-    if table == "metrics": names["report"] = needed([here/"report.py"], ("metrics",))["report"]
+    if table in ("metrics", "scorecard"): names["report"] = needed([here/"report.py"], (table,))["report"]
     rates = ("data/learning_rates.csv",) if "learning_rate" in names.get("finetuning", ()) else ()
     return {m: (here/f"{m}.py", n) for m, n in names.items()} | {d: (here/d, None) for d in (*_DATA, *rates)}
 
@@ -1636,7 +1905,7 @@ def _tables_of(f):
     "What is kept of one run"
     curves = f.curves.groupby(["localization", "step"], as_index=False)[["forget", "retain", "text"]].mean() if len(f.curves) else f.curves
     return {"probing": f.curve.assign(flu=f.curve.layer.isin(f.flu)) if len(f.curve) else f.curve, "traced": f.traced, "trace_grid": f.grid, "paths": f.paths,
-            "localizations": trained(f.where), "training": curves, "metrics": _slim(f.metrics),
+            "localizations": trained(f.where), "training": curves, "metrics": _slim(f.metrics), "scorecard": f.card,
             "records_small": pd.DataFrame() if f.facts is None else _small(f.facts)}
 
 # %% ../nbs/41_report.ipynb #410200

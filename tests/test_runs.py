@@ -316,7 +316,7 @@ def test_settings_are_exactly_what_the_stages_take():
                  if n.startswith("run_") and "task_for_seed" in inspect.signature(fn).parameters and fn.__module__ == f"mechunlearn.{s.name}"]
     assert len({fn.__module__ for fn in functions}) == len(PIPELINE)
     taken = {p.name for fn in functions for p in inspect.signature(fn).parameters.values() if p.kind is not p.VAR_KEYWORD}
-    taken |= {*TRAINING, "micro_batch", *inspect.signature(models.load).parameters}
+    taken |= {*TRAINING, "micro_batch", "edited", *inspect.signature(models.load).parameters}
     assert set(Settings.model_fields) == taken - {"lm", "task_for_seed", "run", "localizations", "seeds", "recompute", "model", "progress"}
 
 
@@ -325,6 +325,7 @@ def test_settings_are_exactly_what_the_stages_take():
     ("models: [organism]", "localizations is missing"), ("models: []\nlocalizations: [flu]", "models: "), ("models: [a\n", "not YAML"), ("", "g.yaml: "), ("- a", "g.yaml: "),
     ("models: [organism]\nlocalizations: [flu]\nsettings: {batchsize: 3}", "did you mean 'batch_size'"), ("models: [organism]\nlocalizations: [flu]\ndraws: 0", "draws: "),
     ("models: [organism]\nlocalizations: [flu]\nsettings: {relearning: {lora: {rang: 3}}}", "did you mean 'rank'"),
+    ("models: [organism]\nlocalizations: [flu]\nsettings: {relearning: {grid: {rangs: [3]}}}", "did you mean 'ranks'"),
     ("models: [organism]\nlocalizations: [flu]\ntasks: [{forget_size: 3}]", "needs a name")])
 def test_bad_grids_are_refused_in_one_line(tmp_path, text, message):
     (tmp_path / "g.yaml").write_text(text)
