@@ -4,19 +4,23 @@
 
 # %% auto #0
 __all__ = ['RECOVERED', 'KEPT', 'REST', 'TEXT', 'FORMAT_NAMES', 'QUESTIONS', 'Attacks', 'attack', 'TableRow', 'per_fact',
-           'chance_of']
+           'chance_of', 'run_more_attacks']
 
 # %% ../nbs/33_more_attacks.ipynb #330002
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cache
+from typing import Callable, NamedTuple, Sequence
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns
 from fastcore.basics import patch
-from .evaluation import evaluate, interval
+from tqdm.auto import tqdm
+from .evaluation import SHOTS, evaluate, harden, hardened_metrics, interval, speak, summarise
 from .facts import Task
-from .finetuning import Edit
+from .finetuning import Edit, edit_jobs
 from .latent import latent, strongest
 from .models import LM
 from .relearning import chance, relearn
+from .store import Run, make
 
 # %% ../nbs/33_more_attacks.ipynb #330006
 @dataclass(repr=False)
@@ -129,3 +133,28 @@ def _repr_html_(self:Attacks):
         "ghosts": [f"{v:.2f} (n = {n})" if n else "" for v, n in zip(t.ghosts, t.n_ghosts)],
         "chance": t.chance.map(number), "before": t.before.map(number)}, index=t.index)
     return f"<p><b>{self.name}</b></p>" + shown.drop(columns=["before"] if self.before is None else []).to_html()
+
+# %% ../nbs/33_more_attacks.ipynb #cfcd7ddd
+def run_more_attacks(
+    lm:LM, # the unedited model
+    task_for_seed:Callable[[int], Task], # the task as each seed draws it
+    run:Run|None, # run folder; none: nothing is written
+    localizations:Sequence[str], # names; the unedited model is always added
+    seeds:Sequence[int]=(0,), # of task and edit
+    hardened:dict={}, # options of `harden`: {"shots": [0, 4], "n_all_orders": 12, "max_facts": 64}
+    generation:dict={}, # options of `speak`: {"max_facts": 64, "more": 8}
+    batch_size:int=64, # prompts a forward
+    recompute:bool=False, # make records again that are there
+    **settings, # of localization and of `finetune`, for edits that are not there yet
+) -> pd.DataFrame: # metrics: localization, seed, evaluation, group, format, setting and the other columns of `hardened_metrics`
+    "Ask the unedited model and each edit; writes `<localization>/seed<k>/hardened.parquet` and `generation.parquet`"
+    options = dict(hardened=dict(shots=SHOTS, n_all_orders=12, max_facts=64) | hardened, generation=dict(max_facts=64, more=8) | generation)
+    by, metrics = ("evaluation", "group", "format", "setting"), []
+    for job in tqdm(edit_jobs(lm, task_for_seed, run, ["none", *localizations], seeds, recompute, **settings), "more attacks", disable=None):
+        edit = cache(job.edit)
+        for name, ask, measure in (("hardened", harden, hardened_metrics), ("generation", speak, summarise)):
+            def records():
+                with edit().applied(lm) if job.where else nullcontext(): return ask(lm, job.task, batch_size=batch_size, **options[name])
+            table = make(job.path(f"{name}.parquet"), job.causes(**{name: options[name]}), records, recompute)
+            metrics.append(measure(table, by).assign(localization=job.name, seed=job.task.seed))
+    return pd.concat(metrics, ignore_index=True)

@@ -8,15 +8,16 @@ __all__ = ['SPORTS', 'GOLF', 'SPORTS_PROMPT', 'SPORTS_SYSTEM', 'SPORTS_PARAPHRAS
            'N_OTHER_SHOTS', 'N_TEXTS', 'Fact', 'load_world', 'fill', 'world_shot', 'world_facts', 'sport_fact',
            'sports_path', 'read_sports', 'sports_facts', 'Task', 'McqFormat', 'mcq_block', 'seeded', 'mcq_options',
            'has_options', 'usable_shots', 'mcq_shots', 'askable', 'McqItem', 'mcq_example', 'mcq_prompts',
-           'with_edit_answers', 'of_each', 'without', 'fixed_sets', 'check_size', 'split_retain', 'seeded_sets',
-           'world_groups', 'paper_sets', 'texts', 'world_sets', 'table_sets', 'check_numbers', 'check_options',
-           'sports_athlete_editing', 'unknown_words', 'check_candidates', 'check_boundary', 'check_task']
+           'every_order', 'with_edit_answers', 'of_each', 'without', 'fixed_sets', 'check_size', 'split_retain',
+           'seeded_sets', 'world_groups', 'paper_sets', 'texts', 'world_sets', 'table_sets', 'check_numbers',
+           'check_options', 'sports_athlete_editing', 'unknown_words', 'check_candidates', 'check_boundary',
+           'check_task']
 
 # %% ../nbs/01_facts.ipynb #010003
 import hashlib, json, random
 import pandas as pd
 from functools import lru_cache
-from itertools import pairwise
+from itertools import pairwise, permutations
 from pathlib import Path
 from typing import NamedTuple
 from fastcore.basics import patch
@@ -361,6 +362,21 @@ def mcq_prompts(
         at = {o: l for o, l in zip(placed, LETTERS)}
         items.append(McqItem(text + mcq_block(source, fact, placed), placed, at[fact.answer], at.get(fact.edit)))
     return items
+
+# %% ../nbs/01_facts.ipynb #5ce45a2f
+def every_order(
+    source:str, # "world", "sports", ...
+    fact:Fact, # what is asked
+    items:list[McqItem], # its four balanced versions, from `mcq_prompts`
+) -> list[McqItem]: # 24 versions, the four first
+    "Ask a fact with its options in all 24 orders, each letter of an example equally often"
+    out, first = [], items[0].options
+    for rest in permutations((1, 2, 3)):
+        for item, square in zip(items, SQUARE):
+            placed = tuple(first[(0, *rest)[i]] for i in square)
+            text, at = item.prompt.removesuffix(mcq_block(source, fact, item.options)), dict(zip(placed, LETTERS))
+            out.append(McqItem(text + mcq_block(source, fact, placed), placed, at[fact.answer], at.get(fact.edit)))
+    return out
 
 # %% ../nbs/01_facts.ipynb #010058
 INJECT = ("other", "golf")
