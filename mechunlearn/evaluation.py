@@ -375,7 +375,7 @@ def _shots_points(ax, rows, line, shots, shift):
     for r, face, dx, label in ((rows[~calibrated], color, 0, f"{line} (n = {rows.n.max()})"), (rows[calibrated], "w", .12, "calibrated")):
         if face == "w" and line == "compliance": continue
         x = np.array([shots.index(s) for s in r.shots]) + shift + dx
-        ax.errorbar(x, r.value, [r.value - r.ci_low, r.ci_high - r.value], fmt="o", ms=5, color=color, mfc=face, lw=1, label=label)
+        ax.errorbar(x, r.value, [(r.value - r.ci_low).clip(0), (r.ci_high - r.value).clip(0)], fmt="o", ms=5, color=color, mfc=face, lw=1, label=label)
 
 # %% ../nbs/15_evaluation.ipynb #5b2b8217
 GREEDY = dict(do_sample=False, num_beams=1, repetition_penalty=1., temperature=1., top_p=1., top_k=50) # whatever the model's own settings are
