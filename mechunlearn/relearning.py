@@ -113,7 +113,7 @@ def halves(
     half:int, # 0 or 1: the half that is taught
 ) -> tuple[tuple[Fact, ...], tuple[Fact, ...]]: # taught, held
     "Every other forget fact; the order of the forget set is random"
-    if len(task.forget) < 2: raise Refusal("relearning teaches half of the forget facts and asks the others: forget_size must be at least 2")
+    if len(task.forget) < 2: raise Refusal("half of the forget facts are taught and the others asked: forget_size must be at least 2")
     return task.forget[half::2], task.forget[1 - half::2]
 
 def asked(
@@ -205,13 +205,13 @@ STYLE = {"forget": ("held half", "C3", "-"), "trained": ("taught half", "C3", ":
     "retain": ("retained", "C0", ":")}
 CHANCE = {"uniform": "--", "constant": ":", "not_edit": "-."}
 
-def _panel(ax, rows, lines):
-    "One panel of `plot_relearning`"
+def _panel(ax, rows, lines, x="step"):
+    "One panel: truth by group along `x`, and the chance lines"
     for group, (label, color, dash) in STYLE.items():
-        r = rows[rows.group == group].sort_values("step")
-        step = r.step.astype(int)
-        ax.plot(step, r.value, dash, color=color, label=f"{label} (n = {r.n.max()})" if len(r) else None)
-        if dash == "-": ax.fill_between(step, r.ci_low, r.ci_high, color=color, alpha=.15, lw=0)
+        r = rows[rows.group == group].sort_values(x)
+        at = r[x].astype(int)
+        ax.plot(at, r.value, dash, color=color, label=f"{label} (n = {r.n.max()})" if len(r) else None)
+        if dash == "-": ax.fill_between(at, r.ci_low, r.ci_high, color=color, alpha=.15, lw=0)
     for value in sorted(set(lines)):
         names = [name for name in CHANCE if getattr(lines, name) == value]
         ax.axhline(value, color="k", lw=.7, ls=CHANCE[names[0]], label=f"chance: {', '.join(names)}")
