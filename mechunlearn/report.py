@@ -1227,7 +1227,7 @@ SCORED = {a.name: a for a in [
     Attack("open answer", "generation"), Attack("two facts retaught", "low-resource", ("completion",), "two facts.*", last=True, guess="not_edit"),
     Attack("half retaught", "relearning", ("completion",), last=True, guess="not_edit"),
     Attack("strongest of a grid", "relearning-grid", variants=("setting",), guess="not_edit"),
-    Attack("soft prompt", "soft-prompt", variants=("setting",), guess="not_edit"),
+    Attack("soft prompt", "soft-prompt", setting=r"k[1-9]\d*", variants=("setting",), guess="not_edit"),
     Attack("new probe", "latent", setting=f"{_W}(/binary)?", variants=("setting", "layer")),
     Attack("old probe", "latent", setting=f"{_W}(/binary)?/transferred", variants=("setting", "layer"))]}
 WORST = "worst case"

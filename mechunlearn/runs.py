@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PIPELINE', 'MAPS', 'ATTACKS', 'STANDARD', 'REFUSALS', 'MEMORY', 'BYTES', 'Stage', 'find_notebook', 'Job', 'folder',
-           'Lora', 'Attackers', 'Relearning', 'Latents', 'Settings', 'parse', 'stage_notebook', 'Failed', 'explain',
-           'execute', 'artefacts', 'stage_done', 'run_job', 'write_json', 'read_json', 'relay', 'Part', 'parts',
-           'run_part', 'gpus', 'start', 'kill', 'outcome', 'lock', 'at_work', 'View', 'run_batch', 'drop_edits',
-           'want_edits', 'Grid', 'TaskOwn', 'grid', 'make_job', 'check_job', 'skeleton', 'trained', 'estimate',
-           'damaged', 'repair', 'status']
+           'Lora', 'Attackers', 'Relearning', 'SoftPrompts', 'Hardened', 'Generation', 'Latents', 'Settings', 'parse',
+           'stage_notebook', 'Failed', 'explain', 'execute', 'artefacts', 'stage_done', 'run_job', 'write_json',
+           'read_json', 'relay', 'Part', 'parts', 'run_part', 'gpus', 'start', 'kill', 'outcome', 'lock', 'at_work',
+           'View', 'run_batch', 'drop_edits', 'want_edits', 'Grid', 'TaskOwn', 'grid', 'make_job', 'check_job',
+           'skeleton', 'trained', 'estimate', 'damaged', 'repair', 'status']
 
 # %% ../nbs/40_runs.ipynb #400002
 import fcntl, itertools, json, os, re, signal, subprocess, sys, threading, time
@@ -113,10 +113,32 @@ class Relearning(BaseModel, extra="forbid"):
     low_resource: bool|None = None           # two facts for ten steps, all for twenty
     grid: Attackers|None = None              # attackers of other ranks, rates and lengths; {} for the default ones
 
+class SoftPrompts(BaseModel, extra="forbid"):
+    "Of the soft prompts"
+    ks: list[int]|None = None                # lengths
+    prompts: int|None = Field(None, ge=1)    # of each length
+    steps: int|None = Field(None, ge=1)
+    lr: float|None = Field(None, gt=0)
+    batch: int|None = Field(None, ge=1)      # taught facts a step
+    retain_batch: int|None = Field(None, ge=0) # retained facts a step
+    max_facts: int|None = Field(None, ge=1)  # ghosts and retained facts asked
+
+class Hardened(BaseModel, extra="forbid"):
+    "Of the hardened multiple choice"
+    shots: list[int]|None = None             # numbers of solved examples
+    n_all_orders: int|None = Field(None, ge=0) # facts of each group asked in all 24 orders
+    max_facts: int|None = Field(None, ge=1)  # of each group
+
+class Generation(BaseModel, extra="forbid"):
+    "Of open answers"
+    max_facts: int|None = Field(None, ge=1)  # of each group
+    more: int|None = Field(None, ge=0)       # tokens beyond the longest answer
+
 class Latents(BaseModel, extra="forbid"):
     "Of the probes for latent knowledge"
     n_train: int|None = Field(None, ge=1)    # retained facts to train on
     binary: bool|None = None                 # one probe an answer, too
+    n_control: int|None = Field(None, ge=1)  # shufflings of the control
     max_facts: int|None = Field(None, ge=1)  # ghosts and retained facts read
 
 # %% ../nbs/40_runs.ipynb #400016
@@ -147,6 +169,9 @@ class Settings(BaseModel, extra="forbid"):
     max_facts: dict[str, int]|None = None      # facts of a group, or group/format, that are evaluated
     relearning: Relearning = Relearning()
     latents: Latents = Latents()
+    soft: SoftPrompts = SoftPrompts()
+    hardened: Hardened = Hardened()
+    generation: Generation = Generation()
 
 # %% ../nbs/40_runs.ipynb #400017
 def parse(

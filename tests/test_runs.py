@@ -5,7 +5,7 @@ from pathlib import Path
 import nbformat, psutil, pytest, yaml
 
 from mechunlearn import runs, store
-from mechunlearn.runs import PIPELINE, Failed, Job, Part, Settings, Stage, estimate, explain, folder, grid, lock, parse, parts, repair, run_batch, run_job, status
+from mechunlearn.runs import PIPELINE, STANDARD, Failed, Job, Part, Settings, Stage, estimate, explain, folder, grid, lock, parse, parts, repair, run_batch, run_job, status
 from mechunlearn.store import Broken, Refusal
 
 
@@ -154,7 +154,7 @@ def test_parts_cover_everything_once_and_never_share_an_artefact():
     j = Job(model="m", localizations=["flu", "random-mlps", "late"], run_dir="r")
     assert [p.label for p in parts(j, False)] == ["all"] == [p.label for p in parts(j.model_copy(update={"localizations": ["flu"]}), True)]
     made = {p.label: p for p in parts(j, True)}
-    assert list(made) == ["maps", "none", "flu", "random-mlps", "late", "all"] and made["all"].stages == PIPELINE
+    assert list(made) == ["maps", "none", "flu", "random-mlps", "late", "all"] and made["all"].stages == STANDARD
     for l in j.localizations:
         assert made[l].job.localizations == [l] and set(made[l].after) == {"maps", "none"} and not set(made[l].stages) & set(runs.MAPS)
     assert set(made["all"].after) == set(made) - {"all"}
@@ -219,7 +219,7 @@ def command(tmp_path, stages, *argv):
     script.write_text(textwrap.dedent(f"""
         import sys
         from mechunlearn import cli, runs
-        runs.PIPELINE = tuple(runs.Stage(*s) for s in {[tuple(s) for s in stages]!r})
+        runs.STANDARD = tuple(runs.Stage(*s) for s in {[tuple(s) for s in stages]!r})
         runs.check_job, cli.show_run = lambda job: None, lambda folder, args: print("finished", folder)
         sys.exit(cli.main(sys.argv[1:]))"""))
     return [sys.executable, str(script), "run", "--model", "m", "--forget-size", "1", "--out", str(tmp_path / "out"), *argv]
