@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PAIRED', 'PUBLISHED', 'PANELS', 'RULES', 'TINY_MMLU', 'texts_for', 'noise', 'capability', 'before_after',
-           'plot_capability', 'Rule', 'destroyed', 'benchmarks', 'accuracies', 'write_benchmark', 'run_capability']
+           'plot_capability', 'Rule', 'destroyed', 'benchmarks', 'accuracies', 'one_order', 'write_benchmark',
+           'run_capability']
 
 # %% ../nbs/16_capability.ipynb #160002
 import copy, json, logging, random, sys
@@ -15,7 +16,7 @@ from typing import Callable, NamedTuple, Sequence
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch, yaml
 from datasets import disable_progress_bars
 from tqdm.auto import tqdm
-from .evaluation import answer, as_records, multiple_choice, summarise, text_loss
+from .evaluation import Question, answer, as_records, multiple_choice, summarise, text_loss
 from .facts import N_TEXTS, Fact, Task, seeded, texts as held_out, unknown_words
 from .finetuning import Edit, edit_jobs, slice_key
 from .localization import build
@@ -255,16 +256,23 @@ def accuracies(
     return s.assign(metric="acc")[[*by, "benchmark", "metric", "value", "n", "ci_low", "ci_high"]].reset_index(drop=True)
 
 # %% ../nbs/16_capability.ipynb #160038
+def one_order(
+    task:Task, # supplies format and examples
+    facts:Sequence[Fact], # facts
+) -> list[Question]: # one a fact
+    "Multiple choice in one order of the options, the four orders in turn: a benchmark counts questions, so no fact may stand there twice"
+    return [q for i, q in enumerate(multiple_choice(task, facts)) if q.variant == i // 4 % 4]
+
 def write_benchmark(
     task:Task, # supplies format and examples
-    facts:Sequence[Fact], # asked in multiple choice, four orders each
+    facts:Sequence[Fact], # asked in multiple choice
     folder, # made if absent
     name:str, # of the benchmark
 ) -> Path: # the YAML file
     "Write a task's multiple-choice questions for the harness"
-    folder, questions = Path(folder), multiple_choice(task, facts)
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [dict(prompt=q.prompt, choices=[c.strip() for c in q.choices], answer=q.choices.index(q.truth)) for q in questions]
+    rows = [dict(prompt=q.prompt, choices=[c.strip() for c in q.choices], answer=q.choices.index(q.truth)) for q in one_order(task, facts)]
     (folder/f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     config = dict(task=name, dataset_path="json", dataset_kwargs=dict(data_files=dict(test=f"{name}.jsonl")), test_split="test",
         output_type="multiple_choice", doc_to_text="prompt", doc_to_choice="choices", doc_to_target="answer")

@@ -3,10 +3,10 @@ import json, random, sys
 from importlib.util import find_spec
 
 import datasets, numpy as np, pandas as pd, pytest, torch, yaml
-from mechunlearn.capability import (RULES, accuracies, before_after, benchmarks, capability, destroyed, noise, plot_capability, run_capability,
+from mechunlearn.capability import (RULES, accuracies, before_after, benchmarks, capability, destroyed, noise, one_order, plot_capability, run_capability,
     texts_for, write_benchmark)
 from mechunlearn.evaluation import RECORD, answer, as_records, evaluate, multiple_choice
-from mechunlearn.facts import sports_athlete_editing
+from mechunlearn.facts import LETTERS, sports_athlete_editing
 from mechunlearn.finetuning import finetune, fingerprint
 from mechunlearn.models import load
 from mechunlearn.stats import mcnemar, wilson
@@ -56,7 +56,7 @@ def put_benchmark(folder, rows, name="words", **config):
 def words(tmp_path, task):
     "Twelve questions; the choices are texts of different length."
     draw, texts = random.Random(0), [t.split() for t in task.text_train]
-    rows = [dict(prompt=f.prompt, choices=[" ".join(draw.choice(texts)[:n]) for n in (1, 2, 3)], answer=i % 3)
+    rows = [dict(prompt=f.prompt, choices=[" ".join(draw.choice(texts)[:n]) for n in (1, 1, 1, 2, 3)], answer=i % 3)
         for i, f in enumerate(task.retain[:12])]
     return put_benchmark(tmp_path, rows), rows
 
@@ -89,17 +89,18 @@ def test_accuracy_is_the_argmax_of_summed_log_probabilities(lm, words):
 @harness
 def test_the_harness_and_our_own_questions_agree_on_the_organism(organism, tmp_path):
     task = sports_athlete_editing(organism, forget_size=4)
-    write_benchmark(task, task.general[:3] + task.ghosts[:3], tmp_path, "kinds")
-    theirs, ours = benchmarks(organism, ["kinds"], tasks_folder=tmp_path), answer(organism, multiple_choice(task, task.general[:3] + task.ghosts[:3]))
-    assert len(theirs) == 24 and theirs.top1_truth[:12].all() and not theirs.top1_truth[12:].all()
+    write_benchmark(task, task.general[:6] + task.ghosts[:6], tmp_path, "kinds")
+    theirs, ours = benchmarks(organism, ["kinds"], tasks_folder=tmp_path), answer(organism, one_order(task, task.general[:6] + task.ghosts[:6]))
+    assert len(theirs) == 12 and theirs.top1_truth[:6].all() and not theirs.top1_truth[6:].all()
     assert (theirs.top1_truth == ours.top1_truth).all() and list(theirs.truth) == list(ours.truth)
     assert theirs.full_truth.to_numpy() == pytest.approx(ours.full_truth.to_numpy(), abs=1e-5)
 
 
 @harness
 def test_the_model_in_memory_is_asked_and_left_as_it_was(lm, words):
+    random.seed(3); torch.manual_seed(3); np.random.seed(3)
+    lm.tok.pad_token = None
     state, tokens, before = random.getstate(), repr(lm.tok), fingerprint(lm)
-    torch.manual_seed(3); np.random.seed(3)
     draws = torch.get_rng_state(), np.random.get_state()[1].copy()
     plain = benchmarks(lm, ["words"], tasks_folder=words[0])
     with noise(lm, 0).applied(lm): other = benchmarks(lm, ["words"], tasks_folder=words[0])
@@ -138,11 +139,12 @@ def test_probabilities_are_not_rounded_to_the_models_precision(tiny, words):
 @harness
 def test_tasks_that_shuffle_do_it_alike_each_time(tiny, words):
     lm, (folder, rows) = tiny(), words
-    (folder / "mix.py").write_text("import random\ndef choices(doc): return random.sample(doc['choices'], 3)\n")
+    (folder / "mix.py").write_text("import random\ndef choices(doc): return random.sample(doc['choices'], 5)\n")
     put_benchmark(folder, rows, "mixed", doc_to_choice=0)
     config = (folder / "mixed.yaml").read_text().replace("doc_to_choice: 0", "doc_to_choice: !function mix.choices")
     (folder / "mixed.yaml").write_text(config)
-    one, two = (benchmarks(lm, ["mixed"], tasks_folder=folder) for _ in range(2))
+    def asked(seed): random.seed(seed); return benchmarks(lm, ["mixed"], tasks_folder=folder)
+    one, two = asked(1), asked(2)
     assert one.equals(two) and list(one.truth) != list(benchmarks(lm, ["words"], tasks_folder=folder).truth)
 
 
@@ -193,6 +195,12 @@ def test_benchmarks_that_cannot_be_asked(tiny, words):
 def test_without_the_harness(tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert refusal(benchmarks, tiny()).endswith("pip install mechunlearn[capability]")
+
+
+def test_a_benchmark_asks_each_fact_once(task):
+    questions = one_order(task, task.retain[:40])
+    assert [q.fact for q in questions] == list(task.retain[:40]) and [q.variant for q in questions[:5]] == [0, 1, 2, 3, 0]
+    assert min(pd.Series([q.truth for q in questions]).value_counts().reindex(LETTERS, fill_value=0)) >= 4
 
 
 # ---- texts
@@ -343,7 +351,7 @@ def test_numbers_that_are_none_count_as_the_worst():
 
 
 def test_only_the_standard_evaluation_of_kept_facts_counts():
-    other = [table([0] * 40, evaluation="relearning", first=100), table([0] * 40, group="forget", first=200), table([0] * 40, format="paraphrase")]
+    other = 3 * [table([0] * 40, evaluation="relearning"), table([0] * 40, group="forget"), table([0] * 40, format="paraphrase")]
     assert destroyed(pd.concat(WELL.values()), pd.concat([*WELL.values(), *other])) == []
 
 
