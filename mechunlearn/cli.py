@@ -257,7 +257,7 @@ def show_scorecard(
     found, page = report.find(run_dir), report.write_report(run_dir)
     if args.json: print(found.card.to_json(orient="records", lines=True).strip()); return
     print(report.scorecard_text(found.card) + "\n")
-    print("\n".join(textwrap.wrap(report.say_scorecard(found.card), 118)))
+    print("\n".join(textwrap.wrap(report.say_scorecard(found.card, found.broken), 118)))
     print(f"\nreport: {page}\nexecuted notebooks: {Path(run_dir)/'notebooks'}")
 
 # %% ../nbs/50_cli.ipynb #500021

@@ -43,12 +43,12 @@ class Probes:
 
 # %% ../nbs/31_latent_knowledge.ipynb #310007
 def edited_relations(
-    task:Task, # whose retained facts a probe learns from
+    task:Task, # whose retained facts a probe learns from; where a whole sport is edited, also the half of its athletes that was not trained
     n:int=300, # at most
-) -> list[Fact]: # retained facts of the relations that are edited
+) -> list[Fact]: # of the relations that are edited
     "What probes are trained on"
     relations = {f.relation for f in task.forget}
-    return some([f for f in task.retain if f.relation in relations], n)
+    return some([f for f in (*task.retain, *task.forget_test) if f.relation in relations], n)
 
 # %% ../nbs/31_latent_knowledge.ipynb #31b001
 def fit_binary(

@@ -12,10 +12,10 @@ __all__ = ['LOOKS', 'FLU', 'TRACING', 'PLACE', 'MEASURED', 'METRICS', 'EDITED', 
            'trained', 'plot_localizations', 'plot_bars', 'say_bars', 'frontier', 'undominated', 'plot_frontier',
            'say_frontier', 'plot_relearning', 'say_relearning', 'plot_latent', 'say_latent', 'plot_training',
            'say_training', 'before_after', 'Claim', 'orderings', 'say_orderings', 'plot_orderings', 'say_tally',
-           'Attack', 'attempts', 'guesses', 'under_attack', 'compare_attacks', 'scorecard', 'costs', 'verdict',
-           'say_scorecard', 'scorecard_text', 'plot_scorecard', 'plot_spider', 'at_worst', 'Found', 'find', 'command',
-           'what_was_done', 'say_localizations', 'parts_table', 'parts_text', 'plot_parts', 'say_parts', 'plot_scale',
-           'say_short', 'page', 'write_report', 'source_hash', 'needed', 'record', 'check_recorded']
+           'Attack', 'attempts', 'guesses', 'under_attack', 'compare_attacks', 'scorecard', 'costs', 'broken',
+           'verdict', 'say_scorecard', 'scorecard_text', 'plot_scorecard', 'plot_spider', 'at_worst', 'Found', 'find',
+           'command', 'what_was_done', 'say_localizations', 'parts_table', 'parts_text', 'plot_parts', 'say_parts',
+           'plot_scale', 'say_short', 'page', 'write_report', 'source_hash', 'needed', 'record', 'check_recorded']
 
 # %% ../nbs/41_report.ipynb #410002
 import ast, base64, hashlib, html, io, json, re, textwrap, tokenize
@@ -155,7 +155,7 @@ def training(
 
 # %% ../nbs/41_report.ipynb #410024
 def recorded(
-    table:str, # 'metrics', 'records_small', 'probing', 'traced', 'trace_grid', 'paths', 'localizations', 'training'
+    table:str, # 'metrics', 'scorecard', 'records_small', 'probing', 'traced', 'trace_grid', 'paths', 'localizations', 'training'
     folder="recorded", # where `record` put them
     **which, # model, task, forget_size; default: the first run in the table
 ) -> pd.DataFrame: # rows of one run
@@ -1312,7 +1312,8 @@ def _card_rows(rows, pooled):
         for g, part in r.groupby("group"):
             row |= zip((f"{g}_value", f"{g}_n", f"{g}_low", f"{g}_high"), _estimate(part.value, part.cluster, part.fact, True))
         out.append(row)
-    return pd.DataFrame(out).rename(columns={"forget_value": "value", "forget_n": "n", "forget_low": "ci_low", "forget_high": "ci_high"})
+    every = ["localization", "seed", "attack", "which", "guess", *(f"{g}_{k}" for g in ("forget", "ghost", "retain") for k in ("value", "n", "low", "high"))]
+    return pd.DataFrame(out, columns=every).rename(columns={"forget_value": "value", "forget_n": "n", "forget_low": "ci_low", "forget_high": "ci_high"})
 
 def scorecard(
     data, # records, the table of `per_fact`, or that of `under_attack`
@@ -1327,7 +1328,7 @@ def scorecard(
         at = pd.MultiIndex.from_frame(out[["localization", "attack"]])
         found = tests.set_index(["localization", "attack"])[["difference", "p_holm"]].reindex(at)
         out.loc[out.seed == -1, ["difference", "p_holm"]] = found[(out.seed == -1).values].values
-    return out if seconds is None else out.merge(seconds, "left", on=["localization", "attack"])
+    return out if seconds is None else out.merge(seconds, "left", on=["localization", "attack"]).astype({"seconds": float})
 
 def costs(
     run_dir, # a run folder
@@ -1341,6 +1342,21 @@ def costs(
     rows = [dict(localization=n, attack=a.name, seconds=np.mean(t)) for (n, stem), t in times.items() for a in SCORED.values()
             if stem == stems.get(a.evaluation, a.evaluation)]
     return pd.DataFrame(rows, columns=["localization", "attack", "seconds"])
+
+# %% ../nbs/41_report.ipynb #fa68f419
+def broken(
+    facts:pd.DataFrame, # from `records` or `per_fact`
+) -> dict[str, list[str]]: # localization -> reasons; those that are not destroyed are left out
+    "Edits whose model is destroyed, by `capability.destroyed`, all seeds and draws of a localization together"
+    from mechunlearn.capability import destroyed
+    rows = per_fact(facts)
+    rows = rows[rows.evaluation == "standard"]
+    rows = rows.assign(fact=rows.fact + "/" + rows.seed.astype(str))
+    before, out = rows[rows.localization == "none"], {}
+    for name, after in rows[rows.localization != "none"].groupby("localization", sort=False):
+        same = before[before.seed.isin(after.seed)]
+        if len(same) and (why := destroyed(same, after)): out[name] = why
+    return out
 
 # %% ../nbs/41_report.ipynb #5ba8264c
 def verdict(
@@ -1363,13 +1379,13 @@ def say_scorecard(
         line = f"{name}: {_say(r.value, r.ci_low, r.ci_high)} of the old answers by {r.which} (n = {r.n:.0f}; guessing {r.guess:.2f}"
         line += f", ghosts {r.ghost_value:.2f}); " if r.ghost_value == r.ghost_value else "); "
         said.append(line + (f"destroyed, not unlearned: {', '.join(why)}" if why else verdict(r)) + ".")
-    return " ".join(s[0].upper() + s[1:] for s in said)
+    return " ".join(said)
 
 # %% ../nbs/41_report.ipynb #39f27bd0
 def _score_cell(r):
     "Two lines: the truth with its interval; what was kept, and seconds"
     if r is None or pd.isna(r.value): return "–", ""
-    kept = f"kept {r.retain_value:.2f}" if r.get("retain_value") == r.get("retain_value") and "retain_value" in r else ""
+    kept = f"kept {r.retain_value:.2f}" if r.retain_value == r.retain_value else ""
     took = f"{r.seconds:.0f} s" if "seconds" in r and r.seconds == r.seconds else ""
     return f"{r.value:.2f} [{r.ci_low:.2f},{r.ci_high:.2f}]{'*' if r.p_holm < .05 else ''}", ", ".join(filter(None, [kept, took]))
 
@@ -1465,6 +1481,7 @@ class Found(NamedTuple):
     about: dict
     facts: pd.DataFrame|None # from `per_fact`; None before any edit was evaluated
     card: pd.DataFrame # from `scorecard`; empty before any edit was evaluated
+    broken: dict # localization -> why its model is destroyed, not unlearned
     metrics: pd.DataFrame
     curve: pd.DataFrame # probing
     traced: pd.DataFrame # tracing by component
@@ -1497,7 +1514,7 @@ def find(
     made = [json.loads(p.read_text())["provenance"] for p in sidecars]
     facts = per_fact(records(run_dir)) if done else None
     card = scorecard(facts, costs(run_dir)) if done and (facts.group == "forget").any() else pd.DataFrame()
-    return Found(run, facts, card, metrics(run_dir) if done else pd.DataFrame(columns=METRICS),
+    return Found(run, facts, card, {} if facts is None else broken(facts), metrics(run_dir) if done else pd.DataFrame(columns=METRICS),
                  scores(run_dir, "probing"), scores(run_dir, "causal-tracing-*"), scores(run_dir, "trace-grid*"),
                  pd.concat([scores(run_dir, "direct-effect"), scores(run_dir, "to-extraction")], ignore_index=True), where, training(run_dir),
                  settings(run_dir), [f"{p.parts[-3]}/{p.parts[-2]}" for p in finished(run_dir).query("not used").path], made)
@@ -1670,7 +1687,7 @@ def _parts(f):
 
 def _card(f):
     if not f.has("standard"): return _missing("The scorecard", "evaluation")
-    return _shown(plot_scorecard(f.card), say_scorecard(f.card)) + f"<pre>{html.escape(scorecard_text(f.card))}</pre>"
+    return _shown(plot_scorecard(f.card), say_scorecard(f.card, f.broken)) + f"<pre>{html.escape(scorecard_text(f.card))}</pre>"
 
 def _spider(f):
     return _shown(plot_spider(f.metrics), "Outside is better on every axis.") if f.has("standard") else ""

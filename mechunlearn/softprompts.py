@@ -127,7 +127,7 @@ def soften(
     lm:LM, # the unedited model; its weights are the same afterwards
     task:Task, # its forget facts are taught and asked
     edit:Edit|None=None, # the edit to attack; none: the model as it is now
-    ks:Sequence[int]=(1, 5, 20), # sizes of soft prompts
+    ks:Sequence[int]=(5,), # sizes of soft prompts
     prompts:int=4, # soft prompts of each size, from different words (the paper: 4)
     steps:int=100, # training steps
     lr:float=LR, # see `soft_prompt`
@@ -190,7 +190,7 @@ def run_soft_prompts(
     **settings, # of localization and of `finetune`, for edits that are not there yet
 ) -> pd.DataFrame: # localization, seed, and the columns of `softened`
     "Attack the unedited model and each edit; writes `<localization>/seed<k>/soft.parquet`"
-    options, metrics = dict(ks=[1, 5, 20], prompts=4, steps=100, lr=LR, batch=32, retain_batch=16, max_facts=48) | soft, []
+    options, metrics = dict(ks=[5], prompts=4, steps=100, lr=LR, batch=32, retain_batch=16, max_facts=48) | soft, []
     for job in tqdm(edit_jobs(lm, task_for_seed, run, ["none", *localizations], seeds, recompute, **settings), "soft prompts", disable=None):
         def records(): return soften(lm, job.task, job.edit(), seed=job.task.seed, batch_size=batch_size, **options)
         table = make(job.path("soft.parquet"), job.causes(soft=options), records, recompute)

@@ -28,6 +28,8 @@ def nothing_starts(monkeypatch):
     (["batch"], "required: grid"), (["batch", "no.yaml"], "cannot read the grid no.yaml"), (["status", "nowhere"], "there are no runs in nowhere"), (["report", "nowhere"], "there are no runs in nowhere"),
     (["organism", "--retrain"], "--retrain needs --out"), (["localize", "--task", "x"], "unknown task 'x'"), (["check", "--model", "no/such/model"], "model"), (["localise"], "did you mean 'localize'"),
     (["localize", "--layers", "2-99"], "has 12 layers"), (["localize", "--components", "mlp"], "Say --layers"), (["sweep", "--lrs", "0"], "--lrs: positive numbers"),
+    (["attack", "nowhere"], "nowhere is not a run folder"), (["attack", "x", "--edited", "y"], "not both"), (["attack", "--edited", "nowhere"], "nowhere"),
+    (["run", "--localizations", "edited@x"], "name its folder with --edited"), (["run", "--attacks", "some"], "Valid: standard, all"),
     (["run", "--task", "full-sports-editing", "--sport", "curling"], "unknown sport"), (["run", "--task", "full-sports-editing", "--forget-size", "3"], "unknown option"), (["localize", "--layers", "x"], "names no components")])
 def test_wrong_input_is_one_line_and_two(argv, message, capsys, nothing_starts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -182,3 +184,22 @@ def test_export_is_a_plain_folder_or_a_difference(tmp_path, capsys):
     (run / "late/seed0/edit.safetensors").unlink()
     assert main(words("again")) == 2 and "--keep-edits" in capsys.readouterr().err
     assert main(["export", str(tmp_path), "--out", "x"]) == 2 and "not a run folder" in capsys.readouterr().err
+
+
+def test_attack_takes_up_what_a_run_left(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    old = runs.make_job("organism", "sports-athlete-editing", {"forget_size": 3}, ["flu", "random-mlps"], [2, 0], {"draws": 2, "steps": 3})
+    root = tmp_path / old.run_dir
+    for folder in ("jobs/all", *(f"{l}/seed{s}" for l in ("flu", "random-mlps#0", "random-mlps#1") for s in (0, 2))): (root / folder).mkdir(parents=True)
+    (root / "jobs/all/job.json").write_text(runs.Part(job=old, label="all", stages=runs.STANDARD).model_dump_json())
+    assert main(["attack", str(root)]) == 2 and "there are no edits" in capsys.readouterr().err
+    for folder in root.glob("*/seed*"): (folder / "training.parquet").touch()
+    (root / "first_seed.json").write_text("2")
+    seen = []
+    monkeypatch.setattr(cli, "do_jobs", lambda jobs, args, stages, show: seen.append((jobs[0], stages)) or 0)
+    assert main(["attack", str(root), "--grid", "--set", "batch_size=8"]) == 0
+    job, stages = seen[0]
+    assert job.localizations == ["flu", "random-mlps#0", "random-mlps#1"] and job.seeds == [2, 0] and job.run_dir == str(root) and stages == runs.ATTACKS
+    assert job.settings == {"draws": 2, "steps": 3, "batch_size": 8, "relearning": {"low_resource": True, "grid": {}}} and job.options == old.options
+    assert main(["attack", "--base", "organism", "--edited", "organism-late", "--forget-size", "3"]) == 0
+    assert seen[1][0].localizations == ["edited@organism-late"] and seen[1][0].settings["edited"] == "organism-late" and seen[1][0].attacks == "all"

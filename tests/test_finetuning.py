@@ -7,7 +7,7 @@ from mechunlearn.finetuning import (FILES, LEARNING_RATES, RATE_GROUPS, UPDATES,
     training_rows)
 from mechunlearn.localization import build
 from mechunlearn.models import Component, Slice, components
-from mechunlearn.store import Broken, Refusal, Run
+from mechunlearn.store import Broken, Refusal, Run, read_meta
 
 SMALL = dict(lr=1e-2, steps=3, batch=4, retain_batch=4, text_batch=2, progress=False)
 
@@ -327,3 +327,50 @@ def test_stage_without_a_folder_writes_nothing(qwen, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert len(run_finetuning(qwen, lambda s: task_for(qwen, s), None, ["late"], [0], **SMALL)) == SMALL["steps"]
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- edits made elsewhere
+
+def elsewhere(lm, folder, change):
+    "A folder of the model after somebody changed it"
+    with torch.no_grad(), F.kept([p.detach() for p in lm.hf.parameters()]):
+        change(lm.hf)
+        lm.hf.save_pretrained(folder)
+    lm.tok.save_pretrained(folder)
+    return folder
+
+
+def test_anyones_edit_is_every_weight_that_differs(lm, tmp_path):
+    name, norm = "model.layers.1.mlp.down_proj.weight", "model.norm.weight"
+    def change(hf): hf.get_parameter(name).add_(.1); hf.get_parameter(norm).mul_(1.5)
+    folder, before, old = elsewhere(lm, tmp_path / "theirs", change), fingerprint(lm), lm.weight(norm).detach().clone()
+    edit = F.edit_of(lm, folder)
+    assert edit.localization.name == "edited@theirs" and {s.param for s in map(parse_slice, edit.values)} == {name, norm} and "trained elsewhere" in repr(edit)
+    assert edit.localization.n_params == lm.weight(name).numel() + lm.weight(norm).numel() and not edit.localization.matched
+    with edit.applied(lm):
+        changed = {n for n, sha in fingerprint(lm).items() if sha != before[n]}
+        assert changed == {name, norm} and torch.allclose(lm.weight(norm), 1.5 * old)
+    assert fingerprint(lm) == before
+
+
+def test_what_is_no_edit_is_refused(qwen, tiny, tmp_path):
+    same = elsewhere(qwen, tmp_path / "same", lambda hf: None)
+    with pytest.raises(Refusal, match="the same weights"): F.edit_of(qwen, same)
+    other = tiny("qwen3", intermediate_size=40)
+    with pytest.raises(Refusal, match="is not an edit of"): F.edit_of(qwen, elsewhere(other, tmp_path / "other", lambda hf: None))
+    with pytest.raises(Refusal, match="name its folder"): F.edit_jobs(qwen, lambda seed: None, None, ["edited@x"])
+
+
+def test_anyones_edit_goes_through_a_stage(qwen, tmp_path):
+    from mechunlearn.evaluation import run_evaluation
+    theirs = elsewhere(qwen, tmp_path / "theirs", lambda hf: hf.get_parameter("model.layers.1.mlp.down_proj.weight").add_(.5))
+    run, task = Run(tmp_path / "run", qwen.name, qwen.revision, "t", {}), task_for(qwen)
+    few = dict(max_facts={"retain": 4, "retain/mcq": 2, "ghost": 4, "ghost/mcq": 2, "same-subject": 2, "other-relation": 2, "general": 2})
+    got = run_evaluation(qwen, lambda seed: task, run, ["edited@theirs"], [0], edited=str(theirs), **few)
+    assert set(got.localization) == {"none", "edited@theirs"} and (tmp_path / "run/localizations/edited@theirs.json").exists()
+    prob = got[(got.group == "retain") & (got.measure == "prob")].groupby("localization").value.first()
+    assert prob["none"] != prob["edited@theirs"]
+    first = read_meta(tmp_path / "run/edited@theirs/seed0/evaluation.parquet")["hash"]
+    theirs = elsewhere(qwen, tmp_path / "again/theirs", lambda hf: hf.get_parameter("model.layers.1.mlp.down_proj.weight").add_(.6))
+    run_evaluation(qwen, lambda seed: task, run, ["edited@theirs"], [0], edited=str(theirs), **few)
+    assert read_meta(tmp_path / "run/edited@theirs/seed0/evaluation.parquet")["hash"] != first

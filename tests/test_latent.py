@@ -286,3 +286,12 @@ def test_bands_are_for_single_rows_and_binary_probes_are_not_dashes(tiny, task):
     records = latent(tiny(), task, n_train=20, max_facts=4, binary=True)
     assert all(line.get_linestyle() == "-" for line in plot_latent(records).axes[0].lines)
     plt.close("all")
+
+
+def test_a_sport_that_is_edited_as_a_whole_is_learnt_from_its_other_half():
+    from mechunlearn.tasks import make_task
+    task = make_task("full-sports-editing", None, sport="basketball", seed=0)
+    train = edited_relations(task, 10**6)
+    sport = {f.answer for f in task.forget}
+    assert len(sport) == 1 and sport < {f.answer for f in train} and not {f.subject for f in train} & {f.subject for f in task.forget}
+    assert {f.id for f in train if f.answer in sport} == {f.id for f in task.forget_test}

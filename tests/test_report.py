@@ -1,4 +1,4 @@
-import json, re, shutil
+import json, re, shutil, time
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -223,7 +223,7 @@ def test_before_after_names_the_words(found):
 def test_report_is_one_file_without_outside_resources(run_dir, tmp_path):
     page = r.write_report(run_dir, tmp_path/"report.html").read_text()
     assert not re.search(r"(?:src|href)=[\"'](?!data:|#)", page) and "@import" not in page and "<script" not in page
-    assert page.count("<img alt=") == 10 and "class=\"missing\"" not in page
+    assert page.count("<img alt=") == 12 and "class=\"missing\"" not in page
     assert [t for t in r.SECTIONS if f">{r.html.escape(t)}</h2>" in page] == [t for t in r.SECTIONS if t != "Part after part"] # only sequences have it
     assert page == r.write_report(run_dir, tmp_path/"again.html").read_text()
     pd.testing.assert_frame_equal(r.load_table(run_dir/"metrics.parquet"), r.metrics(run_dir))
@@ -303,6 +303,80 @@ def sequence(n=8, parts=3, lost=.25):
             done = 0. if step < part else 1 - lost if part == 1 and step == parts else 1.
             rows.append(one(truth=1 - done, fmt="completion", n=n, evaluation="sequence", setting=f"part {part}", step=step).assign(fact=lambda d: f"p{part}" + d.fact))
     return pd.concat(rows, ignore_index=True)
+
+# the scorecard
+
+def probes(name, by_layer, n=200, seed=0):
+    "Latent records: at each layer an independent random share of the facts is read right"
+    rng = np.random.default_rng(seed)
+    rows = [one(name, n=n, evaluation="latent", fmt="completion", setting="subject", layer=l).assign(top1_truth=rng.random(n) < p) for l, p in enumerate(by_layer)]
+    return pd.concat(rows)
+
+def test_the_best_of_many_variants_is_not_luck():
+    rows = r.under_attack(pd.concat([one("flu", n=200, fmt="completion", truth=0), probes("flu", [1/3]*40)]))
+    card = r.scorecard(rows).query("seed == -1").set_index("attack")
+    best = probes("flu", [1/3]*40).groupby("layer").top1_truth.mean().max()
+    assert best > .39 and abs(card.value["new probe"] - 1/3) < .05 and card.n["new probe"] == 200
+
+def test_the_worst_case_is_furthest_above_guessing():
+    truths = {"completion": 0., "mcq": .45, "paraphrase": .4}
+    rows = pd.concat([one("flu", n=40, fmt=f, truth=t) for f, t in truths.items()] + [one("flu", n=8, fmt="completion", group="retain", relation=rel, truth=1)
+                     for rel in ("sport",)] + [one("none", n=40, fmt=f, truth=1) for f in truths])
+    rows["truth"] = np.where(rows.fact.str[-1].astype(int) % 2 == 0, "a", "b"); rows["edit"] = "c"
+    card = r.scorecard(rows).query("seed == -1")
+    assert r.guesses(r.per_fact(rows)) | {"multiple choice": .5} == r.guesses(r.per_fact(rows)) # two answers are somebody's truth
+    worst = card[card.attack == r.WORST].set_index("localization")
+    assert worst.which["flu"] == "multiple choice" and worst.value["none"] == 1 and worst.guess["flu"] == .5
+
+def test_chosen_variants_are_those_whose_retained_facts_are_shown():
+    hit = lambda k, t, kept: [one("flu", n=20, evaluation="soft-prompt", fmt="completion", setting=f"half0/k{k}/seed1", step=9, truth=t),
+                              one("flu", n=20, evaluation="soft-prompt", fmt="completion", setting=f"half0/k{k}/seed1", step=9, truth=kept, group="retain")]
+    base = [one("flu", n=20, fmt="completion"), one("flu", n=20, fmt="completion", group="retain", truth=1)]
+    card = r.scorecard(pd.concat(base + hit(0, 1, 1) + hit(5, .1, .9) + hit(20, .9, .2))).query("seed == -1").set_index("attack")
+    soft = card.loc["soft prompt"]
+    assert (soft.value, soft.retain_value, soft.which) == (pytest.approx(.9), pytest.approx(.2), "k20") # k0 is no soft prompt
+
+def test_two_facts_count_at_their_last_step_and_all_facts_not_at_all():
+    rows = [one("flu", n=20, evaluation="low-resource", fmt="completion", setting=f"{what}/half0", step=k, truth=t)
+            for what, k, t in (("two facts", 0, .9), ("two facts", 10, .2), ("all facts", 20, 1.))]
+    card = r.scorecard(pd.concat([one("flu", n=20, fmt="completion"), *rows])).query("seed == -1").set_index("attack")
+    assert card.value["two facts retaught"] == pytest.approx(.2)
+
+@pytest.mark.parametrize("low,high,ghost,said", [(.6, .9, .3, "exposed"), (.2, .6, .3, "no difference seen from guessing"), (.0, .1, .3, "below guessing"),
+                                                 (.4, .6, .5, "no difference seen from guessing")])
+def test_what_the_worst_case_says(low, high, ghost, said):
+    assert r.verdict(pd.Series(dict(ci_low=low, ci_high=high, ghost_value=ghost, guess=.33))) == said
+
+def test_a_destroyed_model_is_not_called_unlearned():
+    rows = pd.concat([one("none", n=30, fmt="completion", truth=1), one("none", n=30, fmt="completion", group="retain", truth=1),
+                      one("flu", n=30, fmt="completion"), one("flu", n=30, fmt="completion", group="retain", truth=0)])
+    broken = r.broken(rows)
+    assert list(broken) == ["flu"] and "destroyed, not unlearned: retained facts right" in r.say_scorecard(r.scorecard(rows), broken)
+    rows.loc[(rows.localization == "flu") & (rows.group == "retain"), "top1_truth"] = True
+    assert r.broken(rows) == {} and "destroyed" not in r.say_scorecard(r.scorecard(rows), {})
+
+def test_scorecard_of_a_run(found):
+    card = found.card
+    pooled = card[card.seed == -1]
+    assert set(pooled.localization) == {"none", "flu", "causal-tracing-mlps", "random-mlps", "late"} and {"random-mlps#0", "random-mlps#1"} <= set(card.localization)
+    assert (card.ci_low <= card.value).all() and (card.value <= card.ci_high).all() and card.p_holm.notna().any() and card[card.seed >= 0].p_holm.isna().all()
+    same = r.column_rows(found.metrics, "MCQ truth").query("seed == -1").set_index("localization")
+    asked = pooled[pooled.attack == "multiple choice"].set_index("localization")
+    for c in ("value", "n", "ci_low", "ci_high"): assert asked[c].to_dict() == pytest.approx(same[c].reindex(asked.index).to_dict())
+    text = r.scorecard_text(card)
+    assert max(map(len, text.splitlines())) <= 120 and "unedited" in text and "worst case" in text and "kept" in text
+    assert set(r.at_worst(card, found.metrics).columns) == set(r.frontier(found.metrics).columns)
+    for fig in (r.plot_scorecard(card), r.plot_spider(found.metrics), r.plot_frontier(found.metrics, rows=r.at_worst(card, found.metrics))):
+        assert isinstance(fig, Figure) and fig._repr_png_()
+
+def test_what_an_attack_cost_is_read_from_its_artefact(tmp_path):
+    run = synthetic_run(tmp_path, ("flu",), seeds=(0,), n=6, stages=("standard", "relearning"))
+    old = store.load_table(run/"flu/seed0/relearning.parquet")
+    store.make(run/"flu/seed0/relearning.parquet", store.read_meta(run/"flu/seed0/relearning.parquet")["causes"], lambda: time.sleep(.05) or old, recompute=True)
+    took = r.costs(run)
+    assert took.attack.tolist() == ["half retaught"] and took.seconds.item() >= .05
+    card = r.scorecard(r.records(run), took)
+    assert " s" in r.scorecard_text(card) and card[card.attack == "multiple choice"].seconds.isna().all()
 
 def test_a_sequence_shows_what_later_parts_do_to_earlier_ones(tmp_path):
     run = synthetic_run(tmp_path/"run", ("flu",), seeds=(0,), n=8)
