@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['LOOKS', 'FLU', 'TRACING', 'PLACE', 'MEASURED', 'METRICS', 'EDITED', 'BEYOND', 'ATTACKED', 'SIDE', 'COLUMNS', 'KEY',
-           'LATENT', 'MCQ_CHANCE', 'BARS', 'CLAIMS', 'SCORED', 'WORST', 'SCORE_KEY', 'SPIDER', 'SCALED', 'NO_FRONTIER',
-           'SECTIONS', 'RECORDED', 'printed', 'family', 'look', 'ordered', 'baseline', 'about', 'finished', 'records',
-           'training', 'recorded', 'settings', 'localizations', 'scores', 'per_fact', 'summarise', 'metrics', 'Column',
-           'column_rows', 'results_table', 'results_text', 'results_html', 'fact_values', 'compare', 'Chance', 'chance',
-           'flu_layers', 'plot_probe', 'say_probe', 'plot_components', 'say_components', 'plot_trace', 'say_trace',
-           'trained', 'plot_localizations', 'plot_bars', 'say_bars', 'frontier', 'undominated', 'plot_frontier',
-           'say_frontier', 'plot_relearning', 'say_relearning', 'plot_latent', 'say_latent', 'plot_training',
-           'say_training', 'before_after', 'Claim', 'orderings', 'say_orderings', 'plot_orderings', 'say_tally',
-           'Attack', 'attempts', 'guesses', 'under_attack', 'compare_attacks', 'scorecard', 'costs', 'broken',
-           'verdict', 'say_scorecard', 'scorecard_text', 'plot_scorecard', 'plot_spider', 'at_worst', 'Found', 'find',
-           'command', 'what_was_done', 'say_localizations', 'parts_table', 'parts_text', 'plot_parts', 'say_parts',
-           'plot_scale', 'say_short', 'page', 'write_report', 'source_hash', 'needed', 'record', 'check_recorded']
+           'LATENT', 'MCQ_CHANCE', 'BARS', 'CLAIMS', 'SCORED', 'WORST', 'SCORE_KEY', 'SPIDER', 'ACROSS', 'SCALED',
+           'NO_FRONTIER', 'SECTIONS', 'RECORDED', 'printed', 'family', 'look', 'ordered', 'baseline', 'about',
+           'finished', 'records', 'training', 'recorded', 'settings', 'localizations', 'scores', 'per_fact',
+           'summarise', 'metrics', 'Column', 'column_rows', 'results_table', 'results_text', 'results_html',
+           'fact_values', 'compare', 'Chance', 'chance', 'flu_layers', 'plot_probe', 'say_probe', 'plot_components',
+           'say_components', 'plot_trace', 'say_trace', 'trained', 'plot_localizations', 'plot_bars', 'say_bars',
+           'frontier', 'undominated', 'plot_frontier', 'say_frontier', 'plot_relearning', 'say_relearning',
+           'plot_latent', 'say_latent', 'plot_training', 'say_training', 'before_after', 'Claim', 'orderings',
+           'say_orderings', 'plot_orderings', 'say_tally', 'Attack', 'attempts', 'guesses', 'under_attack',
+           'compare_attacks', 'scorecard', 'costs', 'broken', 'verdict', 'say_scorecard', 'scorecard_text',
+           'plot_scorecard', 'plot_spider', 'at_worst', 'plot_tasks', 'Found', 'find', 'command', 'what_was_done',
+           'say_localizations', 'parts_table', 'parts_text', 'plot_parts', 'say_parts', 'plot_scale', 'say_short',
+           'page', 'write_report', 'source_hash', 'needed', 'record', 'check_recorded']
 
 # %% ../nbs/41_report.ipynb #410002
 import ast, base64, hashlib, html, io, json, re, textwrap, tokenize
@@ -157,14 +158,15 @@ def training(
 def recorded(
     table:str, # 'metrics', 'scorecard', 'records_small', 'probing', 'traced', 'trace_grid', 'paths', 'localizations', 'training'
     folder="recorded", # where `record` put them
-    **which, # model, task, forget_size; default: the first run in the table
+    task:str="sports-athlete-editing", # whose run
+    **which, # model, forget_size; default: the first run of this task in the table
 ) -> pd.DataFrame: # rows of one run
     "A recorded table of one run"
     file = Path(folder)/f"{table}.parquet"
     if not file.exists(): raise Refusal(f"{file} does not exist: `make record` runs configs/organism.yaml and writes it")
     df = pd.read_parquet(file)
-    for k, v in which.items(): df = df[df[k] == v]
-    if df.empty: raise Refusal(f"{file} has no run with {which}")
+    for k, v in ({"task": task} | which).items(): df = df[df[k] == v]
+    if df.empty: raise Refusal(f"{file} has no run with {({'task': task} | which)}")
     first = df[["model", "task", "forget_size"]].drop_duplicates().iloc[:1]
     return df.merge(first, how="inner")
 
@@ -1474,6 +1476,31 @@ def at_worst(
     out = pd.DataFrame({"attack": worst.which, "robust": 1 - worst.value, "robust_low": 1 - worst.ci_high, "robust_high": 1 - worst.ci_low,
                         "kept": kept.value, "kept_low": kept.ci_low, "kept_high": kept.ci_high, "n": worst.n})
     return out.assign(attacks=f"the worst of {card.attack.nunique() - 1} attacks").dropna().reset_index()
+
+# %% ../nbs/41_report.ipynb #322a1565
+ACROSS = ("forget error", "MCQ truth", "relearned truth", "same subject", "maintain")
+
+@mpl.rc_context(_RC)
+def plot_tasks(
+    metrics:pd.DataFrame, # from `metrics`, several runs
+    columns=ACROSS, # keys of COLUMNS
+) -> Figure:
+    "One line for each task and localization, one panel a quantity; 95 % intervals over facts, seeds and draws"
+    pooled = metrics[(metrics.seed == -1) & (metrics.localization != "none")]
+    tasks, names = list(pooled.task.unique()), ordered(pooled.localization)
+    at = {(t, n): i*(len(names) + 1) + j for i, t in enumerate(tasks) for j, n in enumerate(names)}
+    fig, axes = _figure(2 + 1.6*len(columns), .9 + .16*(len(names) + 1)*len(tasks), 1, len(columns), sharey=True, squeeze=False)
+    for ax, column in zip(axes[0], columns):
+        for r in column_rows(pooled, column).itertuples():
+            y, l = at[r.task, r.localization], look(r.localization)
+            ax.plot([r.ci_low, r.ci_high], [y, y], color=l["color"], lw=1.2)
+            ax.plot(r.value, y, color=l["color"], marker=l["marker"], ms=4.5, lw=0)
+        ax.set(title=f"{column} {_arrow(column)}", xlim=(-.03, 1.03), xticks=[0, .5, 1])
+    middle = [i*(len(names) + 1) + (len(names) - 1)/2 for i in range(len(tasks))]
+    axes[0, 0].set(yticks=middle, yticklabels=tasks, ylim=(len(tasks)*(len(names) + 1) - .5, -1))
+    lines = [axes[0, -1].plot([], [], label=n, color=look(n)["color"], marker=look(n)["marker"], lw=1.2)[0] for n in names]
+    axes[0, -1].legend(handles=lines, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return fig
 
 # %% ../nbs/41_report.ipynb #410168
 class Found(NamedTuple):

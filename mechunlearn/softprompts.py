@@ -184,7 +184,7 @@ def run_soft_prompts(
     run:Run|None, # run folder; none: nothing is written
     localizations:Sequence[str], # names; the unedited model is always added
     seeds:Sequence[int]=(0,), # of task, edit and attack
-    soft:dict={}, # options of `soften`: {"ks": [1, 5, 20], "prompts": 4, "steps": 100}
+    soft:dict={}, # options of `soften`: {"ks": [1, 5, 20], "prompts": 4, "steps": 100}; else one size, 5
     batch_size:int=64, # prompts a forward
     recompute:bool=False, # make records again that are there
     **settings, # of localization and of `finetune`, for edits that are not there yet
