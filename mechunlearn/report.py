@@ -28,6 +28,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 import matplotlib as mpl
+from PIL import Image
 from great_tables import GT, loc, style
 import matplotlib.patches
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -96,9 +97,10 @@ _RC = {"font.size": 9, "axes.titlesize": 9.5, "axes.labelsize": 9, "xtick.labels
 class _Drawing(Figure):
     "A matplotlib figure that a notebook shows when it is the value of a cell"
     def _repr_png_(self):
-        buffer = io.BytesIO()
+        buffer, small = io.BytesIO(), io.BytesIO()
         self.savefig(buffer, format="png", bbox_inches="tight")
-        return buffer.getvalue()
+        Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, "png", optimize=True) # a third of the size
+        return small.getvalue()
 
 # %% ../nbs/41_report.ipynb #410016
 def _figure(width, height, *grid, **kw):
@@ -1957,12 +1959,14 @@ def record(
     run_dirs, # run folders
     out_dir="recorded", # where the small tables go
 ) -> Path: # `out_dir`
-    "Keep the results of runs as small tables, with the hashes of the sources they depend on"
-    out, tables = Path(out_dir), {t: [] for t in RECORDED}
+    "Keep the results of runs as small tables, with the hashes of the sources they depend on; facts one by one for the first task only"
+    out, tables, first = Path(out_dir), {t: [] for t in RECORDED}, None
     for run_dir in run_dirs:
         f = find(run_dir)
         which = {"model": f.about["model"], "task": f.about["task"], "forget_size": f.about["options"].get("forget_size")}
-        for name, df in _tables_of(f).items(): tables[name] += [df.assign(**which)] if len(df) else []
+        first = first or which["task"]
+        for name, df in _tables_of(f).items():
+            if len(df) and (name != "records_small" or which["task"] == first): tables[name].append(df.assign(**which))
     out.mkdir(parents=True, exist_ok=True)
     for name, parts in tables.items():
         if parts: pd.concat(parts, ignore_index=True).to_parquet(out/f"{name}.parquet", index=False, compression="zstd")
