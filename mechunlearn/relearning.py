@@ -121,11 +121,12 @@ def asked(
     taught:Sequence[Fact], # the half that is taught
     held:Sequence[Fact], # the half that is not
     max_facts:int=48, # ghosts, and retained facts, at most
-    mcq:bool=False, # with options, too
+    mcq:bool=False, # with options, too; a third as many ghosts and retained facts
 ) -> list: # questions in the format of the training
     "What is asked before, during and after"
     groups = dict(forget=held, trained=taught, ghost=some(task.ghosts, max_facts), retain=some(task.retain_test, max_facts))
-    options = [q for group, facts in groups.items() for q in multiple_choice(task, facts, group)] if mcq else []
+    few = groups | {g: some(groups[g], max(1, max_facts // 3)) for g in ("ghost", "retain")}
+    options = [q for group, facts in few.items() for q in multiple_choice(task, facts, group)] if mcq else []
     return [q for group, facts in groups.items() for q in completions(facts, group)] + options
 
 # %% ../nbs/30_relearning.ipynb #300015

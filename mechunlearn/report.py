@@ -72,7 +72,7 @@ def look(
     name:str, # a localization
 ) -> dict: # color, marker, linestyle
     "How a localization is drawn, everywhere"
-    colour, marker, line = LOOKS.get(family(name), ("#444444", "x", "-"))
+    colour, marker, line = LOOKS.get(family(name), ("#444444", "X", "-"))
     return {"color": colour, "marker": marker, "linestyle": line}
 
 # %% ../nbs/41_report.ipynb #410011
@@ -1616,6 +1616,7 @@ def _map(f):
     out += draw(plot_components, say_components, f.traced, "The tracing map", "output tracing")
     out += draw(plot_trace, say_trace, f.grid, "The map by token", "output tracing")
     if not f.where: return out + _missing("The list of localizations", "localization")
+    if not any(w["components"] for w in f.where.values()): return out + f"<p>{html.escape(say_localizations(f.where))}</p>" # edited elsewhere, in parts of components
     return out + _shown(plot_localizations(trained(f.where)), say_localizations(f.where))
 
 # %% ../nbs/41_report.ipynb #410180

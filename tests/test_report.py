@@ -234,6 +234,13 @@ def test_unfinished_runs_say_what_is_missing(tmp_path, stages, says):
     page = r.write_report(synthetic_run(tmp_path/"run", ("flu", "late"), seeds=(0,), n=6, stages=stages)).read_text()
     assert says in page and "How to make it again" in page and ("One seed only" in page) == ("standard" in stages)
 
+def test_a_run_of_nothing_but_somebodys_edit(tmp_path):
+    run = synthetic_run(tmp_path, ("late",), seeds=(0,), n=8, stages=("standard", "relearning", "latent"))
+    (run/"late").rename(run/"edited@theirs")
+    store.save_json(run/"localizations/edited@theirs.json", {"name": "edited@theirs", "components": [], "neurons": None, "slices": [], "sizes": [9], "budget": None}, {})
+    page = r.write_report(run).read_text()
+    assert "edited@theirs" in page and "exposed" in page and "no FLU localization to compare sizes" in page
+
 def test_names_are_escaped(tmp_path):
     run = synthetic_run(tmp_path, ("flu",), seeds=(0,), n=6, stages=("standard",), model="<script>alert(1)</script>")
     assert "<script" not in r.write_report(run).read_text()
