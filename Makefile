@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM := false
 help:
 	@echo "make run        the organism through the whole pipeline: table, HTML report, executed notebooks"
 	@echo "make test       everything but slow and GPU tests;  make test-all adds those"
-	@echo "make record     run configs/organism.yaml in full and rewrite nbs/recorded/"
+	@echo "make record     run configs/organism.yaml, attacks.yaml and frontier.yaml in full and rewrite nbs/recorded/"
 	@echo "make notebooks  re-execute nbs/ in place;  make .venv  only the environment"
 
 .venv: .venv/.installed
@@ -46,8 +46,8 @@ docs-check: .venv/.installed
 	$(BIN)/python tests/docs_check.py
 
 record: .venv/.installed
-	$(BIN)/mechunlearn batch configs/organism.yaml --workers 2 --out $(OUT)/organism-grid
-	$(BIN)/mechunlearn report $(OUT)/organism-grid --record nbs/recorded
+	for grid in organism attacks frontier; do $(BIN)/mechunlearn batch configs/$$grid.yaml --workers 2 --out $(OUT)/recorded/$$grid || exit 1; done
+	$(BIN)/mechunlearn report $(OUT)/recorded --record nbs/recorded
 
 notebooks: .venv/.installed
 	$(BIN)/python tests/execute_notebooks.py

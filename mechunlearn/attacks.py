@@ -22,7 +22,7 @@ from .models import LM
 from .relearning import chance, low_resource, relearn
 from .report import scorecard
 from .softprompts import soften
-from .store import Run, choose, make
+from .store import Run, choose
 
 # %% ../nbs/33_more_attacks.ipynb #330006
 HARD = dict(shots=(0, 2, 8), n_all_orders=4, max_facts=32) # what `harden` asks an edit: 200 prompts a group and number of examples
@@ -167,10 +167,10 @@ def run_more_attacks(
     options = dict(hardened=HARD | hardened, generation=dict(max_facts=64, more=8) | generation)
     by, metrics = ("evaluation", "group", "format", "setting"), []
     for job in tqdm(edit_jobs(lm, task_for_seed, run, ["none", *localizations], seeds, recompute, **settings), "more attacks", disable=None):
-        edit = cache(job.edit)
+        edit = cache(job.edit) # trained once, also where nothing is written
         for name, ask, measure in (("hardened", harden, hardened_metrics), ("generation", speak, summarise)):
-            def records():
-                with edit().applied(lm) if job.where else nullcontext(): return ask(lm, job.task, batch_size=batch_size, **options[name])
-            table = make(job.path(f"{name}.parquet"), job.causes(**{name: options[name]}), records, recompute)
+            def records(edit):
+                with edit.applied(lm) if edit else nullcontext(): return ask(lm, job.task, batch_size=batch_size, **options[name])
+            table = job.table(f"{name}.parquet", records, recompute, edit, **{name: options[name]})
             metrics.append(measure(table, by).assign(localization=job.name, seed=job.task.seed))
     return pd.concat(metrics, ignore_index=True)

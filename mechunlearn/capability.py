@@ -18,12 +18,12 @@ from datasets import disable_progress_bars
 from tqdm.auto import tqdm
 from .evaluation import Question, answer, as_records, multiple_choice, summarise, text_loss
 from .facts import N_TEXTS, Fact, Task, seeded, texts as held_out, unknown_words
-from .finetuning import Edit, edit_jobs, slice_key
+from .finetuning import Edit, edit_jobs, place, slice_key
 from .localization import build
 from .models import LM, components, packaged
 from .sources import find, read_texts
 from .stats import bootstrap, mcnemar, paired_bootstrap
-from .store import Refusal, Run, choose, make
+from .store import Refusal, Run, choose
 
 # %% ../nbs/16_capability.ipynb #160006
 def texts_for(
@@ -55,7 +55,7 @@ def noise(
 ) -> Edit: # to be applied to the same model
     "A layer of Gaussian weights, each matrix with the standard deviation of the one it replaces"
     where = build(lm, f"noise-{layer}", [c for c in components(lm) if c.layer == layer])
-    rng, old = torch.Generator().manual_seed(seed), {s: lm.weight(s.param).detach().narrow(s.dim, s.start, s.stop - s.start).float().cpu() for s in where.slices}
+    rng, old = torch.Generator().manual_seed(seed), {s: place(lm, s).float().cpu() for s in where.slices}
     values = {slice_key(s): w.std() * torch.randn(w.shape, generator=rng) for s, w in old.items()}
     curve = pd.DataFrame([dict(step=0, forget=np.nan, retain=np.nan)])
     return Edit(where, values, curve, dict(model=lm.name, revision=lm.revision, seed=seed))
@@ -294,7 +294,7 @@ def run_capability(
     "Ask the unedited model and each edit; writes `<localization>/seed<k>/capability.parquet`"
     options, metrics = dict(names=(), limit=None, texts=None, tasks_folder=None) | capabilities, []
     for job in tqdm(edit_jobs(lm, task_for_seed, run, ["none", *localizations], seeds, recompute, **settings), "capability", disable=None):
-        def records(): return capability(lm, job.task, job.edit(), batch_size=batch_size, **options)
-        table = make(job.path("capability.parquet"), job.causes(capability=options), records, recompute)
+        def records(edit): return capability(lm, job.task, edit, batch_size=batch_size, **options)
+        table = job.table("capability.parquet", records, recompute, capability=options)
         metrics.append(summarise(table).assign(localization=job.name, seed=job.task.seed))
     return pd.concat(metrics, ignore_index=True)

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['LOCALIZATIONS', 'COMMANDS', 'EXAMPLES', 'Parser', 'names', 'numbers', 'rates', 'setting', 'what', 'where', 'manner',
-           'hand_made', 'task_options_of', 'job_of', 'do_jobs', 'show_run', 'show_localizations', 'run', 'localize',
-           'edit', 'attack', 'job_in', 'show_scorecard', 'batch', 'run_folders', 'show_status', 'report', 'sweep',
-           'show_sweep', 'export', 'organism', 'check', 'job_file', 'grid_file', 'run_folder', 'grid_of', 'which_edit',
-           'what_attacked', 'how_attacked', 'recorded', 'which_organism', 'parser', 'read', 'main']
+           'hand_made', 'task_options_of', 'benchmarks_of', 'job_of', 'do_jobs', 'show_run', 'show_localizations',
+           'run', 'localize', 'edit', 'attack', 'job_in', 'show_scorecard', 'batch', 'run_folders', 'show_status',
+           'report', 'sweep', 'show_sweep', 'export', 'organism', 'check', 'job_file', 'grid_file', 'run_folder',
+           'grid_of', 'which_edit', 'what_attacked', 'how_attacked', 'recorded', 'which_organism', 'parser', 'read',
+           'main']
 
 # %% ../nbs/50_cli.ipynb #500002
 import argparse, signal, sys, textwrap
@@ -80,6 +81,7 @@ def where(p):
     p.add_argument("--dtype", help="float32, bfloat16 or float16 (default: float32 for small models, else bfloat16)")
     p.add_argument("--quantize", help="8bit or 4bit")
     p.add_argument("--batch-size", type=int, metavar="N", help="prompts a forward")
+    p.add_argument("--benchmarks", type=names, metavar="A,B", help="ask these of every edit, too: tinyMMLU, mmlu, sciq (pip install mechunlearn[capability])")
     p.add_argument("--set", type=setting, action="append", default=[], metavar="KEY=VALUE", help="any other setting of a stage, such as steps=20")
     p.add_argument("--keep-edits", action="store_true", help="keep the edits' tensors after the attacks")
 
@@ -112,13 +114,19 @@ def task_options_of(
     "What is said about the task"
     return {k: v for k in ("forget_size", "inject", "sport", "parts", "facts", "paper_split", "text") if (v := getattr(args, k)) is not None}
 
+def benchmarks_of(
+    args, # parsed options
+) -> dict: # a setting, or none
+    "What is asked besides the edited facts"
+    return {"capabilities": {"names": args.benchmarks}} if args.benchmarks else {}
+
 def job_of(
     args, # parsed options
 ): # a Job, its names checked
     "The job that the options describe"
     from mechunlearn.runs import Settings, check_job, make_job, parse
     options = task_options_of(args)
-    said = {k: v for k in ("draws", "device", "dtype", "quantize", "batch_size") if (v := getattr(args, k)) is not None} | dict(args.set)
+    said = {k: v for k in ("draws", "device", "dtype", "quantize", "batch_size") if (v := getattr(args, k)) is not None} | benchmarks_of(args) | dict(args.set)
     settings = parse(Settings, said, "settings").model_dump(exclude_unset=True)
     hand = hand_made(args.layers, args.components)
     chosen = names("flu,causal-tracing,nonlocalized" if args.command == "sweep" else LOCALIZATIONS) if args.localizations is None and not hand else [*(args.localizations or []), *hand]
@@ -183,6 +191,7 @@ def show_run(
     if args.json: print(metrics.to_json(orient="records", lines=True).strip()); return
     print(report.results_text(report.results_table(metrics)))
     if len(parts := report.parts_table(metrics)): print("\n" + report.parts_text(parts))
+    if len(asked := report.capability_table(metrics)): print("\n" + report.capability_text(asked))
     print(f"\nreport: {page}\nexecuted notebooks: {Path(run_dir)/'notebooks'}")
 
 # %% ../nbs/50_cli.ipynb #500017
@@ -221,7 +230,7 @@ def edit(args):
 
 def attack(args):
     "every attack on the edits of a run, or on a model edited by anyone: the scorecard"
-    from mechunlearn.runs import ATTACKS, check_job
+    from mechunlearn.runs import ATTACKS, check_job, drop_edits
     if args.run and args.edited: raise Refusal("name either a run folder or --edited, not both")
     if args.grid: args.set = [*args.set, ("relearning", {"low_resource": True, "grid": {}})]
     if args.run: check_job(job := job_in(args.run, args))
@@ -229,7 +238,10 @@ def attack(args):
         if args.edited: args.localizations, args.set = [f"edited@{Path(args.edited).resolve().name}"], [*args.set, ("edited", args.edited)]
         args.model, args.attacks = args.base or args.model, "all"
         job = job_of(args)
-    return do_jobs([job], args, ATTACKS, show_scorecard)
+    kept = args.dry_run or args.keep_edits or any(Path(job.run_dir).glob("*/seed*/edit.safetensors"))
+    code = do_jobs([job], args, tuple(s for s in job.stages if s in ATTACKS), show_scorecard)
+    if not kept and code == 0: drop_edits(job) # they were trained again for the attacks only
+    return code
 
 def job_in(
     run_dir, # a run folder
@@ -243,8 +255,9 @@ def job_in(
     edits = [f.parent for f in sorted(root.glob("*/seed*/training.parquet"))]
     if not edits: raise Refusal(f"there are no edits in {run_dir}: make them with `mechunlearn run` or `mechunlearn edit`")
     seeds = sorted({int(e.name[4:]) for e in edits})
-    first = read_json(root/"first_seed.json") or seeds[0]
-    settings = parse(Settings, old.settings | dict(args.set), "settings").model_dump(exclude_unset=True)
+    first = read_json(root/"first_seed.json")
+    first = seeds[0] if first is None else first
+    settings = parse(Settings, old.settings | benchmarks_of(args) | dict(args.set), "settings").model_dump(exclude_unset=True)
     job = make_job(old.model, old.task, old.options, [e.parent.name for e in edits], [first, *(s for s in seeds if s != first)], settings, attacks="all")
     return job.model_copy(update={"run_dir": str(root)})
 
@@ -257,6 +270,7 @@ def show_scorecard(
     found, page = report.find(run_dir), report.write_report(run_dir)
     if args.json: print(found.card.to_json(orient="records", lines=True).strip()); return
     print(report.scorecard_text(found.card) + "\n")
+    if len(asked := report.capability_table(found.metrics)): print(report.capability_text(asked) + "\n")
     print("\n".join(textwrap.wrap(report.say_scorecard(found.card, found.broken), 118)))
     print(f"\nreport: {page}\nexecuted notebooks: {Path(run_dir)/'notebooks'}")
 

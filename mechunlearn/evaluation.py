@@ -12,6 +12,7 @@ __all__ = ['RECORD', 'FORMATS', 'MAX_FACTS', 'OPEN', 'OPEN_MAX', 'HELD_OUT', 'HE
 
 # %% ../nbs/15_evaluation.ipynb #150002
 import hashlib, re, warnings
+from contextlib import nullcontext
 from typing import Callable, Mapping, NamedTuple, Sequence
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns, torch
 from jaxtyping import Float
@@ -20,7 +21,7 @@ from tqdm.auto import tqdm
 from .facts import LETTERS, MCQ, Fact, Task, askable, every_order, mcq_prompts, usable_shots
 from .models import LM, batches, next_token
 from .stats import bootstrap, wilson
-from .store import Run, make
+from .store import Run
 
 # %% ../nbs/15_evaluation.ipynb #150006
 class Question(NamedTuple):
@@ -456,10 +457,10 @@ def run_evaluation(
     from mechunlearn.finetuning import edit_jobs  # that module imports this one
     metrics = []
     for job in tqdm(edit_jobs(lm, task_for_seed, run, ["none", *localizations], seeds, recompute, **settings), "evaluation", disable=None):
-        def records():
-            with job.applied(): return evaluate(lm, job.task, max_facts=max_facts, batch_size=batch_size)
+        def records(edit):
+            with edit.applied(lm) if edit else nullcontext(): return evaluate(lm, job.task, max_facts=max_facts, batch_size=batch_size)
         formats, most = asked_of(job.task)
-        causes = job.causes(evaluation=dict(max_facts=dict(most if max_facts is None else max_facts), formats=formats))
-        table = make(job.path("evaluation.parquet"), causes, records, recompute)
+        asked = dict(max_facts=dict(most if max_facts is None else max_facts), formats=formats)
+        table = job.table("evaluation.parquet", records, recompute, evaluation=asked)
         metrics.append(summarise(table).assign(localization=job.name, seed=job.task.seed))
     return pd.concat(metrics, ignore_index=True)

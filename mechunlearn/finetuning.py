@@ -673,11 +673,20 @@ def edit(self:Job,
     if self.folder: edit.save(self.folder, self.causes())
     return edit
 
+# %% ../nbs/20_finetuning.ipynb #646c7f25
 @patch
-def applied(self:Job):
-    "The model of this job, edited or not, for the length of a `with` block"
-    edit = self.edit()
-    return edit.applied(self.lm) if edit else nullcontext(self.lm)
+def table(self:Job,
+    file:str, # in the edit's folder
+    fn:Callable[[Edit|None], pd.DataFrame], # called with the edit, none for the unedited model, if there is no such table yet
+    recompute:bool=False, # make it again
+    edit:Callable[[], Edit|None]|None=None, # gives the edit; none: the method `edit`
+    **more, # what it depends on besides the edit
+) -> pd.DataFrame: # what `fn` returned, now or at an earlier time
+    "A table measured on this edit"
+    path, causes = self.path(file), self.causes(**more)
+    there = path and not recompute and state(path, causes) in ("done", "broken")
+    made = None if there else (edit or self.edit)()
+    return make(path, causes, lambda: fn(made), recompute)
 
 # %% ../nbs/20_finetuning.ipynb #200067
 def edit_jobs(

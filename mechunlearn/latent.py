@@ -21,7 +21,7 @@ from .finetuning import Edit, edit_jobs
 from .models import LM
 from .probing import POSITIONS, features, fit_probe
 from .stats import paired_bootstrap
-from .store import Refusal, Run, make
+from .store import Refusal, Run
 
 # %% ../nbs/31_latent_knowledge.ipynb #310006
 class Probes:
@@ -250,10 +250,10 @@ def run_latent(
     "Probe the unedited model and each edit; writes `<localization>/seed<k>/latent.parquet`"
     options, metrics, kept = dict(n_train=300, max_facts=96) | latents, [], {}
     for job in tqdm(edit_jobs(lm, task_for_seed, run, ["none", *localizations], seeds, recompute, **settings), "latent", disable=None):
-        def records():
-            seed, edit = job.task.seed, job.edit()
+        def records(edit):
+            seed = job.task.seed
             if edit and seed not in kept: kept[seed] = original_probes(lm, job.task, options["n_train"], batch_size)
             return latent(lm, job.task, edit, kept.get(seed), seed, batch_size=batch_size, **options)
-        table = make(job.path("latent.parquet"), job.causes(latent=options), records, recompute)
+        table = job.table("latent.parquet", records, recompute, latent=options)
         metrics.append(latent_curve(table).assign(localization=job.name, seed=job.task.seed))
     return pd.concat(metrics, ignore_index=True)

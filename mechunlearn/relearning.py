@@ -19,7 +19,7 @@ from .facts import Fact, Task
 from .finetuning import UPDATES, Edit, draws, edit_jobs, fact_rows, kept, masters, place, put, step_losses, training_rows
 from .models import LM, Slice
 from .stats import best_of, bootstrap_ratio
-from .store import Refusal, Run, make
+from .store import Refusal, Run
 
 # %% ../nbs/30_relearning.ipynb #300006
 class Lora(NamedTuple):
@@ -327,8 +327,8 @@ def run_relearning(
 def _written(job, attack, name, how, batch_size, recompute):
     "The records of one attack on one edit; what it was told stands among the causes"
     plain = lambda v: v._asdict() if isinstance(v, Lora) else [(a._asdict(), n) for a, n in v] if isinstance(v, list) else v
-    def records(): return attack(lm=job.lm, task=job.task, edit=job.edit(), seed=job.task.seed, batch_size=batch_size, **how)
-    return make(job.path(f"{name}.parquet"), job.causes(**{name: {k: plain(v) for k, v in how.items()}}), records, recompute)
+    def records(edit): return attack(lm=job.lm, task=job.task, edit=edit, seed=job.task.seed, batch_size=batch_size, **how)
+    return job.table(f"{name}.parquet", records, recompute, **{name: {k: plain(v) for k, v in how.items()}})
 
 def _wanted(job, grid):
     "Whether a grid is to be run for this edit; for the unedited model it always is"

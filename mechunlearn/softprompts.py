@@ -20,7 +20,7 @@ from .facts import Fact, Task
 from .finetuning import Edit, draws, edit_jobs
 from .models import LM
 from .relearning import _panel, asked, chance, halves
-from .store import Refusal, Run, make
+from .store import Refusal, Run
 
 # %% ../nbs/32_soft_prompts.ipynb #320006
 @torch.no_grad()
@@ -192,7 +192,7 @@ def run_soft_prompts(
     "Attack the unedited model and each edit; writes `<localization>/seed<k>/soft.parquet`"
     options, metrics = dict(ks=[5], prompts=4, steps=100, lr=LR, batch=32, retain_batch=16, max_facts=48) | soft, []
     for job in tqdm(edit_jobs(lm, task_for_seed, run, ["none", *localizations], seeds, recompute, **settings), "soft prompts", disable=None):
-        def records(): return soften(lm, job.task, job.edit(), seed=job.task.seed, batch_size=batch_size, **options)
-        table = make(job.path("soft.parquet"), job.causes(soft=options), records, recompute)
+        def records(edit): return soften(lm, job.task, edit, seed=job.task.seed, batch_size=batch_size, **options)
+        table = job.table("soft.parquet", records, recompute, soft=options)
         metrics.append(softened(table).assign(localization=job.name, seed=job.task.seed))
     return pd.concat(metrics, ignore_index=True)

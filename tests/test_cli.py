@@ -98,7 +98,7 @@ def test_check_reads_the_tokenizer(capsys):
 def test_a_run_is_shown_as_table_or_json(tmp_path, monkeypatch, capsys):
     from mechunlearn import report
     metrics = pd.DataFrame({"localization": ["flu"], "value": [.5], "layer": pd.array([None], dtype="Int64")})
-    stubs = {"metrics": lambda d: metrics, "write_report": lambda d: "r/report.html", "results_table": lambda m: m, "results_text": lambda t: "TABLE", "parts_table": lambda m: []}
+    stubs = {"metrics": lambda d: metrics, "write_report": lambda d: "r/report.html", "results_table": lambda m: m, "results_text": lambda t: "TABLE", "parts_table": lambda m: [], "capability_table": lambda m: []}
     for name, fn in stubs.items():
         monkeypatch.setattr(report, name, fn)
     cli.show_run(tmp_path, read(["run"])); out = capsys.readouterr().out
@@ -199,7 +199,13 @@ def test_attack_takes_up_what_a_run_left(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cli, "do_jobs", lambda jobs, args, stages, show: seen.append((jobs[0], stages)) or 0)
     assert main(["attack", str(root), "--grid", "--set", "batch_size=8"]) == 0
     job, stages = seen[0]
-    assert job.localizations == ["flu", "random-mlps#0", "random-mlps#1"] and job.seeds == [2, 0] and job.run_dir == str(root) and stages == runs.ATTACKS
+    assert job.localizations == ["flu", "random-mlps#0", "random-mlps#1"] and job.seeds == [2, 0] and job.run_dir == str(root) and stages == runs.PIPELINE[5:10]
     assert job.settings == {"draws": 2, "steps": 3, "batch_size": 8, "relearning": {"low_resource": True, "grid": {}}} and job.options == old.options
+    tensors = root / "flu/seed0/edit.safetensors"
+    monkeypatch.setattr(cli, "do_jobs", lambda *a: tensors.touch() or 0)  # trained again for the attacks: not kept
+    assert main(["attack", str(root)]) == 0 and not tensors.exists()
+    assert main(["attack", str(root), "--keep-edits"]) == 0 and tensors.exists()
+    assert main(["attack", str(root)]) == 0 and tensors.exists()  # it was there before
+    monkeypatch.setattr(cli, "do_jobs", lambda jobs, args, stages, show: seen.append((jobs[0], stages)) or 0)
     assert main(["attack", "--base", "organism", "--edited", "organism-late", "--forget-size", "3"]) == 0
     assert seen[1][0].localizations == ["edited@organism-late"] and seen[1][0].settings["edited"] == "organism-late" and seen[1][0].attacks == "all"

@@ -1,4 +1,4 @@
-import math
+import math, time
 import numpy as np, pandas as pd, pytest, torch
 from mechunlearn import finetuning as F
 from mechunlearn.facts import sports_athlete_editing
@@ -306,7 +306,6 @@ def test_stage_trains_once_and_repairs(qwen, tmp_path, monkeypatch):
     assert trained == []                                    # the curve is there; nobody asked for the edit
     jobs = {(j.name, j.task.seed): j for j in edit_jobs(qwen, lambda s: task_for(qwen, s), run, ["none", "late"], [0, 1], budget=2000, **SMALL)}
     assert list(jobs)[0] == ("none", 0) and jobs["none", 0].edit() is None
-    with jobs["none", 0].applied() as same: assert same is qwen
     jobs["late", 1].edit()
     assert trained == [("late", 1)] and file.exists()
     file.write_bytes(file.read_bytes()[:-1])
@@ -315,6 +314,24 @@ def test_stage_trains_once_and_repairs(qwen, tmp_path, monkeypatch):
     assert trained == [("late", 1)] * 2
     go(steps=4)
     assert len(trained) == 2 + 6
+
+
+def test_a_table_counts_no_training(qwen, tmp_path, monkeypatch):
+    run, trained = Run(tmp_path / "run", qwen.name, qwen.revision, "sports-athlete-editing", {}), []
+    real = F.finetune
+    def slow(*a, **kw): trained.append(1); time.sleep(.3); return real(*a, **kw)
+    monkeypatch.setattr(F, "finetune", slow)
+    job = edit_jobs(qwen, lambda s: task_for(qwen, s), run, ["late"], [0], budget=2000, **SMALL)[0]
+    table = lambda edit: pd.DataFrame({"tensors": [len(edit.values)]})
+    first = job.table("asked.parquet", table, asked=1)
+    assert first.tensors.item() > 0 and trained == [1] and read_meta(job.path("asked.parquet"))["provenance"]["seconds"] < .3
+    job.path("edit.safetensors").unlink()
+    pd.testing.assert_frame_equal(job.table("asked.parquet", table, asked=1), first)
+    assert trained == [1]                                   # there: nobody needs the edit
+    job.table("asked.parquet", table, asked=2)
+    assert trained == [1, 1]
+    none = Job(qwen, task_for(qwen), None, run, {})
+    assert none.table("asked.parquet", lambda edit: pd.DataFrame({"edit": [edit is None]})).edit.item()
 
 
 def test_causes_tell_edits_apart(qwen):

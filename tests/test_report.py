@@ -104,6 +104,22 @@ def test_records_of_other_settings_are_left_out(run_dir, tmp_path):
     store.save_table(path, table, causes | {"training": {"steps": 3}})
     assert len(r.records(here)) < n and r.find(here).old == ["flu/seed1"] and "flu/seed1" in r.page(r.find(here))
 
+@pytest.mark.parametrize("stem", ["low_resource", "relearning_grid", "soft", "hardened", "generation", "capability"])
+def test_attacks_made_with_other_settings_are_not_pooled(stem, tmp_path):
+    run = synthetic_run(tmp_path, ("flu",), seeds=(0, 1), n=6, stages=("standard",))
+    table = store.load_table(run/"flu/seed0/evaluation.parquet")
+    for seed in (0, 1): store.save_table(run/f"flu/seed{seed}/{stem}.parquet", table, {"seed": seed, stem: {"steps": seed}})
+    assert r.finished(run).query("stem == @stem").used.sum() == 1
+
+def test_what_edits_left_besides_facts():
+    asked = [one(name, n=20, fmt="benchmark", group="sciq", truth=truth) for name, truth in (("none", 1.), ("flu", .5))]
+    rows = pd.concat(asked).assign(evaluation="capability")
+    table = r.capability_table(r.summarise(rows))
+    assert table.localization.tolist() == ["none", "flu"] and table.value.tolist() == [1., .5] and table.what.eq("sciq").all()
+    text = r.capability_text(table)
+    assert "unedited" in text and f"sciq (n={table.n.max()})" in text and "0.50 [" in text
+    assert r.capability_table(r.summarise(one("flu"))).empty
+
 def test_pooling_weighs_seeds_that_disagree():
     same, differ = (r.summarise(pd.concat([one(seed=s, truth=t) for s, t in enumerate(ts)])) for ts in ([.5, .5, .5], [0., .5, 1.]))
     width = lambda m: (lambda x: x.ci_high - x.ci_low)(m.query("seed == -1 and measure == 'top1' and answer == 'truth'").iloc[0])
@@ -224,7 +240,7 @@ def test_report_is_one_file_without_outside_resources(run_dir, tmp_path):
     page = r.write_report(run_dir, tmp_path/"report.html").read_text()
     assert not re.search(r"(?:src|href)=[\"'](?!data:|#)", page) and "@import" not in page and "<script" not in page
     assert page.count("<img alt=") == 12 and "class=\"missing\"" not in page
-    assert [t for t in r.SECTIONS if f">{r.html.escape(t)}</h2>" in page] == [t for t in r.SECTIONS if t != "Part after part"] # only sequences have it
+    assert [t for t in r.SECTIONS if f">{r.html.escape(t)}</h2>" in page] == [t for t in r.SECTIONS if t not in ("Part after part", "Besides facts")] # for sequences, and where asked
     assert page == r.write_report(run_dir, tmp_path/"again.html").read_text()
     pd.testing.assert_frame_equal(r.load_table(run_dir/"metrics.parquet"), r.metrics(run_dir))
 
@@ -288,6 +304,22 @@ def test_comments_do_not_make_results_stale(tmp_path):
     a, b, c = (r.source_hash(tmp_path/f"{n}.py") for n in "abc")
     assert source_pair(tmp_path)
     assert a == b != c and r.source_hash(tmp_path/"none.py") == ""
+
+def test_runs_of_the_same_facts_are_kept_as_one(tmp_path):
+    stages = ("localizations", "training", "standard", "relearning")
+    runs = [synthetic_run(tmp_path/str(k), ("flu", "late"), seeds=seeds, n=12, stages=stages + more) for k, (seeds, more) in enumerate([((0,), ()), ((0, 1), ("latent",))])]
+    for f in runs[0].glob("*/seed*/edit.json"):
+        store.save_json(f, {"localization": {}, "config": {"lr": 2e-3, "inject": 1., "steps": 50}}, {"lr": 2e-3})
+    kept = r.record(runs, tmp_path/"kept")
+    worst, rows = (x for _, x in r.recorded("frontier", kept).groupby("attacks", sort=False))
+    assert set(worst.lr) == {4e-3} and len(worst) == 6 and worst.attacks.iloc[0] == "the worst of 5 attacks" and rows.attacks.iloc[0] == "the worst of 4 attacks"
+    assert set(zip(rows.localization, rows.lr, rows.seed)) == {(n, *p) for n in ("flu", "late") for p in ((4e-3, -1), (4e-3, 0), (4e-3, 1), (2e-3, -1), (2e-3, 0))}
+    assert set(r.recorded("scorecard", kept).seed) == {-1, 0, 1} and len(r.recorded("metrics", kept)) == len(r._slim(r.metrics(runs[1])))
+    assert "flu at 0.00" in r.say_rates(rows) and r.plot_rates(rows)._repr_png_()[:4] == b"\x89PNG"
+
+def test_of_two_runs_at_one_rate_the_one_with_more_seeds_counts(tmp_path):
+    runs = [synthetic_run(tmp_path/str(k), ("flu",), seeds=seeds, n=8, stages=("training", "standard")) for k, seeds in enumerate([(0,), (0, 1, 2)])]
+    assert sorted(r.over_rates([r.find(x) for x in runs]).seed) == [-1, 0, 1, 2]
 
 def test_a_table_depends_on_what_its_stage_needs(tmp_path):
     (tmp_path/"one.py").write_text("from mechunlearn.two import helper\n\ndef stage(): return helper()\n\ndef figure(): return other()\n")
@@ -357,8 +389,11 @@ def test_what_the_worst_case_says(low, high, ghost, said):
 def test_a_destroyed_model_is_not_called_unlearned():
     rows = pd.concat([one("none", n=30, fmt="completion", truth=1), one("none", n=30, fmt="completion", group="retain", truth=1),
                       one("flu", n=30, fmt="completion"), one("flu", n=30, fmt="completion", group="retain", truth=0)])
+    rows["truth"] = rows.fact.str[-1]  # ten answers: guessing is right one time in ten
     broken = r.broken(rows)
     assert list(broken) == ["flu"] and "destroyed, not unlearned: retained facts right" in r.say_scorecard(r.scorecard(rows), broken)
+    rows.loc[(rows.localization == "flu") & (rows.group == "forget"), "top1_truth"] = True
+    assert "destroyed" in (said := r.say_scorecard(r.scorecard(rows), broken)) and "; exposed" in said  # both, where both are true
     rows.loc[(rows.localization == "flu") & (rows.group == "retain"), "top1_truth"] = True
     assert r.broken(rows) == {} and "destroyed" not in r.say_scorecard(r.scorecard(rows), {})
 

@@ -161,6 +161,19 @@ def test_parts_cover_everything_once_and_never_share_an_artefact():
     assert Part.model_validate_json(made["flu"].model_dump_json()) == made["flu"]
 
 
+def test_what_an_edit_goes_through():
+    stages = lambda **kw: [s.name for s in Job(model="m", run_dir="r", **kw).stages][8:]
+    assert stages() == [] and stages(attacks="all") == ["softprompts", "attacks"]
+    assert stages(settings={"capabilities": {"names": ["sciq"]}}) == ["capability"] and stages(attacks="all", settings={"capabilities": {}})[-1] == "capability"
+
+
+def test_benchmarks_are_refused_before_anything_is_trained(tmp_path, monkeypatch):
+    asks = job(tmp_path, model="organism", localizations=["late"], settings={"capabilities": {"names": ["sciq"]}})
+    monkeypatch.setattr(runs, "find_spec", lambda name: None)
+    with pytest.raises(Refusal, match=r"pip install mechunlearn\[capability\]"): runs.check_job(asks)
+    runs.check_job(asks.model_copy(update={"settings": {"capabilities": {"texts": "pile.txt"}}}))
+
+
 def test_a_part_waits_and_is_not_run_when_what_it_needs_failed(tmp_path, monkeypatch):
     order = []
     class Fake:
@@ -361,10 +374,17 @@ def test_committed_grids_are_grids():
     for f in files: assert grid(f)
 
 
+def test_a_grid_of_learning_rates(tmp_path):
+    file = tmp_path/"g.yaml"
+    file.write_text("models: [organism]\nlocalizations: [flu]\nlrs: [0.001, 0.002]\nsettings: {steps: 9}")
+    jobs = grid(file)
+    assert [j.settings["lr"] for j in jobs] == [.001, .002] and len({j.run_dir for j in jobs}) == 2 and all(j.settings["steps"] == 9 for j in jobs)
+
+
 def test_folders_differ_when_jobs_do():
     some = [{"forget_size": 16}, {"forget_size": 64}, {"forget_size": 16, "inject": "golf"}, {"forget_size": 16, "paper_split": True},
             {"forget_size": 16, "facts": "a/b.csv"}, {"forget_size": 16, "facts": "c.csv"}]
-    assert len({folder("out", "m", "t", o) for o in some}) == len(some)
+    assert len({folder("out", "m", "t", o) for o in some} | {folder("out", "m", "t", some[0], lr) for lr in (1e-3, 2e-3)}) == len(some) + 2
 
 
 def test_estimate_counts_what_is_known(tmp_path):
