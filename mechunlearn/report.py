@@ -1575,7 +1575,7 @@ def plot_rates(
 def say_rates(
     rows:pd.DataFrame, # from `over_rates`
 ) -> str:
-    "Which localization at which rate no other beats, and how many that makes of each"
+    "Which localization at which rate no other beats"
     front, names = at_rate(rows).set_index("localization"), undominated(at_rate(rows))
     said = [f"{n} (robust {_say(r.robust, r.robust_low, r.robust_high)}, kept {_say(r.kept, r.kept_low, r.kept_high)})" for n, r in front.loc[names].iterrows()]
     return (f"Of {len(front)} pairs of localization and learning rate, no other is at least as good in both robustness (1 − truth recovered by "
