@@ -8,11 +8,12 @@ OUT ?= runs
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: run test test-all record notebooks readme docs-check .venv help clean
+.PHONY: run test test-all real record notebooks readme docs-check .venv help clean
 
 help:
 	@echo "make run        the organism through the whole pipeline: table, HTML report, executed notebooks"
 	@echo "make test       everything but slow and GPU tests;  make test-all adds those"
+	@echo "make real       real tokenizers for the tests that want them (npm, seconds)"
 	@echo "make record     run configs/organism.yaml, attacks.yaml and frontier.yaml in full and rewrite nbs/recorded/"
 	@echo "make notebooks  re-execute nbs/ in place;  make .venv  only the environment"
 
@@ -41,6 +42,9 @@ test: .venv/.peers docs-check
 test-all: .venv/.peers docs-check
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 	$(BIN)/python -m pytest tests -q
+
+real: .venv/.installed
+	$(BIN)/python tests/real.py .real
 
 docs-check: .venv/.installed
 	$(BIN)/python tests/docs_check.py

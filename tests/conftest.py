@@ -1,8 +1,8 @@
 "Tiny random models of every family, with a tokenizer that knows the words of the packaged world."
 import json, re
-import pytest, torch
+import pytest, real, torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
-from transformers import (Gemma2Config, Gemma2ForCausalLM, GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
+from transformers import (AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
     Qwen3Config, Qwen3ForCausalLM)
 from mechunlearn.models import DATA, wrap
 
@@ -51,6 +51,39 @@ def tiny(make_tokenizer):
             for p in hf.parameters(): p.data += .1 * torch.randn_like(p)
         return wrap(hf, tok, f"tiny-{family}", f"seed{seed}")
     return make
+
+
+REAL = {"llama-3": "llama", "gemma": "gemma", "qwen3": "qwen3", "gemma-3": "gemma2"} # tokenizer -> family of the stand-in
+
+
+@pytest.fixture(scope="session")
+def real_tokenizer():
+    "Function: a fresh real tokenizer (llama-3, gemma, qwen3, gemma-3); skips where they are absent."
+    def make(name):
+        if not (real.folder() / name / "tokenizer.json").exists(): pytest.skip(f"no {name} tokenizer in {real.folder().name}: `make real`")
+        return AutoTokenizer.from_pretrained(real.folder() / name)
+    return make
+
+
+@pytest.fixture(scope="session")
+def stand_in(real_tokenizer):
+    "Function: a tiny random LM with a real tokenizer and its full vocabulary."
+    def make(name, seed=0, **config):
+        tok = real_tokenizer(name)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            hf = BUILD[REAL[name]](vocab_size=len(tok), **SIZES | dict(bos_token_id=tok.bos_token_id, pad_token_id=tok.pad_token_id) | config)
+        return wrap(hf, tok, f"stand-in-{name}", f"seed{seed}")
+    return make
+
+
+@pytest.fixture(scope="session")
+def real_model():
+    "Function: folder of a pre-trained model (gemma-3-270m, smollm2-135m); skips where it is absent."
+    def find(name):
+        if not (real.folder() / name / "model.safetensors").exists(): pytest.skip(f"no pre-trained {name} in {real.folder().name}")
+        return real.folder() / name
+    return find
 
 
 @pytest.fixture(params=list(BUILD))
