@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LLAMA', 'FAMILIES', 'TOP', 'DATA', 'UNSPACED', 'missing_module', 'head_dim', 'expected_shapes', 'check_structure',
-           'contiguous', 'make_input_contiguous', 'LM', 'wrap', 'packaged', 'sha256', 'verify', 'folder_revision',
-           'why', 'locate', 'as_dtype', 'quiet_loading', 'load', 'quantization', 'Unlocatable', 'wordlike', 'joined',
-           'occurrence', 'span', 'unlocatable', 'batches', 'next_token', 'resid_at', 'Component', 'components', 'Slice',
-           'cut', 'neurons', 'slices', 'merge_slices', 'n_params']
+           'contiguous', 'make_input_contiguous', 'LM', 'opening', 'wrap', 'packaged', 'sha256', 'verify',
+           'folder_revision', 'why', 'locate', 'as_dtype', 'quiet_loading', 'load', 'quantization', 'Unlocatable',
+           'wordlike', 'joined', 'occurrence', 'span', 'unlocatable', 'batches', 'next_token', 'resid_at', 'Component',
+           'components', 'Slice', 'cut', 'neurons', 'slices', 'merge_slices', 'n_params']
 
 # %% ../nbs/00_models.ipynb #000003
 import hashlib, json, logging, mechunlearn, re, torch, transformers, unicodedata
@@ -94,8 +94,9 @@ class LM:
         tok, # its (fast) tokenizer
         name:str, # name in tables and run folders
         revision:str="", # what identifies the weights: a hub commit or a hash of the files
+        bos:bool|None=None, # a beginning-of-sequence token before every prompt; None: as the tokenizer does by itself
     ):
-        self.hf, self.tok, self.name, self.revision = hf.eval().requires_grad_(False), tok, name, revision
+        self.hf, self.tok, self.name, self.revision, self.bos = hf.eval().requires_grad_(False), tok, name, revision, bos
         self.family, cfg = check_structure(hf), hf.config
         self.names = FAMILIES[self.family]
         self.n_layers, self.n_heads, self.n_kv_heads = cfg.num_hidden_layers, cfg.num_attention_heads, cfg.num_key_value_heads
@@ -197,6 +198,19 @@ def weight(self:LM,
     "A parameter of the Hugging Face model by name."
     return self.hf.get_parameter(param)
 
+# %% ../nbs/00_models.ipynb #00002c
+def opening(
+    tok, # a tokenizer
+    bos:bool|None=None, # True: the beginning-of-sequence token; False: nothing; None: as the tokenizer does by itself
+) -> list[int]: # token ids
+    "What stands before every prompt."
+    if bos is False: return []
+    bare, whole = (tok("a", add_special_tokens=add).input_ids for add in (False, True))
+    own = next((whole[:k] for k in range(len(whole)) if whole[k:k + len(bare)] == bare), [])
+    if not bos or own: return own
+    if tok.bos_token_id is None: raise Refusal("bos=True, but the tokenizer has no beginning-of-sequence token")
+    return [tok.bos_token_id]
+
 # %% ../nbs/00_models.ipynb #00002a
 @patch
 def unembed(self:LM,
@@ -212,10 +226,12 @@ def wrap(
     tok, # its fast tokenizer
     name:str="model", # name in tables
     revision:str="", # what identifies the weights
+    bos:bool|None=None, # a beginning-of-sequence token before every prompt; None: as the tokenizer does by itself
 ) -> LM:
     "Wrap a Hugging Face model that is already in memory."
     if not tok.is_fast: raise Refusal(f"{name} needs a fast tokenizer (it gives the character offsets that locate subjects)")
-    return LM(hf, tok, name, revision)
+    if opening(tok, bos) != opening(tok) and revision: revision += "+bos" if bos else "+no-bos"
+    return LM(hf, tok, name, revision, bos)
 
 # %% ../nbs/00_models.ipynb #000025
 DATA = Path(mechunlearn.__file__).parent / "data"
@@ -299,6 +315,7 @@ def load(
     device_map:str|dict|None=None, # e.g. "auto" to spread over several GPUs; `device` is then not used
     quantize:str|None=None, # "8bit" or "4bit" (bitsandbytes)
     revision:str|None=None, # hub branch, tag or commit
+    bos:bool|None=None, # a beginning-of-sequence token before every prompt; None: as the tokenizer does by itself
 ) -> LM:
     "Load a model with one naming of its parts. Refuses what it does not know, and says what failed to load."
     source, name, rev = locate(model)
@@ -317,7 +334,7 @@ def load(
     except (OSError, ValueError) as e: raise Refusal(f"cannot load {model!r}: {why(e)}") from e
     precision = quantize or str(dtype).removeprefix("torch.")
     rev = rev or getattr(hf.config, "_commit_hash", None) or ""
-    return wrap(hf, tok, name, rev + (f"+{precision}" if precision != "float32" else ""))
+    return wrap(hf, tok, name, rev + (f"+{precision}" if precision != "float32" else ""), bos)
 
 # %% ../nbs/00_models.ipynb #000034
 def quantization(
@@ -333,16 +350,18 @@ def quantization(
 @patch
 def ids(self:LM,
     texts:list[str], # prompts
-) -> list[list[int]]: # token ids, the beginning-of-sequence token first
+) -> list[list[int]]: # token ids, with what the model's tokenizer puts before a text
     "Tokenize without padding."
-    bos = [] if self.tok.bos_token_id is None else [self.tok.bos_token_id]
-    return [bos + x for x in self.tok(list(texts), add_special_tokens=False).input_ids]
+    first = opening(self.tok, self.bos)
+    bare = self.tok(list(texts), add_special_tokens=False).input_ids if texts else []
+    return [x if x[:len(first)] == first else first + x for x in bare]
 
 @patch
 def pad(self:LM,
     ids:list[list[int]], # token ids of several prompts
 ) -> dict[str, Tensor]: # input_ids, attention_mask, position_ids: [batch, longest], on `lm.device`
     "Pad on the left to the longest."
+    if not all(ids): raise Refusal(f"an empty prompt: the tokenizer of {self.name} gives no token for it")
     n, fill = max(map(len, ids)), self.tok.pad_token_id or 0
     mask = torch.tensor([[0] * (n - len(x)) + [1] * len(x) for x in ids])
     batch = dict(input_ids=torch.tensor([[fill] * (n - len(x)) + x for x in ids]), attention_mask=mask,

@@ -1,6 +1,6 @@
 import hashlib, json, random
 import pytest, torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 from mechunlearn import models as M
 from mechunlearn.models import (Component, Slice, batches, check_structure, components, load, merge_slices, n_params, neurons, next_token, resid_at, slices,
@@ -105,10 +105,39 @@ def test_encode_pads_on_the_left_with_one_bos(lm):
         assert lm.tok.bos_token_id not in row[-n + 1:] and set(row[:-n].tolist()) <= {lm.tok.pad_token_id}
 
 
-def test_a_tokenizer_without_bos_gets_none(tiny):
+def test_bos_is_the_tokenizer_s_own_affair(tiny):
+    lm, bare = tiny("qwen3"), tiny("qwen3")
+    words = lm.tok.convert_tokens_to_ids(["the", "dog"])
+    bare.tok.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    assert lm.ids(["the dog"]) == [[1, *words]] and bare.tok.bos_token_id == 1 and bare.ids(["the dog"]) == [words]
+    assert lm.ids(["<bos>the dog"]) == [[1, *words]] == bare.ids(["<bos>the dog"])
+    forced, spared = wrap(bare.hf, bare.tok, bos=True), wrap(lm.hf, lm.tok, bos=False)
+    assert forced.ids(["the dog", "<bos>the dog"]) == [[1, *words]] * 2 and spared.ids(["the dog"]) == [words]
+    bare.tok.bos_token = None
+    with pytest.raises(Refusal, match="no beginning-of-sequence token"): wrap(bare.hf, bare.tok, bos=True)
+
+
+def test_a_prompt_does_not_end_with_the_tokenizer_s_eos(tiny):
     lm = tiny("qwen3")
-    lm.tok.bos_token = None
-    assert lm.ids(["the dog"]) == [lm.tok.convert_tokens_to_ids(["the", "dog"])]
+    words = lm.tok.convert_tokens_to_ids(["the", "dog"])
+    lm.tok.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A <unk>", special_tokens=[("<bos>", 1), ("<unk>", 2)])
+    assert lm.tok("the dog").input_ids == [1, *words, 2] and lm.ids(["the dog", ""]) == [[1, *words], [1]]
+    assert lm.subject_positions(["the dog"], ["dog"]) == [(-1, 0)]
+
+
+def test_an_overridden_bos_is_part_of_the_revision(tiny):
+    lm = tiny("qwen3")
+    revision = lambda **how: wrap(lm.hf, lm.tok, "x", **how).revision
+    assert revision(revision="r", bos=True) == revision(revision="r") == "r" and revision(revision="r", bos=False) == "r+no-bos"
+    lm.tok.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    assert revision(revision="r", bos=True) == "r+bos" and revision(revision="r", bos=False) == "r" and revision(bos=True) == ""
+
+
+def test_an_empty_prompt_is_refused_where_nothing_opens_it(tiny):
+    lm = tiny("qwen3")
+    assert lm.encode([""])["input_ids"].tolist() == [[1]] and lm.ids([]) == []
+    lm.bos = False
+    with pytest.raises(Refusal, match="empty prompt"): lm.encode(["the dog", ""])
 
 
 def byte_level(texts):

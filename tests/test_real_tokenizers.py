@@ -2,8 +2,10 @@
 import csv, gzip, json, os, unicodedata
 from pathlib import Path
 import pytest
+from transformers import AutoTokenizer
 from mechunlearn import models as M
 from mechunlearn.models import Unlocatable, occurrence, wordlike
+from mechunlearn.store import Refusal
 
 NAMES = ("llama-3", "gemma", "qwen3", "gemma-3")
 REFDATA = os.environ.get("MECHUNLEARN_REFDATA")
@@ -86,3 +88,39 @@ def test_scripts_without_spaces_are_located_or_refused_in_words(words):
     subjects = [s for s in ("東京", "กรุงเทพ", "北京", "서울") for _ in range(4)]
     why = words.locatable(prompts, subjects)
     assert all(w is None or "merges the subject" in w for w in why) and sum(w is None for w in why) > 10
+
+
+# ---- the beginning of a sequence
+
+TEXTS = ["Fact: Tiger Woods plays the sport of", "東京は", "", "\n\nHi", " Hi", "a\u0301", "x" * 300]
+
+
+@pytest.fixture(scope="session", params=[*NAMES, "smollm2-135m", "organism"])
+def any_words(request, real_tokenizer):
+    return Words(AutoTokenizer.from_pretrained(M.DATA / "organism") if request.param == "organism" else real_tokenizer(request.param))
+
+
+def test_ids_are_those_of_the_tokenizer(any_words):
+    tok = any_words.tok
+    assert any_words.ids(TEXTS) == [tok(t).input_ids for t in TEXTS]
+    if tok.bos_token: assert any_words.ids([tok.bos_token + t for t in TEXTS]) == [tok(tok.bos_token + t, add_special_tokens=False).input_ids for t in TEXTS]
+
+
+def test_bos_can_be_forced_and_spared(any_words):
+    tok, text = any_words.tok, "Fact: Tiger Woods"
+    bare = tok(text, add_special_tokens=False).input_ids
+    assert Words(tok, bos=False).ids([text]) == [bare]
+    if tok.bos_token is None:
+        with pytest.raises(Refusal, match="no beginning-of-sequence token"): Words(tok, bos=True).ids([text])
+    else: assert Words(tok, bos=True).ids([text, tok.bos_token + text]) == [[tok.bos_token_id, *bare]] * 2
+
+
+def test_smollm2_gets_no_chat_turn(real_tokenizer):
+    assert Words(real_tokenizer("smollm2-135m")).ids(["Hi there"]) == [[26843, 665]]
+
+
+def test_lm_eval_feeds_the_same_ids(any_words, tiny):
+    harness = pytest.importorskip("lm_eval.models.huggingface", reason="lm-eval is not installed: pip install mechunlearn[capability]")
+    model = harness.HFLM(pretrained=tiny("qwen3").hf, tokenizer=any_words.tok, batch_size=1)
+    texts = TEXTS + [f"{any_words.tok.bos_token}{t}" for t in TEXTS if any_words.tok.bos_token]
+    assert any_words.ids(texts) == [model.tok_encode(t) for t in texts]
