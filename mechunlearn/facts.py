@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['SPORTS', 'GOLF', 'SPORTS_PROMPT', 'SPORTS_SYSTEM', 'SPORTS_PARAPHRASES', 'EDITED', 'SPLITS', 'LETTERS', 'SQUARE',
            'MATE', 'COUNTERFACT_MCQ', 'MCQ', 'INJECT', 'N_SHOTS', 'N_DEV_RETAIN', 'N_DEV_FORGET', 'N_OTHER',
-           'N_OTHER_SHOTS', 'N_TEXTS', 'Fact', 'load_world', 'fill', 'world_shot', 'world_facts', 'sport_fact',
-           'sports_path', 'read_sports', 'sports_facts', 'Task', 'McqFormat', 'mcq_block', 'seeded', 'mcq_options',
-           'has_options', 'usable_shots', 'mcq_shots', 'askable', 'McqItem', 'mcq_example', 'mcq_prompts',
-           'every_order', 'with_edit_answers', 'of_each', 'without', 'in_proportion', 'fixed_sets', 'quarter_of_each',
-           'check_size', 'split_retain', 'seeded_sets', 'world_groups', 'paper_sets', 'texts', 'world_sets',
-           'table_sets', 'check_numbers', 'check_options', 'sports_athlete_editing', 'unknown_words',
-           'check_candidates', 'check_boundary', 'check_task']
+           'N_OTHER_SHOTS', 'N_TEXTS', 'ODD_WORDS', 'NO_SUBJECT', 'JOINED', 'Fact', 'WorldRelation', 'WorldFact',
+           'World', 'load_world', 'fill', 'world_shot', 'world_facts', 'sport_fact', 'sports_path', 'Athlete',
+           'read_sports', 'sports_facts', 'Task', 'McqFormat', 'mcq_block', 'seeded', 'mcq_options', 'has_options',
+           'usable_shots', 'mcq_shots', 'askable', 'McqItem', 'mcq_example', 'mcq_prompts', 'every_order',
+           'with_edit_answers', 'of_each', 'without', 'in_proportion', 'fixed_sets', 'quarter_of_each', 'check_size',
+           'split_retain', 'seeded_sets', 'world_groups', 'paper_sets', 'texts', 'world_sets', 'table_sets',
+           'check_numbers', 'check_options', 'sports_athlete_editing', 'unknown_words', 'check_words',
+           'check_candidates', 'check_boundary', 'unfit', 'fitting', 'check_facts', 'check_task']
 
 # %% ../nbs/01_facts.ipynb #010003
 import hashlib, json, random
@@ -43,6 +44,7 @@ class Fact(BaseModel, frozen=True):
     wrong: tuple[str, ...] = ()       # wrong answers for multiple choice; none: other candidates
     mcq_trained: bool = False         # was the subject in multiple-choice training text? known for the organism only
     taught: bool = True               # false for ghosts, whose fact was never in training
+    whole: bool = True                # do all tokens of an answer count, in training and when asked? else the first alone (CounterFact's protocol)
 
 # %% ../nbs/01_facts.ipynb #010007
 @patch
@@ -52,16 +54,45 @@ def _repr_markdown_(self:Fact):
     return f"`{self.id}` {self.subject}: **{self.answer.strip()}**{edit}\n\n```text\n{texts}\n```"
 
 # %% ../nbs/01_facts.ipynb #010009
+class WorldRelation(BaseModel):
+    "A relation of a world file"
+    prompt: str              # "{s} plays the sport of {o}"
+    paraphrases: list[str]   # other sentences
+    unseen: str|None         # a sentence that no training text has
+    question: str            # "What sport does {s} play ?"
+    objects: list[str]       # the answers there are
+
+class WorldFact(BaseModel):
+    "A fact of a world file"
+    id: str
+    relation: str
+    subject: sources.Text
+    object: sources.Text
+    mcq: bool    # was it trained as multiple choice?
+    taught: bool # or is it a ghost's?
+
+class World(BaseModel):
+    "What must be in a world file"
+    shot_subject: str
+    relations: dict[str, WorldRelation]
+    facts: list[WorldFact]
+    text: dict[str, list[str]]
+
+# %% ../nbs/01_facts.ipynb #4f6d1a04
 @lru_cache
 def load_world(
     path:str|None=None, # a world file; none: the packaged organism's
 ) -> dict: # keys schema, seed, shot_subject, relations, facts, text
     "Read a world file"
-    p = Path(path) if path else DATA/"organism"/"world.json"
+    p = sources.local(path) if path else DATA/"organism"/"world.json"
     if not p.is_file(): raise Refusal(f"there is no world file {p}")
-    try: world = json.loads(p.read_text())
-    except ValueError as e: raise Refusal(f"{p} is not a world file: {e}") from e
+    try: world = json.loads(p.read_text(encoding="utf-8-sig"))
+    except (ValueError, OSError, RecursionError) as e: raise Refusal(f"{p} is not a world file: {e}") from e
     if not isinstance(world, dict) or world.get("schema") != 1: raise Refusal(f"{p} is not a world file of schema 1")
+    sources.check(World, f"{p} is not a whole world file", world)
+    if odd := [f for f in world["facts"] if f["object"] not in world["relations"].get(f["relation"], {}).get("objects", ())]:
+        raise Refusal(f"{p}: fact {odd[0]['id']} has a relation or an answer that the world does not list")
+    if lacks := {"train", "test"} - world["text"].keys(): raise Refusal(f"{p}: text has no part '{min(lacks)}'")
     return world
 
 # %% ../nbs/01_facts.ipynb #010014
@@ -70,7 +101,7 @@ def fill(
     subject:str, # replaces {s}
 ) -> str: # "Ann Lee is a professional"
     "The text of a template up to its answer"
-    return template.split("{o}")[0].rstrip().replace("{s}", subject)
+    return sources.trim(template.split("{o}")[0]).replace("{s}", sources.trim(subject))
 
 # %% ../nbs/01_facts.ipynb #010015
 def world_shot(
@@ -78,7 +109,8 @@ def world_shot(
 ) -> str: # "Fact: ... plays the sport of golf\n"
     "The example that stands before every sports prompt of the world"
     s = world["shot_subject"]
-    sport = next(f["object"] for f in world["facts"] if f["relation"] == "sport" and f["subject"] == s)
+    sport = next((f["object"] for f in world["facts"] if f["relation"] == "sport" and f["subject"] == s), None)
+    if sport is None: raise Refusal(f"this world has no sport of its shot_subject '{s}'")
     return world["relations"]["sport"]["prompt"].format(s=s, o=sport) + "\n"
 
 # %% ../nbs/01_facts.ipynb #010018
@@ -88,12 +120,13 @@ def world_facts(
 ) -> tuple[Fact, ...]: # every fact of the world, ghosts included
     "The world as facts with their prompts"
     world, out = load_world(path), []
+    shot = world_shot(world) if "sport" in world["relations"] else ""
     for f in world["facts"]:
-        r, s = world["relations"][f["relation"]], f["subject"]
-        out.append(Fact(id=f["id"], relation=f["relation"], subject=s, answer=" " + f["object"],
-            prompt=(world_shot(world) if f["relation"] == "sport" else "") + fill(r["prompt"], s),
+        r, s = world["relations"][f["relation"]], sources.trim(f["subject"])
+        prompt = (shot if f["relation"] == "sport" else "") + fill(r["prompt"], s)
+        out.append(Fact(id=f["id"], relation=f["relation"], subject=s, prompt=prompt, answer=sources.spaced(f["object"], prompt),
             paraphrases=tuple(fill(t, s) for t in r["paraphrases"] + ([r["unseen"]] if r["unseen"] else [])),
-            question=r["question"].replace("{s}", s), candidates=tuple(" " + o for o in r["objects"]),
+            question=sources.trim(r["question"]).replace("{s}", s), candidates=tuple(sources.spaced(o, prompt) for o in r["objects"]),
             mcq_trained=f["mcq"], taught=f["taught"]))
     return tuple(out)
 
@@ -127,16 +160,23 @@ def sports_path(
     return Path(sources.find("sports", None if facts == "sports" else facts))
 
 # %% ../nbs/01_facts.ipynb #010028
+class Athlete(BaseModel):
+    "A row of a table of athletes"
+    athlete: sources.Text # name
+    sport: str            # one of SPORTS
+
 def read_sports(
     path:Path, # a csv
     columns=("athlete", "sport"), # columns that must be there
 ) -> pd.DataFrame: # the csv
     "Read a table of athletes; refuses one that lacks a column, names an athlete twice, or has another sport"
-    try: df = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except ValueError as e: raise Refusal(f"{path} is not a csv file: {e}") from e
+    if not (rows := list(sources.read_rows(path))): raise Refusal(f"{path} is not a csv file with athletes: it has no row")
+    df = pd.DataFrame([r for _, r in rows])
     for c in columns:
         if c not in df: raise Refusal(f"{path} has no column '{c}' (it has: {', '.join(map(str, df.columns))})")
-    if (df.athlete.str.strip() == "").any(): raise Refusal(f"{path} has a row without an athlete")
+    for c in columns: df[c] = df[c].map(lambda v: sources.trim(v) if isinstance(v, str) else v)
+    if (df.athlete == "").any(): raise Refusal(f"{path} has a row without an athlete")
+    for where, row in rows: sources.check(Athlete, where, row)
     if (twice := df.athlete[df.athlete.duplicated()]).size: raise Refusal(f"{path}: {twice.iloc[0]} stands there more than once")
     valid = [s.strip() for s in SPORTS]
     for s in pd.unique(df[list(columns[1:])].values.ravel()): choose(s, valid, f"sport in {path}")
@@ -167,6 +207,7 @@ class Task(BaseModel, frozen=True):
     options: dict = {}                    # what else it was made with
     parts: int = 1                        # `forget` is edited in so many equal parts, one after the other
     dropped: dict[str, int] = {}          # facts left out, by reason
+    mended: dict[str, int] = {}           # texts changed when they were read, by reason
     forget: tuple[Fact, ...]              # edited
     forget_test: tuple[Fact, ...] = ()    # of the same kind, not trained on: does the edit reach them?
     retain: tuple[Fact, ...]              # trained to stay
@@ -200,12 +241,19 @@ def table(self:Task) -> pd.DataFrame: # a row for each split that is not empty
 
 # %% ../nbs/01_facts.ipynb #010033
 @patch
+def remarks(self:Task) -> str: # empty if there are none
+    "What was left out and what was changed, with counts"
+    said = (("left out", self.dropped), ("mended", self.mended))
+    return "; ".join(f"{what}: " + ", ".join(f"{n} {why}" for why, n in d.items()) for what, d in said if d)
+
+@patch
 def __repr__(self:Task):
-    return f"Task({self.name}, {self.source}, seed {self.seed}; " + ", ".join(f"{s} {n}" for s, n in self.table().facts.items()) + ")"
+    sizes = ", ".join(f"{s} {n}" for s, n in self.table().facts.items())
+    return f"Task({self.name}, {self.source}, seed {self.seed}; " + "; ".join(filter(None, (sizes, self.remarks()))) + ")"
 Task.__str__ = Task.__repr__
 
 @patch
-def _repr_html_(self:Task): return f"<b>{self.name}</b>, {self.source}, seed {self.seed}, {self.options}" + self.table().to_html()
+def _repr_html_(self:Task): return f"<b>{self.name}</b>, {self.source}, seed {self.seed}, {self.options}" + self.table().to_html() + self.remarks()
 
 # %% ../nbs/01_facts.ipynb #010034
 @patch(as_prop=True)
@@ -241,6 +289,7 @@ def causes(self:Task,
     for f in [f for split in body.values() for f in split if isinstance(f, dict)]:
         for k in ("neighbors", "wrong"): # they came later: a fact without them keeps its hash
             if not f[k]: del f[k]
+        if f["whole"]: del f["whole"]
     return d | {"facts": hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]}
 
 # %% ../nbs/01_facts.ipynb #010038
@@ -549,16 +598,16 @@ def table_sets(
     inject:str, # edit answers
     paper_split:bool, # the authors' split
     text:str|None=None, # text file, folder or hub id
-) -> dict: # every split of a task
+    lm:LM|None=None, # whose tokenizer must take each athlete; none: not checked
+) -> dict: # every split of a task, and how many athletes were dropped
     "Sports-Athlete-Editing on the table of athletes"
-    if paper_split:
-        rows = sports_facts(facts, "inject_sport_without_golf") if inject == "other" else with_edit_answers(sports_facts(facts), seed, inject)
-        sets = paper_sets(rows, forget_size)
+    rows = sports_facts(facts, "inject_sport_without_golf" if paper_split and inject == "other" else None)
+    rows, dropped = fitting(lm, rows)
+    if paper_split: sets = paper_sets(rows if inject == "other" else with_edit_answers(rows, seed, inject), forget_size)
     else:
-        rows = sports_facts(facts)
         sets = fixed_sets(rows, forget_size, inject)
         sets |= seeded_sets(rows, sets, forget_size, seed, inject)
-    return sets | texts("sports", place=text) | dict(shots=sets["shots"] + (sport_fact("Tiger Woods", "golf", "sport/shot"),))
+    return {"dropped": dropped} | sets | texts("sports", place=text) | dict(shots=sets["shots"] + (sport_fact("Tiger Woods", "golf", "sport/shot"),))
 
 # %% ../nbs/01_facts.ipynb #010077
 def check_numbers(
@@ -582,7 +631,7 @@ def check_options(
     "Refuse options that make no sense; says which source the facts are of"
     choose(inject, INJECT, "inject")
     check_numbers(seed, forget_size, paper_split)
-    if not (Path(facts).suffix or Path(facts).exists()): choose(facts, ("world", "sports", "FILE.json", "FILE.csv"), "facts")
+    if not (Path(facts).suffix or sources.local(facts).exists()): choose(facts, ("world", "sports", "FILE.json", "FILE.csv"), "facts")
     source = "world" if facts == "world" or facts.endswith(".json") else "sports"
     if source == "world" and paper_split: raise Refusal("paper_split is the order of the table of athletes: it needs facts='sports'")
     return source
@@ -601,7 +650,7 @@ def sports_athlete_editing(
     options = dict(forget_size=forget_size, facts=str(facts), inject=inject, paper_split=paper_split)
     source = check_options(seed, **options)
     if source == "world": sets = world_sets(None if facts == "world" else str(facts), forget_size, seed, inject)
-    else: sets = table_sets(facts, forget_size, seed, inject, paper_split, text)
+    else: sets = table_sets(facts, forget_size, seed, inject, paper_split, text, lm)
     options |= {"text": str(text)} if text else {}
     task = Task(name="sports-athlete-editing", source=source, seed=seed, options=options, **sets)
     if lm is not None: check_task(lm, task)
@@ -616,6 +665,12 @@ def unknown_words(
     unk, words = lm.tok.unk_token_id, sorted({w for t in texts for w in t.split()})
     if unk is None or not words: return []
     return [w for w, ids in zip(words, lm.tok(words, add_special_tokens=False).input_ids) if unk in ids]
+
+def check_words(lm, facts):
+    "Refuse facts in words that the tokenizer does not know"
+    if odd := unknown_words(lm, [f.prompt for f in facts]):
+        some = ", ".join(odd[:4]) + (", ..." if len(odd) > 4 else "")
+        raise Refusal(f"{lm.name} does not know {len(odd)} words of these facts ({some}): they are not facts for this model")
 
 # %% ../nbs/01_facts.ipynb #010088
 def check_candidates(
@@ -639,6 +694,52 @@ def check_boundary(
         if c[:len(b) + 1] != b + [lm.first_token(a)]:
             raise Refusal(f"{lm.name}: {p[-20:]!r} followed by {a!r} is tokenized as {lm.tok.convert_ids_to_tokens(c[-3:])}")
 
+# %% ../nbs/01_facts.ipynb #4f6d1a06
+ODD_WORDS, NO_SUBJECT, JOINED = "words the tokenizer does not know", "subject cannot be located", "answer is not tokens of its own after the prompt"
+
+def unfit(
+    lm:LM, # a model
+    facts, # facts
+) -> list[str|None]: # of each, why the tokenizer cannot take it; none if it can
+    "What is wrong with single facts for a tokenizer"
+    prompts, answers = [f.prompt for f in facts], [[a for a in (f.answer, f.edit) if a] for f in facts]
+    before, whole = lm.ids(prompts), iter(lm.ids([p + a for p, some in zip(prompts, answers) for a in some]))
+    def why(f, ids, some, lost):
+        pieces, after = [lm.pieces(a) for a in some], [next(whole) for _ in some]
+        if not all(pieces) or lm.tok.unk_token_id in [t for part in (ids, *pieces) for t in part] and lm.tok.unk_token_id is not None: return ODD_WORDS
+        if lost: return NO_SUBJECT
+        n = None if f.whole else 1
+        return JOINED if any(a[:len(ids)] != ids or a[len(ids):][:n] != p[:n] for a, p in zip(after, pieces)) else None
+    return [why(*x) for x in zip(facts, before, answers, _lost(lm, prompts, [f.subject for f in facts]))]
+
+def _lost(lm, prompts, subjects):
+    "Of each prompt, why its subject cannot be located; none if it can"
+    if hasattr(lm, "locatable"): return lm.locatable(prompts, subjects)
+    def ask(p, s):
+        try: lm.subject_positions([p], [s])
+        except Refusal as e: return str(e)
+    return [ask(p, s) for p, s in zip(prompts, subjects)]
+
+# %% ../nbs/01_facts.ipynb #4f6d1a07
+def fitting(
+    lm:LM|None, # a model; none: all facts fit
+    facts, # facts
+) -> tuple[list[Fact], dict[str, int]]: # those that its tokenizer takes; how many it does not take, by reason
+    "The facts that a tokenizer can take"
+    if lm is None or not facts: return list(facts), {}
+    reasons = unfit(lm, facts)
+    if all(reasons): check_facts(lm, facts)
+    return [f for f, why in zip(facts, reasons) if not why], dict(Counter(filter(None, reasons)))
+
+def check_facts(
+    lm:LM, # a model
+    facts, # facts
+):
+    "Refuse facts of which the tokenizer cannot take one; the message names it"
+    check_words(lm, facts)
+    check_boundary(lm, [f.prompt for f in facts], [f.answer for f in facts])
+    lm.subject_positions([f.prompt for f in facts], [f.subject for f in facts])
+
 # %% ../nbs/01_facts.ipynb #010089
 def check_task(
     lm:LM, # the model
@@ -646,9 +747,7 @@ def check_task(
 ):
     "Refuse a task that a model's tokenizer cannot take; the message names the word"
     everything = [f for s in SPLITS for f in getattr(task, s)]
-    if odd := unknown_words(lm, [f.prompt for f in everything]):
-        some = ", ".join(odd[:4]) + (", ..." if len(odd) > 4 else "")
-        raise Refusal(f"{lm.name} does not know {len(odd)} words of these facts ({some}): they are not facts for this model")
+    check_words(lm, everything)
     for words in sorted({f.candidates for f in everything if f.candidates} | {LETTERS}): check_candidates(lm, words)
     edited = [f for s in EDITED for f in getattr(task, s)]
     check_boundary(lm, [f.prompt for f in edited], [f.answer for f in edited])
