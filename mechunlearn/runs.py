@@ -6,9 +6,9 @@
 __all__ = ['PIPELINE', 'MAPS', 'ATTACKS', 'STANDARD', 'BENCHMARKS', 'REFUSALS', 'MEMORY', 'BYTES', 'Stage', 'find_notebook',
            'Job', 'folder', 'Lora', 'Attackers', 'Relearning', 'SoftPrompts', 'Hardened', 'Generation', 'Capabilities',
            'Latents', 'Settings', 'parse', 'stage_notebook', 'Failed', 'explain', 'execute', 'artefacts', 'stage_done',
-           'run_job', 'write_json', 'read_json', 'relay', 'Part', 'parts', 'run_part', 'gpus', 'start', 'kill',
-           'outcome', 'lock', 'at_work', 'View', 'run_batch', 'drop_edits', 'want_edits', 'Grid', 'TaskOwn', 'grid',
-           'make_job', 'check_job', 'skeleton', 'trained', 'estimate', 'damaged', 'repair', 'status']
+           'run_job', 'relay', 'Part', 'parts', 'run_part', 'gpus', 'start', 'kill', 'outcome', 'lock', 'at_work',
+           'View', 'run_batch', 'drop_edits', 'want_edits', 'Grid', 'TaskOwn', 'grid', 'make_job', 'check_job',
+           'skeleton', 'trained', 'estimate', 'damaged', 'repair', 'status']
 
 # %% ../nbs/40_runs.ipynb #400002
 import fcntl, itertools, json, os, re, signal, subprocess, sys, threading, time
@@ -20,7 +20,7 @@ import psutil, yaml
 from fastcore.basics import patch
 from pydantic import BaseModel, Field, ValidationError
 from . import store
-from .store import Broken, Refusal, choose
+from .store import Broken, Refusal, choose, read_json, write_json
 
 # %% ../nbs/40_runs.ipynb #400005
 class Stage(NamedTuple):
@@ -230,7 +230,14 @@ class Failed(Exception):
         super().__init__(why)
         self.why, self.notebook, self.refused = why, notebook, refused
 
-REFUSALS = ("Refusal", "Broken", "EmptyFLU", "NoExtraction", "Missing")
+def _named_below(name, sources):
+    "A class and all that derive from it, by name"
+    above = [(new, re.findall(r"\w+", bases)) for s in sources for new, bases in re.findall(r"^class (\w+)\((.*?)\)", s, re.M)]
+    found = {name}
+    while more := {new for new, bases in above if found & set(bases)} - found: found |= more
+    return tuple(sorted(found))
+
+REFUSALS = _named_below("Refusal", [p.read_text() for p in sorted(Path(store.__file__).parent.glob("*.py"))])
 MEMORY = re.compile(r"out of memory|can't allocate memory|MemoryError|DeadKernelError", re.I)
 
 def explain(
@@ -318,22 +325,6 @@ def run_job(
         made.append({"stage": stage.name, "state": "skipped" if skip else "done", "seconds": round(time.time() - start, 1)})
     return made
 
-# %% ../nbs/40_runs.ipynb #400042
-def write_json(
-    path, # a file
-    obj, # anything JSON can hold
-):
-    "Replace a small file at once, without the care that an artefact deserves"
-    path = Path(path); tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    tmp.write_text(json.dumps(obj)); os.replace(tmp, path)
-
-# %% ../nbs/40_runs.ipynb #400043
-def read_json(
-    path, # a file
-): # its value; None if there is none
-    "Read what `write_json` wrote"
-    return json.loads(Path(path).read_text()) if Path(path).exists() else None
-
 # %% ../nbs/40_runs.ipynb #400044
 def relay(
     path, # file for [[description, n, total], ...], outermost bar first
@@ -346,7 +337,7 @@ def relay(
             super().__init__(*args, **kw | {"file": open(os.devnull, "w"), "disable": False, "mininterval": .5, "miniters": 1})
         def display(self, *args, **kw):
             self.bars[id(self)] = [self.desc.rstrip(": "), self.n, self.total]
-            with suppress(OSError): write_json(path, list(self.bars.values()))
+            with suppress(OSError): write_json(path, list(self.bars.values()), flush=False)
         def close(self):
             super().close(); self.bars.pop(id(self), None)
     tqdm.tqdm = tqdm.auto.tqdm = Relay
