@@ -24,7 +24,7 @@ from transformers import DynamicCache
 from . import models, stats, store
 from .facts import Fact
 from .models import LM, Component
-from .store import Run, Unavailable
+from .store import Refusal, Run, Unavailable
 
 # %% ../nbs/11_output_tracing.ipynb #110006
 def swap_subject(
@@ -406,7 +406,7 @@ def causal_tracing(
     batch_size:int=32, # rows of one forward
     min_gap:float=.05, # see `normalise`
     progress:bool=True, # show a bar
-) -> Scores: # table by component; `.raw` holds the readings. Refusal for an unknown corruption or facts that cannot be paired
+) -> Scores: # table by component; `.raw` holds the readings. Refusal for an unknown corruption, Unavailable for facts that cannot be paired
     "Restore each component at all positions. Cost in forwards a fact: 1 + samples x (1 + components / 2) over the tokens from the subject on"
     store.choose(corruption, ("swap", "noise"), "corruption")
     comps = models.components(lm) if components is None else list(components)
