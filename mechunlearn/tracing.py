@@ -430,7 +430,7 @@ def plot_scores(
     grid = t.assign(name=name).pivot(index="layer", columns="name", values="score")
     cols = sorted(grid.columns, key=lambda c: -1 if c == "MLP" else int(c))
     ax = ax or plt.subplots(figsize=(1.6 + .45 * min(len(cols), 24), 1 + .28 * len(grid)))[1]
-    m = max(np.nanmax(np.abs(grid.values)), 1e-9)
+    m = max(np.nan_to_num(np.abs(grid.values)).max(), 1e-9)
     sns.heatmap(grid[cols], cmap="RdBu_r", vmin=-m, vmax=m, annot=len(cols) < 9, fmt=".2f", annot_kws={"size": 7},
                 cbar_kws={"label": "share restored"}, ax=ax)
     ax.set(title=scores.method, xlabel="MLP or head", ylabel="layer")
@@ -585,7 +585,7 @@ def plot_grid(
     g = grid.pivot(index="layer", columns="position", values="score")
     labels = grid.drop_duplicates("position").set_index("position").token.reindex(g.columns)
     ax = ax or plt.subplots(figsize=(1.4 + .5 * g.shape[1], .9 + .25 * len(g)))[1]
-    m = max(np.nanmax(np.abs(g.values)), 1e-9)
+    m = max(np.nan_to_num(np.abs(g.values)).max(), 1e-9)
     sns.heatmap(g, cmap="RdBu_r", vmin=-m, vmax=m, ax=ax)
     ax.set(title=f"{grid.kind.iloc[0]} restored, n={grid.n.iloc[0]}", xlabel="", ylabel="layer")
     ax.set_xticks(np.arange(len(labels)) + .5, [repr(t)[1:-1] for t in labels], rotation=45, ha="right")
