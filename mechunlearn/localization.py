@@ -25,10 +25,10 @@ from pydantic import BaseModel
 from scipy.stats import spearmanr
 from . import store
 from .facts import Task
-from .models import LM, Component, Slice, components, merge_slices, n_params, neurons, slices
-from .patching import NoExtraction, direct_effect, extraction_set, lookup_mlps, path_scores, run_direct, run_paths, share_by_fact, through
+from .models import LM, Component, Slice, Unlocatable, components, merge_slices, n_params, neurons, slices
+from .patching import direct_effect, extraction_set, lookup_mlps, path_scores, run_direct, run_paths, share_by_fact, through
 from .probing import flu_layers, run_probing
-from .store import Refusal, Run, choose
+from .store import Refusal, Run, Unavailable, choose
 from .tracing import (Scores, _aligned, ablation_grid, attribution_patching, causal_tracing, run_attribution_patching, run_tracing,
     plot_grid, swap_cases)
 
@@ -149,10 +149,10 @@ def by_score(
     table:pd.DataFrame, # columns component, score
     units:list[list[Component]], # from `units`
 ) -> list[list[Component]]: # largest |summed score| first
-    "Order units by a method's scores; Refusal if there are none"
+    "Order units by a method's scores; Unavailable if there are none"
     score = dict(zip(table.component, table.score))
     if np.isnan([score[str(c)] for u in units for c in u]).any():
-        raise Refusal("causal tracing has no scores: the corruption hardly changes the answers, so there is nothing to restore; "
+        raise Unavailable("there are no scores: the corruption hardly changes the answers, so there is nothing to restore; "
                       "does the model know these facts?")
     return sorted(units, key=lambda u: -abs(sum(score[str(c)] for c in u)))
 
@@ -165,7 +165,7 @@ def at_random(
     return random.Random(f"{name}#{draw}").sample(units, len(units))
 
 # %% ../nbs/13_localization.ipynb #130022
-class EmptyFLU(Refusal):
+class EmptyFLU(Unavailable):
     "FLU, or its size, was asked for and the probe found none"
 
 class Evidence:
@@ -241,10 +241,10 @@ PUBLISHED = { # MLP layers trained as FLU in the authors' released runs; for the
 def published(
     lm:LM, # one of the paper's models, by hub id or by the name of its folder
     task:Task, # decides which set
-) -> list[Component]: # MLPs. Refusal for another model
+) -> list[Component]: # MLPs. Unavailable for another model
     "FLU as the authors trained it"
     name = next((n for n in PUBLISHED if lm.name.lower().endswith(n)), None)
-    if not name: raise Refusal(f"flu@published: nothing is published for {lm.name!r}; there are sets for {', '.join(PUBLISHED)}")
+    if not name: raise Unavailable(f"flu@published: nothing is published for {lm.name!r}; there are sets for {', '.join(PUBLISHED)}")
     sets, kind = PUBLISHED[name], "counterfact" if "counterfact" in task.name else "sports"
     return [Component("mlp", l) for l in sets.get(f"{kind}-{len(task.forget)}", sets[kind])]
 
@@ -396,7 +396,7 @@ def localize(
     evidence:Evidence|None=None, # scores made before; default: made here
     recompute:bool=False, # make it again even if done
     **settings, # of probing and tracing: corruption, n_noise, batch_size, ...
-) -> Localization: # Refusal for an unknown name or an impossible budget; EmptyFLU if there is no FLU
+) -> Localization: # Refusal for an unknown name or an impossible budget; Unavailable if these facts do not give it
     "Choose the weights to train; writes localizations/<name>.json"
     evidence = evidence or Evidence(lm, task, run, recompute=recompute, **settings)
     label = split_name(name, task, draw)[0]
@@ -417,15 +417,19 @@ def localize_all(
     budget:int|None=None, # see `localize`
     paper_budget:bool=False, # see `localize`
     recompute:bool=False, # make them again even if done
+    keep:bool=False, # keep with the run why a localization is not available
     **settings, # of probing and tracing
 ) -> tuple[dict[str, Localization], dict[str, str]]: # those made, by name; why the others were not
-    "Several localizations of one model and task. EmptyFLU if FLU is empty and none could be made"
+    "Several localizations of one model and task. Refusal if none could be made"
     evidence, made, refused = evidence or Evidence(lm, task, run, recompute=recompute, **settings), {}, {}
     for name in localizations_for(names, draws):
         try: made[name] = localize(lm, task, name, run, 0, budget, paper_budget, evidence, recompute)
-        except (EmptyFLU, NoExtraction) as e: refused[name] = str(e)
+        except (Unavailable, Unlocatable) as e: refused[name] = str(e)
+    if keep:
+        for name in (*made, *refused): store.note(run, "localization", name, refused.get(name))
     if made: return made, refused
-    raise EmptyFLU(next(iter(refused.values())))
+    reasons = {why: ", ".join(n for n in refused if refused[n] == why) for why in refused.values()}
+    raise Refusal("none of the localizations can be made: " + "; ".join(f"{names}: {why}" for why, names in reasons.items()))
 
 # %% ../nbs/13_localization.ipynb #130040
 def _runs(numbers):
@@ -484,13 +488,16 @@ def plot_localizations(
     return ax
 
 # %% ../nbs/13_localization.ipynb #48a85c21
+def _if_any(make):
+    try: return make()
+    except Unavailable: return []
+
 def mechanisms(
     evidence:Evidence, # scores
 ) -> dict[str, Localization]: # those that are not empty
     "The parts of the model that carry a fact, as localizations"
-    heads, mlps = ([c for c in evidence.extraction() if c.kind == kind] for kind in ("head", "mlp"))
-    found = {"extraction heads": heads, "extraction MLPs": mlps, "lookup (probes)": [Component("mlp", l) for l in evidence.layers],
-             "lookup (paths)": [Component("mlp", l) for l in lookup_mlps(evidence.paths.score)]}
+    heads, mlps = ([c for c in _if_any(evidence.extraction) if c.kind == kind] for kind in ("head", "mlp"))
+    found = {"extraction heads": heads, "extraction MLPs": mlps, "lookup (probes)": _if_any(evidence.flu_probe), "lookup (paths)": _if_any(evidence.flu_path)}
     return {name: build(evidence.lm, name, comps) for name, comps in found.items() if comps}
 
 def mechanism_table(
@@ -620,9 +627,9 @@ def run_localization(
     "Localization as a stage; writes localizations/<name>.json"
     task = task_for_seed(seeds[0])
     evidence = Evidence(lm, task, run, recompute=recompute, **settings)
-    made, refused = localize_all(lm, task, localizations, run, draws, evidence, budget, paper_budget, recompute)
+    made, refused = localize_all(lm, task, localizations, run, draws, evidence, budget, paper_budget, recompute, keep=True)
     try: flu = localize(lm, task, "flu", run, evidence=evidence, budget=budget)
-    except (EmptyFLU, NoExtraction): flu = None
+    except (Unavailable, Unlocatable): flu = None
     empty = pd.DataFrame({"localization": list(refused), "note": list(refused.values())})
     return pd.concat([compare(made, flu).assign(note=""), empty], ignore_index=True)
 
@@ -633,16 +640,16 @@ METHODS = { # column -> scores file, layer by layer
 
 def layer_table(
     run_dir, # a run folder with scores
-) -> pd.DataFrame: # layer, method, value, ci_low, ci_high, n: of each MLP; of the probe its accuracy at the subject. Refusal without scores
+) -> pd.DataFrame: # layer, method, value, ci_low, ci_high, n: of each MLP; of the probe its accuracy at the subject. Refusal if no map was tried
     "Every method's number for every layer"
-    out = []
+    out = [pd.DataFrame(columns=["layer", "score", "ci_low", "ci_high", "n", "method"])]
     for method, name in METHODS.items():
         for t in map(pd.read_parquet, sorted(Path(run_dir, "scores").glob(f"{name}.parquet"))[:1]):
             if method == "probe": t = t[(t.position == "subject") & ~t.control].rename(columns={"accuracy": "score", "n_test": "n"})
             else: t = t[t.kind == "mlp"]
             out.append(t[["layer", "score", "ci_low", "ci_high", "n"]].assign(method=method))
-    if not out: raise Refusal(f"there are no scores in {run_dir}: run `mechunlearn localize` first")
-    return pd.concat(out, ignore_index=True).rename(columns={"score": "value"})
+    if len(out) == 1 and not store.notes(run_dir): raise Refusal(f"there are no scores in {run_dir}: run `mechunlearn localize` first")
+    return pd.concat(out[1:] or out, ignore_index=True).rename(columns={"score": "value"})
 
 # %% ../nbs/13_localization.ipynb #81158357
 def layer_text(
@@ -650,7 +657,8 @@ def layer_text(
     flu=(), # layers to mark with *
 ) -> str: # one line a layer
     "As text: value [interval], the n of each method below its name"
-    cell = [f"{r.value:.2f} [{r.ci_low:.2f},{r.ci_high:.2f}]" for r in table.itertuples()]
+    if table.empty: return "no map is available for these facts"
+    cell = ["-" if pd.isna(r.value) else f"{r.value:.2f} [{r.ci_low:.2f},{r.ci_high:.2f}]" for r in table.itertuples()]
     name = table.method + table.groupby("method").n.transform("max").map(lambda n: f" (n={n})")
     wide = table.assign(cell=cell, name=name).pivot(index="layer", columns="name", values="cell")[list(dict.fromkeys(name))].fillna("")
     wide.index = [f"{l}*" if l in flu else f"{l}" for l in wide.index]

@@ -18,8 +18,8 @@ from transformers import DynamicCache
 from . import models, store
 from .facts import Task
 from .models import LM, Component
-from .store import Refusal, Run, choose
-from .tracing import Cache, Scores, _components_table, _copy, pair, read, record, shares, swap_cases
+from .store import Run, Unavailable, choose
+from .tracing import Cache, Scores, _components_table, _copy, _pool, pair, read, record, shares, swap_cases
 
 # %% ../nbs/12_path_patching.ipynb #8044f86d
 def _module(lm, name, l): return lm.hf.get_submodule(lm.path(name, l))
@@ -91,7 +91,7 @@ def direct_effect(
     batch_size:int=32, # prompts at a time
     min_gap:float=.05, # see `tracing.normalise`
     progress:bool=True, # show a bar
-) -> Scores: # table by component; `.raw` 'clean', 'other' [n, k] and 'patched' [n, C, k] logits. Refusal for facts that cannot be paired
+) -> Scores: # table by component; `.raw` 'clean', 'other' [n, k] and 'patched' [n, C, k] logits. Unavailable for facts that cannot be paired
     "Direct effect of every head and MLP on the logits, all else frozen. Cost: two forwards a fact, whatever the number of components"
     cases, comps, rows = swap_cases(lm, facts, pool, seed), models.components(lm), {}
     for ids, batch in tqdm(list(models.batches(lm, [c.fact.prompt for c in cases], batch_size)), "direct effects", disable=not progress, leave=False):
@@ -105,7 +105,7 @@ def direct_effect(
     return _lost("direct-effect", config, comps, rows, cases, min_gap)
 
 # %% ../nbs/12_path_patching.ipynb #9754fb3d
-class NoExtraction(Refusal):
+class NoExtraction(Unavailable):
     "No component writes the answer directly"
 
 def extraction_set(
@@ -302,8 +302,6 @@ def run_direct(
     task = task_for_seed(seeds[0])
     trace = lambda: direct_effect(lm, task.localize_on, pool=_pool(task), batch_size=batch_size, progress=progress).table
     return store.make(run and run.path("scores", "direct-effect.parquet"), _causes(lm, task, method="direct-effect"), trace, recompute)
-
-def _pool(task): return [*task.localize_on, *(task.dev_retain if task.dev_forget else task.retain)]
 
 def _causes(lm, task, **how):
     splits = ("dev_forget", "dev_retain") if task.dev_forget else ("forget", "retain")

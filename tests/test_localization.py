@@ -204,7 +204,7 @@ def test_empty_flu_is_reported(lm):
         with pytest.raises(EmptyFLU, match="budget="): localize(lm, task(), name, evidence=ev)
     made, refused = localize_all(lm, task(), ["flu", "late", "random"], draws=1, evidence=ev)
     assert list(made) == ["late"] and list(refused) == ["flu", "random#0"]
-    with pytest.raises(EmptyFLU): localize_all(lm, task(), ["flu"], evidence=ev)
+    with pytest.raises(Refusal, match="none of the localizations can be made: flu: probe"): localize_all(lm, task(), ["flu"], evidence=ev)
     assert localize(lm, task(), "random", budget=2000, evidence=ev).n_params <= 2000
 
 def test_curve_decides_flu(lm):
