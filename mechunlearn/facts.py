@@ -8,14 +8,15 @@ __all__ = ['SPORTS', 'GOLF', 'SPORTS_PROMPT', 'SPORTS_SYSTEM', 'SPORTS_PARAPHRAS
            'N_OTHER_SHOTS', 'N_TEXTS', 'Fact', 'load_world', 'fill', 'world_shot', 'world_facts', 'sport_fact',
            'sports_path', 'read_sports', 'sports_facts', 'Task', 'McqFormat', 'mcq_block', 'seeded', 'mcq_options',
            'has_options', 'usable_shots', 'mcq_shots', 'askable', 'McqItem', 'mcq_example', 'mcq_prompts',
-           'every_order', 'with_edit_answers', 'of_each', 'without', 'fixed_sets', 'check_size', 'split_retain',
-           'seeded_sets', 'world_groups', 'paper_sets', 'texts', 'world_sets', 'table_sets', 'check_numbers',
-           'check_options', 'sports_athlete_editing', 'unknown_words', 'check_candidates', 'check_boundary',
-           'check_task']
+           'every_order', 'with_edit_answers', 'of_each', 'without', 'in_proportion', 'fixed_sets', 'quarter_of_each',
+           'check_size', 'split_retain', 'seeded_sets', 'world_groups', 'paper_sets', 'texts', 'world_sets',
+           'table_sets', 'check_numbers', 'check_options', 'sports_athlete_editing', 'unknown_words',
+           'check_candidates', 'check_boundary', 'check_task']
 
 # %% ../nbs/01_facts.ipynb #010003
 import hashlib, json, random
 import pandas as pd
+from collections import Counter
 from functools import lru_cache
 from itertools import pairwise, permutations
 from pathlib import Path
@@ -394,11 +395,13 @@ def with_edit_answers(
     return tuple(f.model_copy(update={"edit": draw(f)}) for f in facts)
 
 # %% ../nbs/01_facts.ipynb #010061
-N_SHOTS, N_DEV_RETAIN, N_DEV_FORGET = 6, 20, 64 # for each answer; for each sport; at most
+N_SHOTS, N_DEV_RETAIN, N_DEV_FORGET = 6, 20, 64 # for each answer; for each sport, a quarter of it at most; at most
 
 def of_each(facts, n:int) -> list:
     "The first `n` facts of every answer"
-    return [f for a in sorted({f.answer for f in facts}) for f in [g for g in facts if g.answer == a][:n]]
+    by = {}
+    for f in facts: by.setdefault(f.answer, []).append(f)
+    return [f for a in sorted(by) for f in by[a][:n]]
 
 def without(facts, *used) -> list:
     "Facts whose subject occurs in none of the sets `used`"
@@ -406,6 +409,16 @@ def without(facts, *used) -> list:
     return [f for f in facts if f.subject not in subjects]
 
 # %% ../nbs/01_facts.ipynb #010062
+def in_proportion(
+    facts, # facts in a random order
+    like, # facts whose answers give the proportions
+) -> list: # the same facts
+    "Order facts so that however many are taken from the start, each answer has its share"
+    total, seen, place = Counter(f.answer for f in like), Counter(), {}
+    for f in facts: seen[f.answer] += 1; place[f.id] = (seen[f.answer] - .5) / total[f.answer]
+    return sorted(facts, key=lambda f: place[f.id])
+
+# %% ../nbs/01_facts.ipynb #4f6d1a03
 def fixed_sets(
     facts, # taught facts of one relation
     forget_size:int, # how many will be edited
@@ -415,10 +428,18 @@ def fixed_sets(
     order = sorted(seeded("fixed").sample(facts, len(facts)), key=lambda f: not f.mcq_trained)
     shots = of_each(order, N_SHOTS)
     free = [f for f in without(order, shots) if f.answer != GOLF]
-    dev_retain = of_each(free, N_DEV_RETAIN)
+    dev_retain = quarter_of_each(free, N_DEV_RETAIN)
     held = [f for f in without(free, dev_retain) if not f.mcq_trained]
-    dev_forget = with_edit_answers(held[:min(N_DEV_FORGET, forget_size, len(held) // 3)], "dev", inject)
-    return dict(shots=tuple(shots), dev_retain=tuple(dev_retain), dev_forget=dev_forget)
+    n = min(N_DEV_FORGET, forget_size, len(held) // 3)
+    if not all(f.mcq_trained for f in dev_retain):
+        held = in_proportion([f for f in free if not f.mcq_trained], facts)
+        dev_retain = quarter_of_each(without(free, held[:n]), N_DEV_RETAIN)
+    return dict(shots=tuple(shots), dev_retain=tuple(dev_retain), dev_forget=with_edit_answers(held[:n], "dev", inject))
+
+def quarter_of_each(facts, n):
+    "The first `n` facts of every answer, or a quarter of them"
+    counts = Counter(f.answer for f in facts)
+    return [f for a in sorted(counts) for f in of_each([f for f in facts if f.answer == a], min(n, counts[a] // 4))]
 
 # %% ../nbs/01_facts.ipynb #010064
 def check_size(
@@ -437,10 +458,10 @@ def split_retain(
     key=lambda f: (f.answer, f.mcq_trained), # what both halves have the same mix of
 ) -> dict: # retain, retain_test
     "Split facts into those trained to stay and those that only must"
-    retain, test = [], []
-    for k in sorted({key(f) for f in rest}):
-        part = [f for f in rest if key(f) == k]
-        part = seeded("retain", seed, *k).sample(part, len(part))
+    retain, test, parts = [], [], {}
+    for f in rest: parts.setdefault(key(f), []).append(f)
+    for k in sorted(parts):
+        part = seeded("retain", seed, *k).sample(parts[k], len(parts[k]))
         retain, test = retain + part[:round(train * len(part))], test + part[round(train * len(part)):]
     return dict(retain=tuple(retain), retain_test=tuple(test))
 

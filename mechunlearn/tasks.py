@@ -16,7 +16,7 @@ from collections import Counter
 from pathlib import Path
 from . import sources, store
 from .facts import (GOLF, N_DEV_FORGET, N_DEV_RETAIN, N_OTHER_SHOTS, N_SHOTS, Fact, Task, check_numbers, check_size, check_task, load_world, of_each,
-    paper_sets, seeded, sport_fact, sports_athlete_editing, sports_facts, split_retain, texts, with_edit_answers, without, world_facts, world_groups)
+    paper_sets, quarter_of_each, seeded, sport_fact, sports_athlete_editing, sports_facts, split_retain, texts, with_edit_answers, without, world_facts, world_groups)
 from .models import LM, next_token
 from .store import Refusal, choose
 
@@ -33,7 +33,7 @@ def one_sport_sets(
     shots = of_each(order, N_SHOTS)
     free = [f for f in without(order, shots) if f.answer != GOLF]
     theirs, others = ([f for f in free if (f.answer == f" {sport}") == own] for own in (True, False))
-    dev_retain, dev_forget = of_each(others, N_DEV_RETAIN), seeded("dev", sport).sample(theirs, min(N_DEV_FORGET, len(theirs) // 4))
+    dev_retain, dev_forget = quarter_of_each(others, N_DEV_RETAIN), seeded("dev", sport).sample(theirs, min(N_DEV_FORGET, len(theirs) // 4))
     rest = without(theirs, dev_forget)
     rest = seeded("forget", seed).sample(rest, len(rest))
     half = len(rest) // 2

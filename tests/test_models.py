@@ -1,6 +1,6 @@
 import hashlib, json, random
 import pytest, torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 from mechunlearn import models as M
 from mechunlearn.models import (Component, Slice, batches, check_structure, components, load, merge_slices, n_params, neurons, next_token, resid_at, slices,
@@ -105,10 +105,39 @@ def test_encode_pads_on_the_left_with_one_bos(lm):
         assert lm.tok.bos_token_id not in row[-n + 1:] and set(row[:-n].tolist()) <= {lm.tok.pad_token_id}
 
 
-def test_a_tokenizer_without_bos_gets_none(tiny):
+def test_bos_is_the_tokenizer_s_own_affair(tiny):
+    lm, bare = tiny("qwen3"), tiny("qwen3")
+    words = lm.tok.convert_tokens_to_ids(["the", "dog"])
+    bare.tok.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    assert lm.ids(["the dog"]) == [[1, *words]] and bare.tok.bos_token_id == 1 and bare.ids(["the dog"]) == [words]
+    assert lm.ids(["<bos>the dog"]) == [[1, *words]] == bare.ids(["<bos>the dog"])
+    forced, spared = wrap(bare.hf, bare.tok, bos=True), wrap(lm.hf, lm.tok, bos=False)
+    assert forced.ids(["the dog", "<bos>the dog"]) == [[1, *words]] * 2 and spared.ids(["the dog"]) == [words]
+    bare.tok.bos_token = None
+    with pytest.raises(Refusal, match="no beginning-of-sequence token"): wrap(bare.hf, bare.tok, bos=True)
+
+
+def test_a_prompt_does_not_end_with_the_tokenizer_s_eos(tiny):
     lm = tiny("qwen3")
-    lm.tok.bos_token = None
-    assert lm.ids(["the dog"]) == [lm.tok.convert_tokens_to_ids(["the", "dog"])]
+    words = lm.tok.convert_tokens_to_ids(["the", "dog"])
+    lm.tok.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A <unk>", special_tokens=[("<bos>", 1), ("<unk>", 2)])
+    assert lm.tok("the dog").input_ids == [1, *words, 2] and lm.ids(["the dog", ""]) == [[1, *words], [1]]
+    assert lm.subject_positions(["the dog"], ["dog"]) == [(-1, 0)]
+
+
+def test_an_overridden_bos_is_part_of_the_revision(tiny):
+    lm = tiny("qwen3")
+    revision = lambda **how: wrap(lm.hf, lm.tok, "x", **how).revision
+    assert revision(revision="r", bos=True) == revision(revision="r") == "r" and revision(revision="r", bos=False) == "r+no-bos"
+    lm.tok.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    assert revision(revision="r", bos=True) == "r+bos" and revision(revision="r", bos=False) == "r" and revision(bos=True) == ""
+
+
+def test_an_empty_prompt_is_refused_where_nothing_opens_it(tiny):
+    lm = tiny("qwen3")
+    assert lm.encode([""])["input_ids"].tolist() == [[1]] and lm.ids([]) == []
+    lm.bos = False
+    with pytest.raises(Refusal, match="empty prompt"): lm.encode(["the dog", ""])
 
 
 def byte_level(texts):
@@ -186,8 +215,9 @@ def test_positions_hold_in_a_padded_batch(tiny):
 def test_an_absent_or_merged_subject_is_refused(spaced, tiny):
     with pytest.raises(Refusal, match="does not occur"): spaced.subject_positions(["Fact: Ann Lee plays"], ["Bo"])
     with pytest.raises(Refusal, match="does not occur"): spaced.subject_positions(["Fact: Ann Lee plays"], [""])
-    with pytest.raises(Refusal, match="merges the subject 'spor'.*'sport'"): tiny("qwen3").subject_positions(["the sport of"], ["spor"])
-    with pytest.raises(Refusal, match="merges the subject 'ball'"): spaced.subject_positions(["the sport of football"], ["ball"])
+    for lm, subject, prompt in ((tiny("qwen3"), "spor", "the sport of"), (spaced, "ball", "the sport of football")):
+        with pytest.raises(M.Unlocatable, match=f"{subject!r} stands only inside a longer word"): lm.subject_positions([prompt], [subject])
+    with pytest.raises(M.Unlocatable, match="merges the subject 'dog'.*'dogの'"): M.span([(0, 3), (4, 8)], "the dogの", "dog")
 
 
 # ---- forwards
@@ -403,3 +433,58 @@ def test_quantized_models_have_the_same_names_and_counts(shipped, bits):
     for c in ("mlp.1", "head.0.2"): assert n_params(lm, slices(lm, c)) == n_params(plain, slices(plain, c))
     a, b = (resid_at(m, PROMPTS, [[-1]] * 5)[:, -1] for m in (plain, lm))
     assert torch.nn.functional.cosine_similarity(a, b, dim=-1).min() > .9
+
+
+# ---- the unembedding
+
+def unembedded(lm, monkeypatch, forward):
+    "What F.linear is given for the unembedding's weights, and what `forward` returns."
+    seen, linear = [], torch.nn.functional.linear
+    def watch(x, weight, bias=None):
+        if weight.shape[0] == lm.hf.config.vocab_size: seen.append(x)
+        return linear(x, weight, bias)
+    with monkeypatch.context() as m:
+        m.setattr(torch.nn.functional, "linear", watch)
+        return forward(), seen
+
+
+def test_the_unembedding_reads_a_contiguous_input_and_gives_the_same_logits(lm, monkeypatch):
+    batch = lm.encode(PROMPTS)
+    with torch.no_grad():
+        got, seen = unembedded(lm, monkeypatch, lambda: lm.hf(**batch, logits_to_keep=1).logits)
+        hooks = lm.hf.lm_head._forward_pre_hooks.copy()
+        lm.hf.lm_head._forward_pre_hooks.clear()
+        plain, before = unembedded(lm, monkeypatch, lambda: lm.hf(**batch, logits_to_keep=1).logits)
+    assert [x.is_contiguous() for x in seen] == [True] and [x.is_contiguous() for x in before] == [False] and len(hooks) == 1
+    assert torch.allclose(got, plain, atol=1e-5)
+
+
+def test_the_hook_survives_copies_traces_functional_calls_and_a_second_wrap(lm, monkeypatch, tmp_path):
+    from copy import deepcopy
+    batch, n = lm.encode(PROMPTS), len(lm.hf.lm_head._forward_pre_hooks)
+    again, copied = wrap(lm.hf, lm.tok, "again", "x"), wrap(deepcopy(lm.hf), lm.tok, "copy", "x")
+    assert n == 1 and all(list(m.hf.lm_head._forward_pre_hooks.values()) == [M.contiguous] for m in (lm, again, copied, wrap(copied.hf, lm.tok)))
+    call = lambda m: torch.func.functional_call(m.hf, dict(m.hf.named_parameters()), kwargs=dict(**batch, logits_to_keep=1)).logits
+    for m in (lm, again, copied):
+        for forward in (lambda: call(m), lambda: m.hf(**batch, logits_to_keep=1).logits):
+            got, seen = unembedded(m, monkeypatch, forward)
+            assert len(seen) == 1 and seen[0].is_contiguous()
+    lm.hf.save_pretrained(tmp_path)
+    lm.tok.save_pretrained(tmp_path)
+    back = load(str(tmp_path), device="cpu")
+    assert len(back.hf.lm_head._forward_pre_hooks) == 1
+    with torch.no_grad(), lm.nn.trace(batch):
+        lm.lm_head.input = lm.lm_head.input[:, -1:]
+        last = lm.nn.output.logits.save()
+    with torch.no_grad(): assert torch.allclose(last, back.hf(**batch, logits_to_keep=1).logits, atol=1e-5)
+
+
+def test_unembed_is_the_model_s_own_end(lm):
+    batch = lm.encode(PROMPTS)
+    with torch.no_grad(), lm.nn.trace(batch):
+        hidden = lm.final_norm.output.save()
+        logits = lm.nn.output.logits.save()
+    assert torch.allclose(lm.unembed(hidden), logits, atol=1e-6) and torch.allclose(lm.unembed(hidden[:, -1]), logits[:, -1], atol=1e-5)
+    x = hidden[:, -1].clone().requires_grad_()
+    lm.unembed(x).sum().backward()
+    assert x.grad.abs().sum() > 0 and lm.hf.lm_head.weight.grad is None
