@@ -15,7 +15,7 @@ import hashlib, re, warnings
 from contextlib import nullcontext
 from typing import Callable, Mapping, NamedTuple, Sequence
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns, torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 from .facts import LETTERS, MCQ, Fact, Task, askable, every_order, mcq_prompts, usable_shots
@@ -87,15 +87,13 @@ def as_records(
     return pd.DataFrame([row | common for row in rows], columns=list(RECORD)).astype(RECORD)
 
 # %% ../nbs/15_evaluation.ipynb #150015
-def _row(q, token, full, share, top1):
-    "One record: `full` and `share` are probabilities of the question's choices, `top1` a token id"
-    best = q.choices[int(share[:len(q.choices)].argmax())] if q.format == "mcq" else None
-    hit = lambda word: best == word if best else token[word] == top1
-    at = lambda probs, word: None if word is None else float(probs[q.choices.index(word)])
+def _row(q, full, share, hits):
+    "One record: probabilities of the question's choices, among all words and as measured, and which of them the model gives"
+    at = lambda values, word: None if word is None else values[q.choices.index(word)].item()
     return dict(fact=q.fact.id, subject=q.fact.subject, relation=q.fact.relation, group=q.group, format=q.format, variant=q.variant,
         truth=q.truth, edit=q.edit, prob_truth=at(share, q.truth), prob_edit=at(share, q.edit), full_truth=at(full, q.truth),
-        full_edit=at(full, q.edit), top1_truth=hit(q.truth), top1_edit=None if q.edit is None else hit(q.edit),
-        compliance=float(full[:4].sum()) if best else None)
+        full_edit=at(full, q.edit), top1_truth=at(hits, q.truth), top1_edit=at(hits, q.edit),
+        compliance=float(full[:4].sum()) if q.format == "mcq" else None)
 
 # %% ../nbs/15_evaluation.ipynb #150016
 @torch.no_grad()
@@ -103,32 +101,54 @@ def whole_answers(
     lm:LM, # as it is now
     questions:list[Question], # any mixture
     first:Float[Tensor, "question choice"], # log-probability of each choice's first token
+    written:Bool[Tensor, "question choice"], # is it the most probable token?
     batch_size:int=64, # answers a forward
-) -> Float[Tensor, "question choice"]: # log-probability of the whole choice: `first`, if it is one token
-    "Open answers may have several tokens; the later ones are read with the earlier ones in place. One forward for each such answer"
-    out = first.clone()
-    pieces = {w: lm.pieces(w) for w in {w for q in questions if q.open for w in q.choices}}
-    long = [(i, j, p) for i, q in enumerate(questions) if q.open for j, w in enumerate(q.choices) if len(p := pieces[w]) > 1]
+) -> tuple[Float[Tensor, "question choice"], Bool[Tensor, "question choice"]]: # both for the whole choice: as given, if it is one token
+    "The later tokens of an answer are read with the earlier ones in place. One forward for each answer of several tokens"
+    logp, written = first.clone(), written.clone()
+    pieces = {w: lm.pieces(w) for w in {w for q in questions for w in q.choices}}
+    long = [(i, j, p) for i, q in enumerate(questions) for j, w in enumerate(q.choices) if len(p := pieces[w]) > 1]
     for part in (long[k:k + batch_size] for k in range(0, len(long), batch_size)):
         given = [ids + p[:-1] for ids, (_, _, p) in zip(lm.ids([questions[i].prompt for i, _, _ in part]), part)]
-        n = max(len(p) for _, _, p in part)
-        logp = lm.hf(**lm.pad(given), logits_to_keep=n, use_cache=False).logits.float().log_softmax(-1)
-        for row, (i, j, p) in zip(logp, part): out[i, j] += row[-len(p) + 1:].gather(1, torch.tensor(p[1:], device=row.device)[:, None]).sum().cpu()
-    return out
+        logits = lm.hf(**lm.pad(given), logits_to_keep=max(len(p) for _, _, p in part) - 1, use_cache=False).logits.float()
+        for row, (i, j, p) in zip(logits, part):
+            row, later = row[1 - len(p):], torch.tensor(p[1:], device=row.device)
+            logp[i, j] += row.log_softmax(-1).gather(1, later[:, None]).sum().cpu()
+            written[i, j] &= bool((row.argmax(-1) == later).all())
+    _apart([[pieces[w] for w in q.choices] for q in questions], logp, written)
+    return logp, written
 
+def _apart(choices, logp, written):
+    "Take from an answer what belongs to longer ones that begin with it; in place"
+    for i, row in enumerate(choices):
+        if all(len(p) == 1 for p in row): continue
+        for j in sorted(range(len(row)), key=lambda j: -len(row[j])):
+            longer = [k for k, p in enumerate(row) if len(p) > len(row[j]) and p[:len(row[j])] == row[j]]
+            if not longer: continue
+            logp[i, j] = (logp[i, j].exp() - logp[i, longer].exp().sum()).clamp(min=0).log()
+            written[i, j] &= not written[i, longer].any()
+
+# %% ../nbs/15_evaluation.ipynb #150016a
 def answer(
     lm:LM, # as it is now, edited or not
     questions:list[Question], # any mixture of facts and formats
     batch_size:int=64, # prompts a forward
     **common, # columns for all rows: `evaluation`, `step`, ...
 ) -> pd.DataFrame: # records, one a question, in order
-    "Ask the model. One forward a prompt."
-    token = {w: lm.first_token(w) for w in {w for q in questions for w in q.choices}}
-    logp, top1 = next_token(lm, [q.prompt for q in questions], [[token[w] for w in q.choices] for q in questions], batch_size)
-    share = logp.masked_fill(logp.isnan(), -torch.inf).softmax(-1)  # rows with fewer choices end in nan
-    open = torch.tensor([q.open for q in questions], dtype=torch.bool)[:, None]
-    rows = zip(questions, whole_answers(lm, questions, logp, batch_size).exp(), logp.exp().where(open, share), top1.tolist())
-    return as_records([_row(q, token, full, share, t) for q, full, share, t in rows], **common)
+    "Ask the model. One forward a prompt, and one for each answer of several tokens."
+    of = {w: lm.first_token(w) for w in {w for q in questions for w in q.choices}}
+    token = [[of[w] for w in q.choices] for q in questions]
+    first, best = next_token(lm, [q.prompt for q in questions], token, batch_size)
+    at = first.isnan().logical_not() # rows with fewer choices end in nan
+    begun = torch.tensor([row + [-1] * (first.shape[1] - len(row)) for row in token]).reshape(first.shape) == best[:, None]
+    whole, written = whole_answers(lm, questions, first, begun, batch_size)
+    asked = torch.tensor([getattr(q.fact, "whole", True) for q in questions], dtype=torch.bool)[:, None]
+    logp, hits = whole.where(asked, first), written.where(asked, begun)
+    share = logp.masked_fill(~at, -torch.inf).softmax(-1)
+    letter = torch.zeros_like(at).scatter(1, share.argmax(-1, keepdim=True), True) if len(questions) else at
+    open, mcq = (torch.tensor(x, dtype=torch.bool)[:, None] for x in ([q.open for q in questions], [q.format == "mcq" for q in questions]))
+    tables = whole.exp(), logp.exp().where(open, share), letter.where(mcq, hits)
+    return as_records([_row(*row) for row in zip(questions, *tables)], **common)
 
 # %% ../nbs/15_evaluation.ipynb #150021
 def token_loss(
@@ -298,7 +318,7 @@ def answer_letters(
     "Ask for a letter, and divide by the letters' priors. One forward a prompt."
     logp = letter_logprobs(lm, questions, batch_size)
     shares = {setting: logp.softmax(-1), f"{setting}/calibrated": (logp - letter_priors(logp, questions)).softmax(-1)}
-    rows = [_row(q, {}, p, s, None) | dict(setting=name) for name, share in shares.items() for q, p, s in zip(questions, logp.exp(), share)]
+    rows = [_row(q, p, s, torch.arange(4) == s.argmax()) | dict(setting=name) for name, share in shares.items() for q, p, s in zip(questions, logp.exp(), share)]
     return as_records(rows, **common)
 
 # %% ../nbs/15_evaluation.ipynb #fab610f0

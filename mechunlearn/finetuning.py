@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['UPDATES', 'MAX_TOKENS', 'FILES', 'LEARNING_RATES', 'RATE_GROUPS', 'LIKE', 'VISITS', 'N_TEXT', 'LRS', 'LARGE_LRS',
            'INJECTS', 'SWEPT', 'TRAINING', 'place', 'masters', 'matrices', 'Update', 'not_said', 'Row', 'fact_rows',
-           'training_rows', 'draws', 'shared_prefix', 'last_logits', 'heard', 'fact_losses', 'text_losses',
-           'step_losses', 'slice_key', 'parse_slice', 'Edit', 'put', 'kept', 'load_edit', 'Rate', 'learning_rate',
-           'rates', 'own_slices', 'finetune', 'fingerprint', 'dev_task', 'training_metrics', 'score', 'sweep',
-           'best_rates', 'plot_sweep', 'plot_sequence', 'export', 'edit_of', 'Job', 'edit_jobs', 'run_finetuning',
-           'plot_curves']
+           'training_rows', 'draws', 'shared_prefix', 'end_logits', 'last_logits', 'answer_losses', 'heard',
+           'fact_losses', 'text_losses', 'step_losses', 'slice_key', 'parse_slice', 'Edit', 'put', 'kept', 'load_edit',
+           'Rate', 'learning_rate', 'rates', 'own_slices', 'finetune', 'fingerprint', 'dev_task', 'training_metrics',
+           'score', 'sweep', 'best_rates', 'plot_sweep', 'plot_sequence', 'export', 'edit_of', 'Job', 'edit_jobs',
+           'run_finetuning', 'plot_curves']
 
 # %% ../nbs/20_finetuning.ipynb #200002
 import json, math
@@ -66,7 +66,7 @@ def matrices(
 class Update(NamedTuple):
     "What is done to the forget facts"
     word: Callable # fact -> the answer whose probability is trained
-    loss: Callable # logits [n, vocab], token of that answer [n] -> losses [n]
+    loss: Callable # logits [n, vocab], token of that answer [n] -> losses [n]; for whole answers see `answer_losses`
 
 def not_said(
     logits:Tensor, # [n, vocab]
@@ -85,7 +85,8 @@ class Row(NamedTuple):
     "A training example"
     term: str # forget, retain or text
     ids: list[int] # tokens, the first one included that starts a sequence
-    target: int|None = None # token of the answer; none for text
+    target: int|None = None # first token of the answer; none for text
+    rest: tuple[int, ...] = () # the answer's other tokens, if they are trained
 
 def fact_rows(
     lm:LM, # tokenizes
@@ -94,7 +95,8 @@ def fact_rows(
     term:str, # forget or retain
 ) -> list[Row]:
     "Facts as training examples"
-    return [Row(term, ids, lm.first_token(w)) for ids, w in zip(lm.ids([f.prompt for f in facts]), words)]
+    rest = [tuple(lm.pieces(w)[1:]) if getattr(f, "whole", True) else () for f, w in zip(facts, words)]
+    return [Row(term, ids, lm.first_token(w), more) for ids, w, more in zip(lm.ids([f.prompt for f in facts]), words, rest)]
 
 # %% ../nbs/20_finetuning.ipynb #200015
 MAX_TOKENS = 128  # a training text is cut here
@@ -131,6 +133,21 @@ def shared_prefix(
     columns = list(zip(*ids))[:-1]
     return next((i for i, c in enumerate(columns) if len(set(c)) > 1), len(columns))
 
+def end_logits(
+    lm:LM, # model
+    weights:dict[str, Tensor], # from `matrices`
+    ids:list[list[int]], # prompts, each with its answer but for the last token
+    n:int=1, # positions at the end
+    share:bool=True, # compute a common beginning once
+) -> Tensor: # [prompts, n, vocab], float32
+    "Logits at the end of prompts, differentiable"
+    run = lambda **batch: functional_call(lm.hf, weights, (), batch | dict(logits_to_keep=n))
+    if not (k := min(shared_prefix(ids), len(ids[0]) - n) if share else 0): return run(**lm.pad(ids), use_cache=False).logits[:, -n:].float()
+    ids = torch.tensor(ids, device=lm.device)
+    cache = run(input_ids=ids[:1, :k], use_cache=True).past_key_values
+    cache.batch_repeat_interleave(len(ids))
+    return run(input_ids=ids[:, k:], past_key_values=cache).logits[:, -n:].float()
+
 def last_logits(
     lm:LM, # model
     weights:dict[str, Tensor], # from `matrices`
@@ -138,12 +155,25 @@ def last_logits(
     share:bool=True, # compute a common beginning once
 ) -> Tensor: # [prompts, vocab], float32
     "Logits after the prompts, differentiable"
-    run = lambda **batch: functional_call(lm.hf, weights, (), batch | dict(logits_to_keep=1))
-    if not (k := shared_prefix(ids) if share else 0): return run(**lm.pad(ids), use_cache=False).logits[:, -1].float()
-    ids = torch.tensor(ids, device=lm.device)
-    cache = run(input_ids=ids[:1, :k], use_cache=True).past_key_values
-    cache.batch_repeat_interleave(len(ids))
-    return run(input_ids=ids[:, k:], past_key_values=cache).logits[:, -1].float()
+    return end_logits(lm, weights, ids, 1, share)[:, 0]
+
+# %% ../nbs/20_finetuning.ipynb #200021b
+def answer_losses(
+    logits:Tensor, # [rows, n, vocab]
+    answers:list[list[int]], # of each row, at most n tokens: those that the last positions predict
+    loss:Callable=_said, # of an `Update`
+    first:bool=False, # those that the first positions predict
+) -> Tensor: # [rows]
+    "-log p of whole answers, or -log(1 - p)"
+    n, device = logits.shape[1], logits.device
+    fill = lambda a: a + [-1] * (n - len(a)) if first else [-1] * (n - len(a)) + a
+    target = torch.tensor([fill(a) for a in answers], device=device)
+    given, target = target >= 0, target.clamp(min=0)
+    said = _said(logits.flatten(0, 1), target.flatten()).view(-1, n) * given
+    if loss is _said: return said.sum(1)
+    before = torch.nn.functional.pad(said[:, :-1].cumsum(1), (1, 0))
+    fails = -before - loss(logits.flatten(0, 1), target.flatten()).view(-1, n)
+    return -fails.masked_fill(~given, -torch.inf).logsumexp(1)
 
 # %% ../nbs/20_finetuning.ipynb #200023
 class _Heard(torch.autograd.Function):
@@ -184,12 +214,13 @@ def fact_losses(
     forget_loss:Callable, # of an `Update`
     own:Callable|None=None, # row -> the slices that hear it; none: all
 ) -> Tensor: # one loss a row
-    "Loss at the last position of the prompts"
+    "Loss at the answers of the prompts"
+    answers = [[r.target, *r.rest] for r in rows]
     with heard(lm, list(values), [own(r) for r in rows]) if own else nullcontext():
-        logits = last_logits(lm, matrices(lm, values), [r.ids for r in rows], share=not own)
-    target, forget = (torch.tensor(x, device=logits.device) for x in ([r.target for r in rows], [r.term == "forget" for r in rows]))
-    nll = _said(logits, target)
-    return nll if forget_loss is _said else torch.where(forget, forget_loss(logits, target), nll)
+        logits = end_logits(lm, matrices(lm, values), [r.ids + a[:-1] for r, a in zip(rows, answers)], max(map(len, answers)), share=not own)
+    nll = answer_losses(logits, answers)
+    if forget_loss is _said: return nll
+    return torch.where(torch.tensor([r.term == "forget" for r in rows], device=logits.device), answer_losses(logits, answers, forget_loss), nll)
 
 def text_losses(
     lm:LM, # model

@@ -13,11 +13,11 @@ from typing import Callable, Iterator, Sequence
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns, torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import pad
 from tqdm.auto import tqdm
 from .evaluation import answer, some, summarise
 from .facts import Fact, Task
-from .finetuning import Edit, draws, edit_jobs
+from .finetuning import Edit, answer_losses, draws, edit_jobs, fact_rows
 from .models import LM
 from .relearning import _panel, asked, chance, halves
 from .store import Refusal, Run
@@ -85,14 +85,17 @@ def logits_behind(
     prompts:dict, # of `read_once`
     rows:Sequence[int], # which of them
     soft:Float[Tensor, "k d_model"], # what stands behind each
-) -> Float[Tensor, "row vocab"]: # float32, differentiable
-    "Run the soft words only"
+    later:Sequence[Sequence[int]]|None=None, # tokens behind the soft words of each; none: nothing
+) -> Float[Tensor, "row vocab"]: # float32, differentiable; with `later` [row, position, vocab], from the last soft word on
+    "Run the soft words, and what is behind them"
     rows, past, k = torch.tensor(rows), deepcopy(prompts["past_key_values"]), len(soft)
     past.batch_select_indices(rows)
-    mask = pad(prompts["attention_mask"][rows], (0, k), value=1)
-    at = prompts["position_ids"][rows, -1:] + torch.arange(1, k + 1, device=lm.device)
-    embeds = soft.to(lm.hf.dtype).expand(len(rows), -1, -1)
-    return lm.hf(inputs_embeds=embeds, attention_mask=mask, position_ids=at, past_key_values=past, logits_to_keep=1).logits[:, -1].float()
+    embeds, n = soft.to(lm.hf.dtype).expand(len(rows), -1, -1), max(map(len, later or [()]))
+    if n: embeds = torch.cat([embeds, lm.hf.get_input_embeddings()(torch.tensor([[*x, *[0] * (n - len(x))] for x in later], device=lm.device))], 1)
+    mask = pad(prompts["attention_mask"][rows], (0, k + n), value=1)
+    at = prompts["position_ids"][rows, -1:] + torch.arange(1, k + n + 1, device=lm.device)
+    logits = lm.hf(inputs_embeds=embeds, attention_mask=mask, position_ids=at, past_key_values=past, logits_to_keep=n + 1).logits.float()
+    return logits[:, -1] if later is None else logits[:, -n - 1:]
 
 # %% ../nbs/32_soft_prompts.ipynb #320010
 LR, MAX_RETAIN = .3, 128 # learning rate; retained facts that are trained along, at most
@@ -112,11 +115,12 @@ def soft_prompt(
     soft, n = random_words(lm, k, seed).requires_grad_(), len(facts)
     facts = [*facts, *some(task.retain, MAX_RETAIN if retain_batch else 0)]
     prompts = read_once(lm, lm.ids([f.prompt for f in facts]))
-    target = torch.tensor([lm.first_token(f.answer) for f in facts], device=lm.device)
+    answers = [[r.target, *r.rest] for r in fact_rows(lm, facts, [f.answer for f in facts], "forget")]
     opt = torch.optim.AdamW([soft], lr=lr * float(random_words(lm, 256).square().mean().sqrt()), weight_decay=0.)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
     for rows in draws(dict(forget=range(n), retain=range(n, len(facts))), dict(forget=batch, retain=retain_batch), steps, seed):
-        each = cross_entropy(logits_behind(lm, prompts, rows, soft), target[rows], reduction="none")
+        said = [answers[i] for i in rows]
+        each = answer_losses(logits_behind(lm, prompts, rows, soft, [a[:-1] for a in said]), said, first=True)
         taught, kept = each[:min(n, batch)], each[min(n, batch):]
         (taught.mean() + (kept.mean() if len(kept) else 0.)).backward()
         opt.step(); schedule.step(); opt.zero_grad()
