@@ -401,7 +401,7 @@ def test_estimate_counts_what_is_known(tmp_path):
 def test_repair_takes_only_what_is_damaged_unless_told(tmp_path):
     for n in "ab": store.save_json(tmp_path / f"{n}.json", n, {})
     (tmp_path / "b.json").write_text("x"); (tmp_path / "run.json").write_text("{")
-    assert [p.name for p in runs.damaged(tmp_path)] == ["b.json"]
+    assert [p.name for p in runs.damaged(tmp_path)] == ["b.json", "run.json"]
     assert [p.name for p in repair(tmp_path)] == ["b.json", "run.json"] and sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "a.json.meta.json"]
     assert [p.name for p in repair(tmp_path, everything=True)] == ["a.json"] and not list(tmp_path.iterdir())
 
