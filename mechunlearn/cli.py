@@ -11,7 +11,7 @@ __all__ = ['LOCALIZATIONS', 'COMMANDS', 'EXAMPLES', 'Parser', 'names', 'numbers'
            'main']
 
 # %% ../nbs/50_cli.ipynb #500002
-import argparse, signal, sys, textwrap
+import argparse, json, signal, sys, textwrap
 from pathlib import Path
 from . import __version__
 from .store import Refusal, choose
@@ -180,37 +180,54 @@ def _dry_run(jobs):
     return 0
 
 # %% ../nbs/50_cli.ipynb #500016
+def _json_lines(*tables):
+    "Print tables as JSON lines, the last one those of what is not available"
+    *tables, gone = tables
+    for t in tables:
+        if len(t): print(t.to_json(orient="records", lines=True).strip())
+    for r in gone.itertuples(): print(json.dumps({"localization": r.what, "note": r.why} if r.stage == "localization" else {"stage": r.stage, "what": r.what, "note": r.why}))
+
 def show_run(
     run_dir, # a finished run folder
     args, # parsed options: json
 ):
     "Print the results of a run, write its report, say where everything is"
     from mechunlearn import report
-    metrics = report.metrics(run_dir)
+    metrics, gone = report.metrics(run_dir), report.unavailable(run_dir)
     page = report.write_report(run_dir)
-    if args.json: print(metrics.to_json(orient="records", lines=True).strip()); return
-    print(report.results_text(report.results_table(metrics)))
+    if args.json: return _json_lines(metrics, gone)
+    print(report.results_text(report.results_table(metrics), gone))
     if len(parts := report.parts_table(metrics)): print("\n" + report.parts_text(parts))
     if len(asked := report.capability_table(metrics)): print("\n" + report.capability_text(asked))
     print(f"\nreport: {page}\nexecuted notebooks: {Path(run_dir)/'notebooks'}")
 
 # %% ../nbs/50_cli.ipynb #500017
+def _layers(run_dir):
+    "The numbers of every method by layer; empty where no map could be made"
+    from mechunlearn.localization import layer_table
+    import pandas as pd
+    return layer_table(run_dir) if any(Path(run_dir).glob("scores/*.parquet")) else pd.DataFrame()
+
+def _print_layers(scores, flu):
+    from mechunlearn.localization import layer_text
+    if not len(scores): return print("No map of the layers was made.\n")
+    print(layer_text(scores, flu) + "\n\n* FLU. Values are of the layer's MLP (probe: accuracy at the subject after the layer), with 95 % intervals\n")
+
 def show_localizations(
     run_dir, # a run folder with localizations
     args, # parsed options: json
 ):
     "Print every method's numbers layer by layer, and what each localization trains"
-    from mechunlearn.localization import layer_table, layer_text
-    from mechunlearn.runs import read_json
+    from mechunlearn import report
     import pandas as pd
-    scores = layer_table(run_dir)
-    made = [read_json(p) for p in sorted(Path(run_dir).glob("localizations/*.json")) if not p.name.endswith(".meta.json")]
-    table = pd.DataFrame([{"localization": m["name"], "n_params": sum(m["sizes"]), "components": " ".join(m["components"])} for m in made])
-    if args.json: print("\n".join(t.to_json(orient="records", lines=True).strip() for t in (scores, table)))
+    scores, made, gone = _layers(run_dir), report.localizations(run_dir), report.unavailable(run_dir)
+    rows = [{"localization": n, "n_params": sum(m["sizes"]), "components": " ".join(m["components"])} for n, m in made.items()]
+    table = pd.DataFrame(rows, columns=["localization", "n_params", "components"])
+    if args.json: _json_lines(scores, table, gone)
     else:
-        flu = [int(c.split(".")[1]) for m in made if m["name"] == "flu" for c in m["components"]]
-        print(layer_text(scores, flu) + "\n\n* FLU. Values are of the layer's MLP (probe: accuracy at the subject after the layer), with 95 % intervals\n")
-        print(table.to_string(index=False, max_colwidth=80))
+        _print_layers(scores, report.flu_layers(made["flu"]) if "flu" in made else [])
+        if rows: print(table.to_string(index=False, max_colwidth=80))
+        print("\n".join([*report.gone_lines(gone, True), *report.gone_lines(gone, False)]))
     print(f"\nscores: {Path(run_dir)/'scores'}\nexecuted notebooks: {Path(run_dir)/'notebooks'}", file=sys.stderr)
 
 # %% ../nbs/50_cli.ipynb #500019
@@ -268,8 +285,8 @@ def show_scorecard(
     "Print the scorecard of a run, write its report"
     from mechunlearn import report
     found, page = report.find(run_dir), report.write_report(run_dir)
-    if args.json: print(found.card.to_json(orient="records", lines=True).strip()); return
-    print(report.scorecard_text(found.card) + "\n")
+    if args.json: return _json_lines(found.card, found.gone)
+    print(report.scorecard_text(found.card, gone=found.gone) + "\n")
     if len(asked := report.capability_table(found.metrics)): print(report.capability_text(asked) + "\n")
     print("\n".join(textwrap.wrap(report.say_scorecard(found.card, found.broken), 118)))
     print(f"\nreport: {page}\nexecuted notebooks: {Path(run_dir)/'notebooks'}")
@@ -371,7 +388,7 @@ def organism(args):
     from mechunlearn import organism as o
     if args.retrain and not args.out: raise Refusal("--retrain needs --out DIR, a new folder")
     result = o.retrain(args.out, kind=args.model) if args.retrain else o.check(args.model)
-    import json, pandas as pd
+    import pandas as pd
     print(pd.DataFrame(result["measured"]).to_string(index=False, float_format="{:.3f}".format), file=sys.stderr)
     print(json.dumps(result, indent=1))
     return 0 if result["passed"] else 1

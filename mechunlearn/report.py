@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['LOOKS', 'FLU', 'TRACING', 'WHICH', 'PLACE', 'MEASURED', 'METRICS', 'EDITED', 'BEYOND', 'ATTACKED', 'SIDE', 'COLUMNS',
-           'KEY', 'LATENT', 'MCQ_CHANCE', 'BARS', 'CLAIMS', 'SCORED', 'WORST', 'SCORE_KEY', 'SPIDER', 'ACROSS',
+           'KEY', 'LATENT', 'MCQ_CHANCE', 'BARS', 'CLAIMS', 'SCORED', 'WORST', 'CARD', 'SCORE_KEY', 'SPIDER', 'ACROSS',
            'SCALED', 'NO_FRONTIER', 'SECTIONS', 'RECORDED', 'printed', 'family', 'look', 'ordered', 'baseline', 'about',
-           'finished', 'records', 'training', 'recorded', 'settings', 'localizations', 'scores', 'per_fact',
-           'summarise', 'metrics', 'Column', 'column_rows', 'results_table', 'results_text', 'results_html',
-           'fact_values', 'compare', 'Chance', 'chance', 'flu_layers', 'plot_probe', 'say_probe', 'plot_components',
-           'say_components', 'plot_trace', 'say_trace', 'trained', 'plot_localizations', 'plot_bars', 'say_bars',
-           'frontier', 'undominated', 'plot_frontier', 'say_frontier', 'plot_relearning', 'say_relearning',
+           'finished', 'records', 'training', 'recorded', 'settings', 'localizations', 'scores', 'notes', 'unavailable',
+           'gone_lines', 'per_fact', 'summarise', 'metrics', 'Column', 'column_rows', 'results_table', 'results_text',
+           'results_html', 'fact_values', 'compare', 'Chance', 'chance', 'flu_layers', 'plot_probe', 'say_probe',
+           'plot_components', 'say_components', 'plot_trace', 'say_trace', 'trained', 'plot_localizations', 'plot_bars',
+           'say_bars', 'frontier', 'undominated', 'plot_frontier', 'say_frontier', 'plot_relearning', 'say_relearning',
            'plot_latent', 'say_latent', 'plot_training', 'say_training', 'before_after', 'Claim', 'orderings',
            'say_orderings', 'plot_orderings', 'say_tally', 'Attack', 'attempts', 'guesses', 'under_attack',
            'compare_attacks', 'scorecard', 'costs', 'broken', 'verdict', 'say_scorecard', 'scorecard_text',
@@ -21,6 +21,7 @@ __all__ = ['LOOKS', 'FLU', 'TRACING', 'WHICH', 'PLACE', 'MEASURED', 'METRICS', '
 
 # %% ../nbs/41_report.ipynb #410002
 import ast, base64, hashlib, html, io, json, re, textwrap, tokenize
+from contextlib import suppress
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -39,7 +40,7 @@ from matplotlib.ticker import NullFormatter
 from matplotlib.transforms import Bbox
 from scipy.optimize import isotonic_regression
 from .stats import choose_best, holm, mcnemar, paired_bootstrap, wilson
-from .store import Refusal, choose, load_json, load_table, save_table, sidecar
+from .store import Broken, Refusal, choose, load_json, load_table, save_table, sidecar
 
 # %% ../nbs/41_report.ipynb #410005
 _S, _M = ("o", "-"), ("s", (0, (4, 1.5)))
@@ -204,6 +205,39 @@ def scores(
     files = [p for p in sorted(Path(run_dir).glob(f"scores/{pattern}.parquet")) if sidecar(p).exists()]
     return pd.concat([load_table(p).assign(method=p.stem) for p in files], ignore_index=True) if files else pd.DataFrame()
 
+# %% ../nbs/41_report.ipynb #c14a0002
+def notes(run_dir):
+    out = {}
+    for f in sorted(Path(run_dir).glob("notes/*.json")):
+        try: out[f.stem] = {str(k): str(v) for k, v in json.loads(f.read_text(encoding="utf-8")).items()}
+        except (OSError, ValueError, AttributeError): raise Broken(f, "it cannot be read") from None
+    return out
+
+def unavailable(
+    run_dir, # a run folder
+) -> pd.DataFrame: # stage, what, why
+    "What was asked for and could not be made"
+    made = localizations(run_dir)
+    rows = [(stage, what, why) for stage, found in notes(run_dir).items() for what, why in found.items() if not (stage == "localization" and what in made)]
+    return pd.DataFrame(rows, columns=["stage", "what", "why"], dtype="str")
+
+
+# %% ../nbs/41_report.ipynb #c14a0003
+def gone_lines(
+    gone:pd.DataFrame|None, # from `unavailable`
+    localizations:bool, # those, or everything else
+    why:bool=True, # say why, or only that
+    width:int=0, # of the column of names
+) -> list[str]: # of at most 118 characters
+    "A row for each thing that is not available"
+    if gone is None: return []
+    rows, out = gone[(gone.stage == "localization") == localizations], []
+    for r in rows.itertuples():
+        name = r.what if localizations or r.what == r.stage else f"{r.stage}, {r.what}"
+        out += textwrap.wrap(f"{name.ljust(width)}  not available" + (f": {r.why}" if why else ""), 118, subsequent_indent=" "*(width + 2))
+    return out
+
+
 # %% ../nbs/41_report.ipynb #410031
 PLACE = ["localization", "draw", "seed", "evaluation", "format", "group", "layer", "setting", "step"]
 MEASURED = {"prob_truth": ("truth", "prob"), "prob_edit": ("edit", "prob"), "top1_truth": ("truth", "top1"), "top1_edit": ("edit", "top1"),
@@ -245,11 +279,12 @@ def _resampled(sums, counts):
 
 # %% ../nbs/41_report.ipynb #410039
 def _estimate(values, clusters, facts, proportion):
-    "Mean of the cluster means, number of different facts, interval"
+    "Mean of the cluster means, number of different facts, interval (nan if a mean has none: one fact, or equal values)"
     values, (_, c), (names, f) = np.asarray(values, float), *(np.unique(np.asarray(x), return_inverse=True) for x in (clusters, facts))
     sums, counts, n = *(np.zeros((c.max() + 1, len(names)), "float32") for _ in "sc"), len(names)
     np.add.at(sums, (c, f), values); np.add.at(counts, (c, f), 1)
     mean = float(np.mean(np.bincount(c, values)/np.bincount(c)))
+    if not proportion and (n < 2 or np.ptp(values) == 0): return mean, n, np.nan, np.nan # nothing varies, so nothing can be said of how far it would
     lo, hi = wilson(float(np.clip(mean, 0, 1))*n, n) if proportion else (mean, mean)
     if not proportion or len(sums) > 1:
         b = np.quantile(_resampled(sums, counts), [.025, .975])
@@ -423,12 +458,14 @@ def _count(x):
     if pd.isna(x) or x == 0: return "–" if pd.isna(x) else "0"
     return f"{x/1e9:.2f}B" if x >= 1e9 else f"{x/1e6:.2f}M" if x >= 1e6 else f"{x/1e3:.0f}k"
 
+def _cell(value, lo, hi): return "–" if pd.isna(value) else f"{value:.2f} [no interval]" if pd.isna(lo) else f"{value:.2f} [{lo:.2f},{hi:.2f}]"
+
 def _arrow(name): return "↑" if COLUMNS[name].good == "high" else "↓"
 
 # %% ../nbs/41_report.ipynb #410062
 def _block(table, names, sizes):
     "One block of the text rendering, with or without the sizes"
-    cell = lambda r, c: "–" if pd.isna(r[(c, "value")]) else f"{r[(c, 'value')]:.2f} [{r[(c, 'lo')]:.2f},{r[(c, 'hi')]:.2f}]"
+    cell = lambda r, c: _cell(*(r[(c, x)] for x in ("value", "lo", "hi")))
     size = lambda r: [_count(r[("params", "value")]), r[("matched", "value")]] if sizes else []
     upper, lower = zip(*[("", *c.rsplit(" ", 1))[-2:] for c in names])
     head = [["", *["", "budget"]*sizes, *upper], ["", *["params", "matched"]*sizes, *(f"{w} {_arrow(c)}" for w, c in zip(lower, names))]]
@@ -440,45 +477,51 @@ def _block(table, names, sizes):
 # %% ../nbs/41_report.ipynb #410063
 def results_text(
     table:pd.DataFrame, # from `results_table`
+    gone:pd.DataFrame|None=None, # from `unavailable`
 ) -> str: # lines of at most 120 characters for names of up to 25
     "The results table for a terminal"
-    out = []
+    out, wide = [], max((len(printed(i)) for i in table.index), default=0)
     for part in (EDITED, BEYOND, ATTACKED, SIDE):
         names = [c for c in COLUMNS if COLUMNS[c].part == part and c in table.columns.get_level_values(0)]
-        if names: out += [part, *_block(table, names, part == EDITED), ""]
+        if names: out += [part, *_block(table, names, part == EDITED), *gone_lines(gone, True, not out, wide), ""]
+    if more := gone_lines(gone, False): out += [*more, ""]
     return "\n".join(out + textwrap.wrap(KEY, 118) + textwrap.wrap(_note(table), 118))
+
 
 # %% ../nbs/41_report.ipynb #410065
 def results_html(
     table:pd.DataFrame, # from `results_table`
     title:str|None=None, # heading
+    gone:pd.DataFrame|None=None, # from `unavailable`
 ) -> GT: # displays itself; `.as_raw_html()` for a page
     "The results table as HTML"
     names = [c for c in COLUMNS if c in table.columns.get_level_values(0)]
     small = "<br><span style='font-size:.78em;color:#666;white-space:nowrap'>"
-    text = lambda value, lo, hi: "–" if pd.isna(value) else f"{value:.2f}{small}{lo:.2f}–{hi:.2f}</span>"
+    text = lambda value, lo, hi: "–" if pd.isna(value) else f"{value:.2f}{small}{'no interval' if pd.isna(lo) else f'{lo:.2f}–{hi:.2f}'}</span>"
     cell = lambda r, c: text(*(r[(c, x)] for x in ("value", "lo", "hi")))
     head = lambda i, r: [printed(i), _count(r[("params", "value")]), r[("matched", "value")]]
     rows = [head(i, r) + [cell(r, c) for c in names] for i, r in table.iterrows()]
+    missing = [] if gone is None else [(r.what, r.why) for r in gone[gone.stage == "localization"].itertuples()]
+    rows += [[name, "not available", *["–"]*(len(names) + 1)] for name, _ in missing]
     shown = pd.DataFrame(rows, columns=["localization", "params", "matched"] + names)
     out = GT(shown, rowname_col="localization", id="results").cols_label(**{"params": "params trained", "matched": "budget-matched"})
     out = out.cols_label({c: _label(table, c) for c in names}).fmt_markdown(names).cols_align("center").cols_align("left", "localization")
     for part in (EDITED, BEYOND, ATTACKED, SIDE):
         if inside := [c for c in names if COLUMNS[c].part == part]: out = out.tab_spanner(part, inside)
-    return _dress(out, shown, title, _note(table))
+    return _dress(out, shown, title, _note(table), *(f"{name} is not available: {why}" for name, why in missing))
 
 # %% ../nbs/41_report.ipynb #410067
 def _label(table, name):
     from great_tables import html as raw
     return raw(f"{name}&nbsp;{_arrow(name)}<br><span style='font-weight:normal;color:#666;white-space:nowrap'>n={_n(table, name)}</span>")
 
-def _dress(out, shown, title, note):
-    "Type sizes, the FLU rows in bold, the note"
+def _dress(out, shown, title, *notes):
+    "Type sizes, the FLU rows in bold, the notes"
     flu = [i for i, n in enumerate(shown.localization) if n.startswith("flu")]
     out = out.tab_style(style.text(weight="bold"), [loc.body(rows=flu), loc.stub(rows=flu)]) if flu else out
     out = out.tab_options(table_font_size="12px", data_row_padding="3px", column_labels_font_size="11px", table_width="100%",
                           table_border_top_style="none", source_notes_font_size="11px")
-    for text in filter(None, [KEY, note]): out = out.tab_source_note(text)
+    for text in filter(None, [KEY, *notes]): out = out.tab_source_note(text)
     return out.tab_header(title) if title else out
 
 # %% ../nbs/41_report.ipynb #410071
@@ -544,7 +587,7 @@ def chance(
     "What guessing gets"
     facts = per_fact(records)
     facts = facts[facts.group.isin(["forget", "retain"]) & (facts.format == "completion") & facts.truth.notna()]
-    facts = facts.drop_duplicates(["seed", "group", "fact"])
+    facts = facts.drop_duplicates(["seed", "group", "fact"]).assign(relation=lambda d: d.relation.astype(object).fillna(""))
     known = facts.groupby("relation", dropna=False).truth.agg(set).to_dict()
     asked = facts[facts.group == "forget"]
     if asked.empty: return Chance(np.nan, np.nan)
@@ -582,7 +625,7 @@ def _mark_layers(ax, flu):
         if t.get_text() in {str(l) for l in flu}: t.set(color="#0072B2", weight="bold")
 
 # %% ../nbs/41_report.ipynb #410089
-def _say(value, lo, hi): return f"{value:.2f} [{lo:.2f}, {hi:.2f}]"
+def _say(value, lo, hi): return f"{value:.2f} [no interval]" if pd.isna(lo) else f"{value:.2f} [{lo:.2f}, {hi:.2f}]"
 
 def _and(names):
     names = list(names)
@@ -596,7 +639,7 @@ def _extremes(rows, good):
     tied = lambda end: rows[np.isclose(rows.value, end.value)].localization
     said = lambda end: f"{_and(ordered(tied(end)))} ({_say(end.value, end.ci_low, end.ci_high)}, n={int(end.n)})"
     rest = rows[~rows.localization.isin(tied(best))]
-    near = rest[(rest.ci_low <= best.ci_high) & (rest.ci_high >= best.ci_low)].localization
+    near = rest[~((rest.ci_low > best.ci_high) | (rest.ci_high < best.ci_low))].localization # one without an interval is told apart from nothing
     text = ("lowest" if good == "low" else "highest") + f" for {said(best)}"
     if rest.empty: return text
     if len(near) == len(rest): return text + "; its interval overlaps all others: no difference seen here"
@@ -832,7 +875,7 @@ def frontier(
     kept = column_rows(metrics, "same subject", measure).set_index(index)
     out = pd.DataFrame({"attack": worst.attack, "robust": 1 - worst.value, "robust_low": 1 - worst.ci_high,
                         "robust_high": 1 - worst.ci_low, "kept": kept.value, "kept_low": kept.ci_low, "kept_high": kept.ci_high, "n": worst.n})
-    return out.assign(attacks=" or ".join(sorted(set(attacks.attack)))).dropna().reset_index()
+    return out.assign(attacks=" or ".join(sorted(set(attacks.attack)))).dropna(subset=["robust", "kept"]).reset_index()
 
 # %% ../nbs/41_report.ipynb #410121
 def undominated(
@@ -908,7 +951,7 @@ def plot_frontier(
 
 # %% ../nbs/41_report.ipynb #410128
 def _frontier_axes(ax, rows, guess):
-    low = max(0, np.floor((np.where(rows.seed == -1, rows.kept_low, rows.kept).min() - .03)*20)/20)
+    low = max(0, np.floor((np.where(rows.seed == -1, rows.kept_low.fillna(rows.kept), rows.kept).min() - .03)*20)/20)
     ax.set(xlim=(low, 1.02), ylim=(-.03, 1.06), title="Robust and specific is up and to the right",
            xlabel="accuracy kept on other facts of the edited subjects", ylabel=f"1 − truth recovered\nby {rows.attacks.iloc[0]}")
     for g, name in zip(guess or (), ("blind guess", "guess, not the edit answer")):
@@ -1136,7 +1179,7 @@ CLAIMS = [
 
 # %% ../nbs/41_report.ipynb #410155
 def _verdict(row, good, equal):
-    clear = row.p_holm < .05 and (row.ci_low > 0 or row.ci_high < 0)
+    clear = row.p_holm < .05 and not row.ci_low <= 0 <= row.ci_high
     if not clear: return "no difference seen"
     if equal: return "differs"
     return "appears" if (row.difference > 0) == (good == "low") else "reversed"
@@ -1259,7 +1302,7 @@ def attempts(
 def _chosen(tables, guess):
     "Per fact of each group under the variants chosen on the other half of the forget facts, for one edit"
     table = tables["forget"].dropna(axis=1, how="all")
-    best = choose_best(table - guess)
+    best = choose_best(table - (np.nan_to_num(guess) if isinstance(guess, float) else guess.fillna(0)))
     values = {"forget": pd.concat([table.loc[rows, v] for rows, v in best])}
     values |= {g: t.reindex(columns=[v for _, v in best]).mean(axis=1) for g, t in tables.items() if g != "forget"}
     out = pd.concat({g: v.dropna().rename("value") for g, v in values.items()}, names=["group"]).reset_index()
@@ -1323,6 +1366,8 @@ def _card_rows(rows, pooled):
     every = ["localization", "seed", "attack", "which", "guess", *(f"{g}_{k}" for g in ("forget", "ghost", "retain") for k in ("value", "n", "low", "high"))]
     return pd.DataFrame(out, columns=every).rename(columns={"forget_value": "value", "forget_n": "n", "forget_low": "ci_low", "forget_high": "ci_high"})
 
+CARD = ["localization", "seed", "attack", "which", "guess", "value", "n", "ci_low", "ci_high", "retain_value", "ghost_value", "difference", "p_holm"]
+
 def scorecard(
     data, # records, the table of `per_fact`, or that of `under_attack`
     seconds:pd.DataFrame|None=None, # from `costs`
@@ -1363,7 +1408,8 @@ def broken(
     before, out = rows[rows.localization == "none"], {}
     for name, after in rows[rows.localization != "none"].groupby("localization", sort=False):
         same = before[before.seed.isin(after.seed)]
-        if len(same) and (why := destroyed(same, after)): out[name] = why
+        with suppress(Refusal): # nothing was asked that it could be judged by
+            if len(same) and (why := destroyed(same, after)): out[name] = why
     return out
 
 # %% ../nbs/41_report.ipynb #5ba8264c
@@ -1371,6 +1417,7 @@ def verdict(
     row, # of `scorecard`, the worst case
 ) -> str:
     "What the worst case says about an edit"
+    if pd.isna(row.ci_low): return "no interval, hence no verdict"
     sure = max(row.guess if row.guess == row.guess else 0., row.ghost_value if row.ghost_value == row.ghost_value else 0.)
     if row.ci_low > sure: return "exposed"
     return "no difference seen from guessing" if row.ci_high >= sure else "below guessing"
@@ -1395,11 +1442,12 @@ def _score_cell(r):
     if r is None or pd.isna(r.value): return "–", ""
     kept = f"kept {r.retain_value:.2f}" if r.retain_value == r.retain_value else ""
     took = f"{r.seconds:.0f} s" if "seconds" in r and r.seconds == r.seconds else ""
-    return f"{r.value:.2f} [{r.ci_low:.2f},{r.ci_high:.2f}]{'*' if r.p_holm < .05 else ''}", ", ".join(filter(None, [kept, took]))
+    return f"{_cell(r.value, r.ci_low, r.ci_high)}{'*' if r.p_holm < .05 else ''}", ", ".join(filter(None, [kept, took]))
 
 def scorecard_text(
     card:pd.DataFrame, # from `scorecard`
     across:int=4, # attacks beside one another
+    gone:pd.DataFrame|None=None, # from `unavailable`
 ) -> str: # lines of at most 120 characters
     "The scorecard for a terminal"
     card = card[card.seed == -1]
@@ -1410,7 +1458,9 @@ def scorecard_text(
         lines = [["", *part], ["", *(_score_head(card[card.attack == a]) for a in part)]]
         for n in names: lines += [[i, *c] for i, c in zip((printed(n), ""), zip(*(_score_cell(at.get((n, a))) for a in part)))]
         wide = [max(len(l[j]) for l in lines) for j in range(len(part) + 1)]
-        out += ["  ".join(x.ljust(w) if j == 0 else x.rjust(w) for j, (x, w) in enumerate(zip(l, wide))).rstrip() for l in lines] + [""]
+        out += ["  ".join(x.ljust(w) if j == 0 else x.rjust(w) for j, (x, w) in enumerate(zip(l, wide))).rstrip() for l in lines]
+        out += [*gone_lines(gone, True, len(out) < 2 + len(lines), wide[0]), ""]
+    if more := gone_lines(gone, False): out += [*more, ""]
     worst = card[card.attack == WORST].set_index("localization").which
     out += textwrap.wrap("Worst case: " + "; ".join(f"{printed(n)} by {worst[n]}" for n in names if n in worst) + ".", 118)
     return "\n".join(out + textwrap.wrap(SCORE_KEY + (" * differs from FLU (paired, Holm, p < .05)." if card.p_holm.notna().any() else ""), 118))
@@ -1521,7 +1571,7 @@ def at_worst(
     worst = card[(card.attack == WORST) & (card.localization != "none")].set_index(["localization", "seed"])
     out = pd.DataFrame({"attack": worst.which, "robust": 1 - worst.value, "robust_low": 1 - worst.ci_high, "robust_high": 1 - worst.ci_low,
                         "kept": kept.value, "kept_low": kept.ci_low, "kept_high": kept.ci_high, "n": worst.n})
-    return out.assign(attacks=f"the worst of {card.attack.nunique() - 1} attacks").dropna().reset_index()
+    return out.assign(attacks=f"the worst of {card.attack.nunique() - 1} attacks").dropna(subset=["robust", "kept"]).reset_index()
 
 # %% ../nbs/41_report.ipynb #dba88b2d
 def over_rates(
@@ -1623,6 +1673,7 @@ class Found(NamedTuple):
     settings: pd.DataFrame # learning rates
     old: list # tables made with other settings, not used
     made: list # provenance of every artefact
+    gone: pd.DataFrame # from `unavailable`
 
     @property
     def flu(self): # layers of FLU's MLPs
@@ -1644,11 +1695,11 @@ def find(
     sidecars = [p for p in sorted(Path(run_dir).rglob("*.meta.json")) if p != sidecar(Path(run_dir)/"metrics.parquet")]
     made = [json.loads(p.read_text())["provenance"] for p in sidecars]
     facts = per_fact(records(run_dir)) if done else None
-    card = scorecard(facts, costs(run_dir)) if done and (facts.group == "forget").any() else pd.DataFrame()
+    card = scorecard(facts, costs(run_dir)) if done and (facts.group == "forget").any() else pd.DataFrame(columns=CARD)
     return Found(run, facts, card, {} if facts is None else broken(facts), metrics(run_dir) if done else pd.DataFrame(columns=METRICS),
                  scores(run_dir, "probing"), scores(run_dir, "causal-tracing-*"), scores(run_dir, "trace-grid*"),
                  pd.concat([scores(run_dir, "direct-effect"), scores(run_dir, "to-extraction")], ignore_index=True), where, training(run_dir),
-                 settings(run_dir), [f"{p.parts[-3]}/{p.parts[-2]}" for p in finished(run_dir).query("not used").path], made)
+                 settings(run_dir), [f"{p.parts[-3]}/{p.parts[-2]}" for p in finished(run_dir).query("not used").path], made, unavailable(run_dir))
 
 # %% ../nbs/41_report.ipynb #410171
 def _image(fig, alt):
@@ -1664,7 +1715,10 @@ def _one_seed(f):
 
 def _shown(fig, says): return f"<figure>{_image(fig, says)}<figcaption>{html.escape(says)}</figcaption></figure>"
 
-def _missing(what, stage):
+def _missing(f, what, stage, name=""):
+    "Why something is not there: it could not be made, or its stage has not run"
+    why = "; ".join(dict.fromkeys(f.gone[f.gone.stage == (name or stage)].why))
+    if why: return f'<p class="missing">{html.escape(what)} is not available: {html.escape(why.rstrip("."))}.</p>'
     return f'<p class="missing">{html.escape(what)} is missing: the stage <b>{stage}</b> has not run for this folder.</p>'
 
 def _html_table(df): return '<div class="wide">' + df.to_html(index=False, border=0, na_rep="–", justify="left") + "</div>"
@@ -1708,16 +1762,18 @@ def _done(f):
     return f'<table class="facts">{rows}</table>'
 
 def _results(f):
-    if not f.has("standard"): return _missing("The results table", "evaluation")
-    return _one_seed(f) + f'<div class="wide">{results_html(results_table(f.metrics)).as_raw_html()}</div>'
+    if not f.has("standard"): return _missing(f, "The results table", "evaluation")
+    return _one_seed(f) + f'<div class="wide">{results_html(results_table(f.metrics), gone=f.gone).as_raw_html()}</div>'
+
+def _not_made(f): return _html_table(f.gone) if len(f.gone) else ""
 
 # %% ../nbs/41_report.ipynb #410178
 def _map(f):
-    draw = lambda plot, say, data, what, stage: _shown(plot(data, f.flu), say(data, f.flu)) if len(data) else _missing(what, stage)
-    out = draw(plot_probe, say_probe, f.curve, "The probe curve", "probing")
-    out += draw(plot_components, say_components, f.traced, "The tracing map", "output tracing")
-    out += draw(plot_trace, say_trace, f.grid, "The map by token", "output tracing")
-    if not f.where: return out + _missing("The list of localizations", "localization")
+    draw = lambda plot, say, data, what, stage, name: _shown(plot(data, f.flu), say(data, f.flu)) if len(data) else _missing(f, what, stage, name)
+    out = draw(plot_probe, say_probe, f.curve, "The probe curve", "probing", "probing")
+    out += draw(plot_components, say_components, f.traced, "The tracing map", "output tracing", "tracing")
+    out += draw(plot_trace, say_trace, f.grid, "The map by token", "output tracing", "tracing")
+    if not f.where: return out + _missing(f, "The list of localizations", "localization")
     if not any(w["components"] for w in f.where.values()): return out + f"<p>{html.escape(say_localizations(f.where))}</p>" # edited elsewhere, in parts of components
     return out + _shown(plot_localizations(trained(f.where)), say_localizations(f.where))
 
@@ -1750,7 +1806,7 @@ def parts_text(
     table:pd.DataFrame, # from `parts_table`
 ) -> str: # a line a localization
     "The same for a terminal: after its own training > at the end"
-    cell = table.assign(text=[f"{r.value:.2f} [{r.ci_low:.2f},{r.ci_high:.2f}]" for r in table.itertuples()])
+    cell = table.assign(text=[_cell(r.value, r.ci_low, r.ci_high) for r in table.itertuples()])
     wide = cell.pivot(index=["localization", "part"], columns="when", values="text").reset_index()
     wide["cell"] = wide["own training"] + " > " + wide["end"]
     n = table.groupby("part").n.max()
@@ -1772,7 +1828,7 @@ def capability_text(
 ) -> str: # a line a localization
     "The same for a terminal"
     n = table.groupby("what").n.max()
-    cell = table.assign(text=[f"{r.value:.2f} [{r.ci_low:.2f},{r.ci_high:.2f}]" for r in table.itertuples()], what=[f"{w} (n={n[w]})" for w in table.what])
+    cell = table.assign(text=[_cell(r.value, r.ci_low, r.ci_high) for r in table.itertuples()], what=[f"{w} (n={n[w]})" for w in table.what])
     wide = cell.pivot(index="localization", columns="what", values="text").loc[ordered(cell.localization)]
     return "Right answers, and nats a token of text\n" + wide.rename(index=printed).rename_axis(index=None, columns=None).to_string()
 
@@ -1827,8 +1883,9 @@ def plot_scale(
 
 # %% ../nbs/41_report.ipynb #410181
 def _edits(f):
-    if not f.has("standard"): return _missing("The comparison", "evaluation")
-    return _shown(plot_bars(f.metrics, guess=f.guess), say_bars(f.metrics, guess=f.guess))
+    if not f.has("standard"): return _missing(f, "The comparison", "evaluation")
+    if not (says := say_bars(f.metrics, guess=f.guess)): return f'<p class="missing">None of {", ".join(BARS)} was measured.</p>'
+    return _shown(plot_bars(f.metrics, guess=f.guess), says)
 
 NO_FRONTIER = "These facts have no other facts about the edited subjects, so there is no frontier of robustness against side effects."
 
@@ -1837,8 +1894,9 @@ def _parts(f):
     return _shown(plot_parts(f.metrics), say_parts(table))
 
 def _card(f):
-    if not f.has("standard"): return _missing("The scorecard", "evaluation")
-    return _shown(plot_scorecard(f.card), say_scorecard(f.card, f.broken)) + f"<pre>{html.escape(scorecard_text(f.card))}</pre>"
+    if not f.has("standard"): return _missing(f, "The scorecard", "evaluation")
+    if not len(f.card): return '<p class="missing">No edited fact was asked.</p>'
+    return _shown(plot_scorecard(f.card), say_scorecard(f.card, f.broken)) + f"<pre>{html.escape(scorecard_text(f.card, gone=f.gone))}</pre>"
 
 def _capable(f):
     if not len(table := capability_table(f.metrics)): return ""
@@ -1848,28 +1906,29 @@ def _spider(f):
     return _shown(plot_spider(f.metrics), "Outside is better on every axis.") if f.has("standard") else ""
 
 def _frontier(f):
-    if not f.has("standard"): return _missing("The frontier", "evaluation")
+    if not f.has("standard"): return _missing(f, "The frontier", "evaluation")
     if not len(rows := at_worst(f.card, f.metrics)): return f'<p class="missing">{NO_FRONTIER}</p>'
-    only = "" if f.has("relearning") else _missing("Robustness here is that of questions alone. The relearning attack", "relearning")
+    only = "" if f.has("relearning") else _missing(f, "Robustness here is that of questions alone. The relearning attack", "relearning")
     return only + _shown(plot_frontier(f.metrics, guess=f.guess, rows=rows), say_frontier(f.metrics, rows=rows))
 
 def _relearn(f):
-    if not f.has("relearning"): return _missing("The relearning attack", "relearning")
+    if not f.has("relearning") or not len(_relearning(f.metrics, "forget", "top1")): return _missing(f, "The relearning attack", "relearning")
     return _shown(plot_relearning(f.metrics, guess=f.guess), say_relearning(f.metrics, guess=f.guess))
 
 # %% ../nbs/41_report.ipynb #410183
 def _probes(f):
-    if not f.has("latent"): return _missing("Latent knowledge", "latent knowledge")
+    if not f.has("latent"): return _missing(f, "Latent knowledge", "latent knowledge", "latent")
     return _shown(plot_latent(f.metrics), say_latent(f.metrics))
 
 def _train(f):
-    if not len(f.curves): return _missing("The training curves", "fine-tuning")
+    if not len(f.curves): return _missing(f, "The training curves", "fine-tuning", "finetuning")
     return _shown(plot_training(f.curves), say_training(f.curves)) + (_html_table(f.settings) if len(f.settings) else "")
 
 # %% ../nbs/41_report.ipynb #410184
 def _examples(f):
-    if not f.has("standard"): return _missing("The list of answers", "evaluation")
-    table = before_after(f.facts).astype(object).fillna("–").map(html.escape) # unlearning installs no answer
+    if not f.has("standard"): return _missing(f, "The list of answers", "evaluation")
+    if not len(table := before_after(f.facts)): return '<p class="missing">No edited fact was completed.</p>'
+    table = table.astype(object).fillna("–").map(html.escape) # unlearning installs no answer
     for c in table.columns[table.columns.get_loc("before") + 1:]:
         table[c] = [_coloured(a, r) for a, r in zip(table[c], table.to_dict("records"))]
     return '<div class="wide">' + table.to_html(index=False, border=0, escape=False, justify="left") + "</div>"
@@ -1883,7 +1942,7 @@ def _coloured(answer, row):
 # %% ../nbs/41_report.ipynb #410186
 def _claims(f):
     tests = orderings(f.facts) if f.facts is not None else []
-    if not len(tests): return _missing("A comparison with FLU (it needs FLU and one other localization)", "evaluation")
+    if not len(tests): return _missing(f, "A comparison with FLU (it needs FLU and one other localization)", "evaluation")
     lines = "".join(f"<li>{html.escape(x)}</li>" for x in say_orderings(tests))
     return _shown(plot_orderings(tests), say_tally(tests)) + f"<ul>{lines}</ul>"
 
@@ -1893,6 +1952,7 @@ def _again(f): return f"<pre>{html.escape(command(f))}</pre>"
 SECTIONS = {
     "What was done": (_done, ""),
     "Results": (_results, "Pooled over seeds and draws. Apart from paraphrases, ‘The edit’ is what training asked for; the rest was never trained."),
+    "Not available": (_not_made, "Asked for, but it could not be made for these facts and this model."),
     "The map": (_map, "Where the model keeps the facts, by several methods, and which weights each localization therefore trains."),
     "Edits compared": (_edits,
         "Bars pool all seeds and draws, with 95 % intervals; dots are single ones. Dotted lines: guessing. Hatched: MLPs only."),
