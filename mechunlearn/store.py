@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'PACKAGES', 'SAVE', 'LOAD', 'Refusal', 'Broken', 'Unavailable', 'choose', 'cause_hash', 'threads',
-           'provenance', 'sidecar', 'remove', 'sha256', 'save', 'save_table', 'save_tensors', 'save_json', 'write_json',
-           'read_json', 'read_meta', 'load_table', 'load_tensors', 'load_json', 'state', 'make', 'Run', 'plain_name',
-           'note', 'notes']
+           'provenance', 'named', 'sidecar', 'remove', 'sha256', 'save', 'save_table', 'save_tensors', 'save_json',
+           'write_json', 'read_json', 'read_meta', 'load_table', 'load_tensors', 'load_json', 'state', 'make', 'Run',
+           'plain_name', 'note', 'notes']
 
 # %% ../nbs/03_store.ipynb #030002
 from contextlib import contextmanager, suppress
@@ -125,14 +125,17 @@ def _replace(path, write, flush=True):
             with open(tmp, "rb+") as f: os.fsync(f.fileno())
         os.replace(tmp, path)
     except Exception as e:
-        if (named := _named(e, path)) is e: raise
-        raise named from e
+        if named(e, path) is e: raise
+        raise named(e, path) from e
     finally:
         with suppress(OSError): tmp.unlink(missing_ok=True)
 
 # %% ../nbs/03_store.ipynb #03002402
-def _named(error, path):
-    "The same error, with the name of the file that could not be written"
+def named(
+    error:Exception, # raised while a file was written
+    path, # the file
+) -> Exception: # the same one if it is not about writing
+    "An error with the name of the file that could not be written"
     full = "No space left on device" in str(error)
     if not (full or isinstance(error, OSError)): return error
     return OSError(errno.ENOSPC if full else error.errno or errno.EIO, "No space left on device" if full else error.strerror or str(error), str(path))

@@ -145,3 +145,96 @@ def test_links_in_a_circle_are_not_followed(two_runs):
     (root / "flu/loop").symlink_to(root); (root / "self").symlink_to(root / "self"); (two_runs / "up").symlink_to(two_runs); (root / "notes/gone.json").symlink_to("nowhere")
     assert len(runs.status(two_runs)) == 2 and runs.damaged(root) == [] and len(runs.edits_in(root)) == 1
     with runs.lock(root): pass
+
+
+# ---- the working folder, the home, the disk
+
+EVIL = ("yaml", "mechunlearn", "torch", "random", "pathlib", "fnmatch", "papermill", "tqdm", "ipykernel_launcher", "sitecustomize")
+
+
+def stage_of(folder, code):
+    from test_runs import notebook
+    return notebook(folder / "only.ipynb", (code, None))
+
+
+@pytest.fixture
+def evil_folder(tmp_path, monkeypatch):
+    "A working folder whose modules have the names of others"
+    (tmp_path / "evil").mkdir(); monkeypatch.chdir(tmp_path / "evil")
+    for name in EVIL: (tmp_path / "evil" / f"{name}.py").write_text(f"open({str(tmp_path / 'taken')!r}, 'a').write({name!r}); raise SystemExit('the wrong module')")
+    return tmp_path
+
+
+def test_workers_and_kernels_do_not_import_from_the_working_folder(evil_folder, monkeypatch):
+    home = evil_folder / "home"
+    for d in (home / ".ipython/profile_default/startup", home / "bin"): d.mkdir(parents=True)
+    (home / ".ipython/profile_default/startup/00.py").write_text("raise SystemExit('a startup file')\n")
+    (home / "start.py").write_text("raise SystemExit('a startup file')\n"); (home / "mine.py").write_text("found = 7")
+    monkeypatch.setenv("HOME", str(home)); monkeypatch.setenv("PYTHONSTARTUP", str(home / "start.py"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", str(home), os.environ.get("PYTHONPATH", ""), ""]))
+    stage = stage_of(evil_folder, """
+import sys, os, yaml, torch, random, fnmatch, papermill, mechunlearn, mine
+from mechunlearn.store import make
+make(f'{run_dir}/only-0.json', {}, lambda: [sys.path, mine.found, os.getcwd(), __import__('matplotlib').get_configdir()])""")
+    job = Job(model="m", run_dir=str(evil_folder / "out/m/t"))
+    out = runs.run_batch([job], quiet=True, stages=(stage,))[0]
+    assert out["state"] == "done", out
+    path, found, cwd, config = json.loads((evil_folder / "out/m/t/only-0.json").read_text())
+    assert "" not in path and cwd not in path and cwd == str(evil_folder / "evil") and found == 7 and not (evil_folder / "taken").exists()
+    assert config.startswith(str(home)) and not (home / ".ipython/profile_default/history.sqlite").exists()
+
+
+def test_a_working_folder_on_the_python_path_is_used(evil_folder, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(evil_folder / "evil"), os.environ.get("PYTHONPATH", "")]))
+    for f in (evil_folder / "evil").iterdir(): f.unlink()
+    (evil_folder / "evil/mine.py").write_text("found = 7")
+    stage = stage_of(evil_folder, "import mine\nfrom mechunlearn.store import make\nmake(f'{run_dir}/only-0.json', {}, lambda: mine.found)")
+    assert runs.run_batch([Job(model="m", run_dir="out/m/t")], quiet=True, stages=(stage,))[0]["state"] == "done"
+
+
+@pytest.mark.parametrize("home", ["/proc/nowhere", "/dev/null/home", "/sys"])
+def test_a_home_that_cannot_be_written_is_none_of_our_business(tmp_path, monkeypatch, home):
+    monkeypatch.setenv("HOME", home)
+    for v in ("XDG_CONFIG_HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME", "JUPYTER_RUNTIME_DIR", "MPLCONFIGDIR", "IPYTHONDIR"): monkeypatch.delenv(v, raising=False)
+    stage = stage_of(tmp_path, "import matplotlib.pyplot as plt\nplt.plot([1]);\nfrom mechunlearn.store import make\nmake(f'{run_dir}/only-0.json', {}, lambda: 1)")
+    job = Job(model="m", run_dir=str(tmp_path / "out/m/t"))
+    assert runs.run_batch([job], quiet=True, stages=(stage,))[0]["state"] == "done"
+    assert "not a writable" not in (tmp_path / "out/m/t/notebooks/only.ipynb").read_text()
+
+
+@pytest.mark.parametrize("out", ["/proc/x", "/dev/null", "/dev/null/x/y", "/sys/x"])
+def test_a_folder_that_cannot_be_written_is_refused_before_work(out):
+    with pytest.raises(Refusal, match="cannot write to .*choose another --out"): runs.run_batch([Job(model="m", run_dir=out + "/m/t")], quiet=True)
+    with pytest.raises(Refusal, match="cannot write to"), runs.lock(out): pass
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    def full(tmp): raise OSError(28, "No space left on device")
+    class Rust(Exception): pass
+    def rust(tmp): raise Rust("I/O error: No space left on device (os error 28)")
+    for write in (full, rust):
+        with pytest.raises(OSError, match="edit.safetensors") as e: store.save(tmp_path / "edit.safetensors", {}, write)
+        assert e.value.errno == 28 and e.value.filename == str(tmp_path / "edit.safetensors")
+    said, refused = runs.explain("OSError", str(e.value))
+    assert "the disk is full" in said and "edit.safetensors" in said and not refused
+    stage = stage_of(tmp_path, "raise OSError(28, 'No space left on device', 'a.parquet')")
+    with pytest.raises(runs.Failed, match="the disk is full .*a.parquet"): runs.execute(stage, Job(model="m", run_dir=str(tmp_path)), tmp_path / "nb")
+    import papermill
+    monkeypatch.setattr(papermill, "execute_notebook", lambda *a, **kw: full(None))
+    with pytest.raises(runs.Failed, match="the disk is full .*only.ipynb"): runs.execute(stage, Job(model="m", run_dir=str(tmp_path)), tmp_path / "nb")
+
+
+def test_a_killed_kernel_is_not_out_of_memory_unless_the_system_says_so(tmp_path, monkeypatch):
+    stage = stage_of(tmp_path, "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
+    go = lambda: runs.execute(stage, Job(model="m", run_dir=str(tmp_path)), tmp_path / "nb")
+    with pytest.raises(runs.Failed, match="^the kernel died: it was killed"): go()
+    kills = iter((3, 4)); monkeypatch.setattr(runs, "out_of_memory_kills", lambda: next(kills))
+    with pytest.raises(runs.Failed, match="^out of memory .*--batch-size"): go()
+
+
+def test_the_lock_leaves_temporaries_of_a_living_process(tmp_path):
+    mine, dead = tmp_path / f".a.json.{os.getpid()}-ab.tmp", tmp_path / ".a.json.99999999-ab.tmp"
+    mine.write_text(""); dead.write_text("")
+    with runs.lock(tmp_path): assert mine.exists() and not dead.exists()
+    os.utime(mine, (0, 0)) # older than the process: of another one with this number
+    with runs.lock(tmp_path): assert not mine.exists()
