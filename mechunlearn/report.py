@@ -6,7 +6,7 @@
 __all__ = ['LOOKS', 'FLU', 'TRACING', 'WHICH', 'PLACE', 'MEASURED', 'METRICS', 'EDITED', 'BEYOND', 'ATTACKED', 'SIDE', 'COLUMNS',
            'KEY', 'LATENT', 'MCQ_CHANCE', 'BARS', 'CLAIMS', 'SCORED', 'WORST', 'CARD', 'SCORE_KEY', 'SPIDER', 'ACROSS',
            'SCALED', 'NO_FRONTIER', 'SECTIONS', 'RECORDED', 'printed', 'family', 'look', 'ordered', 'baseline', 'about',
-           'finished', 'records', 'training', 'recorded', 'settings', 'localizations', 'scores', 'notes', 'unavailable',
+           'finished', 'records', 'training', 'recorded', 'settings', 'localizations', 'scores', 'unavailable',
            'gone_lines', 'per_fact', 'summarise', 'metrics', 'Column', 'column_rows', 'results_table', 'results_text',
            'results_html', 'fact_values', 'compare', 'Chance', 'chance', 'flu_layers', 'plot_probe', 'say_probe',
            'plot_components', 'say_components', 'plot_trace', 'say_trace', 'trained', 'plot_localizations', 'plot_bars',
@@ -40,7 +40,7 @@ from matplotlib.ticker import NullFormatter
 from matplotlib.transforms import Bbox
 from scipy.optimize import isotonic_regression
 from .stats import choose_best, holm, mcnemar, paired_bootstrap, wilson
-from .store import Broken, Refusal, choose, load_json, load_table, save_table, sidecar
+from .store import Broken, Refusal, choose, load_json, load_table, notes, read_json, save_table, sidecar
 
 # %% ../nbs/41_report.ipynb #410005
 _S, _M = ("o", "-"), ("s", (0, (4, 1.5)))
@@ -118,17 +118,30 @@ def about(
     file = Path(run_dir)/"run.json"
     if not file.exists():
         raise Refusal(f"{run_dir} holds no run.json: give the folder of one run, such as runs/organism/sports-athlete-editing-64")
-    return json.loads(file.read_text())
+    run = read_json(file, dict)
+    if not (isinstance(run.get("options"), dict) and {"model", "revision", "task"} <= run.keys()): raise Broken(file, "it is not a run description")
+    return run
 
 # %% ../nbs/41_report.ipynb #410020
 _HOW = ("training", "edited", "evaluation", "relearning", "low_resource", "relearning_grid", "latent", "soft", "hardened", "generation", "capability") # causes that all seeds and draws of a localization share
+
+def _in_edits(run_dir, name):
+    "Finished files of this name below `<localization>/seed<k>/`; `seed0.bak` is no seed"
+    return [p for p in sorted(Path(run_dir).glob(f"*/seed*/{name}")) if re.fullmatch("seed[0-9]+", p.parts[-2]) and sidecar(p).exists()]
+
+def _meta(file):
+    "What is kept beside an artefact"
+    meta = read_json(sidecar(file), dict) or {}
+    if not (isinstance(meta.get("causes"), dict) and isinstance(meta.get("provenance"), dict) and "hash" in meta and "time" in meta["provenance"]):
+        raise Broken(file, "its sidecar .meta.json cannot be read")
+    return meta
 
 def finished(
     run_dir, # a run folder
 ) -> pd.DataFrame: # path, name, stem, how (its settings), time, used
     "The finished tables below `<localization>/seed<k>/`, and which of them were made with the newest settings"
-    files = [p for p in sorted(Path(run_dir).glob("*/seed*/*.parquet")) if sidecar(p).exists()]
-    meta = [json.loads(sidecar(p).read_text()) for p in files]
+    files = [p for p in _in_edits(run_dir, "*.parquet")]
+    meta = [_meta(p) for p in files]
     how = [json.dumps({k: m["causes"].get(k) for k in _HOW}, sort_keys=True) for m in meta]
     t = pd.DataFrame({"path": files, "name": [family(p.parts[-3]) for p in files], "stem": [p.stem for p in files], "how": how,
                       "time": [m["provenance"]["time"] for m in meta]})
@@ -181,7 +194,7 @@ def settings(
     run_dir, # a run folder
 ) -> pd.DataFrame: # localization, lr, inject, steps, seeds; empty if nothing was trained
     "How every edit was trained"
-    files = [p for p in sorted(Path(run_dir).glob("*/seed*/edit.json")) if sidecar(p).exists()]
+    files = _in_edits(run_dir, "edit.json")
     rows = [{"localization": family(p.parts[-3])} | {k: load_json(p)["config"].get(k) for k in ("lr", "inject", "steps")} for p in files]
     if not rows: return pd.DataFrame()
     out = pd.DataFrame(rows).groupby(["localization", "lr", "inject", "steps"], dropna=False).size().rename("edits").reset_index()
@@ -206,13 +219,6 @@ def scores(
     return pd.concat([load_table(p).assign(method=p.stem) for p in files], ignore_index=True) if files else pd.DataFrame()
 
 # %% ../nbs/41_report.ipynb #c14a0002
-def notes(run_dir):
-    out = {}
-    for f in sorted(Path(run_dir).glob("notes/*.json")):
-        try: out[f.stem] = {str(k): str(v) for k, v in json.loads(f.read_text(encoding="utf-8")).items()}
-        except (OSError, ValueError, AttributeError): raise Broken(f, "it cannot be read") from None
-    return out
-
 def unavailable(
     run_dir, # a run folder
 ) -> pd.DataFrame: # stage, what, why
@@ -1390,7 +1396,7 @@ def costs(
     stems = {"standard": "evaluation", "low-resource": "low_resource", "relearning-grid": "relearning_grid", "soft-prompt": "soft"}
     times = {}
     for p in finished(run_dir).query("used").itertuples():
-        took = json.loads(sidecar(p.path).read_text())["provenance"].get("seconds")
+        took = _meta(p.path)["provenance"].get("seconds")
         if took is not None: times.setdefault((p.name, p.stem), []).append(took)
     rows = [dict(localization=n, attack=a.name, seconds=np.mean(t)) for (n, stem), t in times.items() for a in SCORED.values()
             if stem == stems.get(a.evaluation, a.evaluation)]
@@ -1692,8 +1698,8 @@ def find(
     "Read a run folder, finished or not"
     run, where = about(run_dir), localizations(run_dir)
     done = next(_tables(run_dir, lambda stem: stem != "training"), None) is not None
-    sidecars = [p for p in sorted(Path(run_dir).rglob("*.meta.json")) if p != sidecar(Path(run_dir)/"metrics.parquet")]
-    made = [json.loads(p.read_text())["provenance"] for p in sidecars]
+    made = [Path(str(p).removesuffix(".meta.json")) for p in sorted(Path(run_dir).rglob("*.meta.json"))]
+    made = [_meta(p)["provenance"] for p in made if p != Path(run_dir)/"metrics.parquet"]
     facts = per_fact(records(run_dir)) if done else None
     card = scorecard(facts, costs(run_dir)) if done and (facts.group == "forget").any() else pd.DataFrame(columns=CARD)
     return Found(run, facts, card, {} if facts is None else broken(facts), metrics(run_dir) if done else pd.DataFrame(columns=METRICS),
@@ -2034,8 +2040,7 @@ def write_report(
     path.write_text(page(found), encoding="utf-8")
     return path
 
-def _hashes(run_dir): return {"/".join(p.parts[-3:-1] + (p.stem,)): json.loads(sidecar(p).read_text())["hash"]
-                              for p in sorted(Path(run_dir).glob("*/seed*/*.parquet")) if sidecar(p).exists()}
+def _hashes(run_dir): return {"/".join(p.parts[-3:-1] + (p.stem,)): _meta(p)["hash"] for p in _in_edits(run_dir, "*.parquet")}
 
 # %% ../nbs/41_report.ipynb #410194
 def _code(text):

@@ -83,7 +83,7 @@ def test_one_fact_and_equal_values_have_no_interval():
     one = pd.DataFrame({"fact": ["a"], "top1_truth": [1.], "prob_truth": [.7]}).assign(localization="flu", draw=0, seed=0, group="forget", format="completion", evaluation="standard", truth="x")
     m = r.summarise(one).query("seed == -1").set_index("measure")
     assert m.ci_low.isna()["prob"] and m.ci_low["top1"] < .3 and m.ci_high["top1"] == 1 # Wilson's interval of one fact is wide, not none
-    assert "0.70 [no interval]" in r.results_text(r.results_table(r.summarise(one), "prob"))
+    assert "0.30 [no interval]" in r.results_text(r.results_table(r.summarise(one), "prob"))
     same = pd.concat([one.assign(fact=f, prob_truth=.9) for f in "abcd"])
     assert r.summarise(same).query("measure == 'prob'").ci_high.isna().all()
 
