@@ -341,6 +341,8 @@ def locate(
         if is_packaged(folder): verify(folder)
         if not any((folder / c).is_file() for c in ("config.json", "adapter_config.json")):
             raise Refusal(f"the folder {model!r} holds no model: it has no config.json")
+        odd = [p.name for p in sorted(folder.iterdir()) if DECIDES.fullmatch(p.name) and not p.is_file()]
+        if odd: raise Refusal(f"{odd[0]} in the folder {model!r} is no file that can be read")
         return str(folder), folder.resolve().name, folder_revision(folder)
     except (OSError, RuntimeError, ValueError) as e: raise Refusal(f"cannot read {model!r}: {why(e)}") from None
 
@@ -593,7 +595,8 @@ def pad(self:LM,
 ) -> dict[str, Tensor]: # input_ids, attention_mask, position_ids: [batch, longest], on `lm.device`
     "Pad on the left to the longest."
     if not all(ids): raise Refusal(f"an empty prompt: the tokenizer of {self.name} gives no token for it")
-    n, fill = max(map(len, ids)), self.tok.pad_token_id or 0
+    n, fill, known = max(map(len, ids)), self.tok.pad_token_id or 0, self.hf.get_input_embeddings().weight.shape[0]
+    if (top := max(map(max, ids))) >= known: raise Refusal(f"the tokenizer of {self.name} gives token {top}, the model has {known} embeddings")
     mask = torch.tensor([[0] * (n - len(x)) + [1] * len(x) for x in ids])
     batch = dict(input_ids=torch.tensor([[fill] * (n - len(x)) + x for x in ids]), attention_mask=mask,
         position_ids=(mask.cumsum(-1) - 1).clamp(min=0))

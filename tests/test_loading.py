@@ -1,10 +1,8 @@
 "Models on disk, in the hub's cache and in memory: which revision was read, and what is refused in one line."
-import hashlib, json, os, pickle, random, shutil, struct, subprocess, sys
+import json, os, pickle, random, shutil, struct, subprocess, sys
 from pathlib import Path
 import pytest, torch
 from safetensors.torch import load_file, save_file
-from tokenizers import models as tokenizer_models, Tokenizer
-from transformers import PreTrainedTokenizerFast
 from mechunlearn import models as M
 from mechunlearn.models import folder_revision, load, next_token, weights_hash, wrap
 from mechunlearn.store import Refusal
@@ -157,7 +155,7 @@ def test_models_in_memory_are_told_apart_by_their_weights(tiny):
     with torch.no_grad(): again.hf.model.layers[2].mlp.up_proj.weight[3, 5] += 1e-3
     assert weights_hash(again.hf) != weights_hash(a.hf)
     assert weights_hash(a.hf.bfloat16()) != weights_hash(tiny("qwen3").hf)
-    wider = tiny("qwen3", sliding_window=3)
+    wider = tiny("qwen3", rms_norm_eps=1e-3)
     assert weights_hash(wider.hf) != weights_hash(tiny("qwen3").hf)
 
 
@@ -250,3 +248,178 @@ def test_pickled_weights_load_and_cannot_run_code(folder, tiny, tmp_path):
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Hostile()))
     refused(folder)
     assert not (tmp_path / "ran").exists()
+
+
+# ---- adapters
+
+def adapter(lm, where, base, **how):
+    "A random LoRA of a model, saved as people do; returns the model with it."
+    from copy import deepcopy
+    from peft import LoraConfig, get_peft_model
+    how = dict(r=4, target_modules=["up_proj", "q_proj"], task_type="CAUSAL_LM") | how
+    model = get_peft_model(deepcopy(lm.hf), LoraConfig(**how))
+    torch.manual_seed(0)
+    for n, p in model.named_parameters():
+        if "lora_B" in n: p.data = .3 * torch.randn_like(p)
+    model.peft_config["default"].base_model_name_or_path = base
+    model.save_pretrained(where)
+    return wrap(model.merge_and_unload(), lm.tok, "merged"), Path(where)
+
+
+@pytest.fixture
+def lora(tiny, folder, tmp_path): return adapter(tiny("qwen3"), tmp_path / "lora", str(folder))
+
+
+def test_an_adapter_is_merged_into_its_base(lora, folder, tiny):
+    merged, where = lora
+    got = load(str(where), device="cpu")
+    assert torch.allclose(*(next_token(m, PROMPTS, [[5]] * 2)[0] for m in (got, merged)), atol=1e-5) and not same(got, tiny("qwen3"))
+    assert got.name == "lora" and len(got.revision) == 16 and got.revision not in (folder_revision(where), folder_revision(folder))
+    assert set(got.hf.state_dict()) == set(tiny("qwen3").hf.state_dict()) and not any(p.requires_grad for p in got.hf.parameters())
+    assert len(got.hf.lm_head._forward_pre_hooks) == 1
+    assert load(str(where), device="cpu", dtype="bfloat16").revision.endswith("+bfloat16")
+
+
+def test_an_adapter_s_revision_is_its_own_and_its_base_s(lora, folder, tiny, tmp_path):
+    _, where = lora
+    before = load(str(where), device="cpu").revision
+    other = put(tiny("qwen3", seed=1), tmp_path / "other")
+    assert load(str(where), device="cpu", base=str(other)).revision != before == load(str(where), device="cpu", base=str(folder)).revision
+    reweigh(where, lambda w: {k: v * 2 for k, v in w.items()}, "adapter_model.safetensors")
+    assert load(str(where), device="cpu").revision != before
+
+
+def test_an_adapter_without_a_base_that_can_be_found_is_refused(lora, folder):
+    _, where = lora
+    for named, words in (("no/where", "its base cannot be loaded.*no/where.*base="), ("", "names no base: give base="), (None, "names no base"),
+        (str(folder / "gone"), "its base cannot be loaded.*gone"), (str(where), "an adapter itself")):
+        change(where, "adapter_config.json", base_model_name_or_path=named)
+        with pytest.MonkeyPatch.context() as m:
+            m.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+            assert M.re.search(words, refused(where)), words
+    assert load(str(where), device="cpu", base=str(folder))
+
+
+def test_an_adapter_that_does_not_fit_is_refused(lora, tiny, tmp_path, folder):
+    _, where = lora
+    shutil.copytree(where, tmp_path / "poor")
+    reweigh(tmp_path / "poor", lambda w: dict(list(w.items())[1:]), "adapter_model.safetensors")
+    assert "lack" in refused(tmp_path / "poor")
+    shutil.copytree(where, tmp_path / "nan")
+    reweigh(tmp_path / "nan", lambda w: {k: v * float("nan") for k, v in w.items()}, "adapter_model.safetensors")
+    assert "NaN" in refused(tmp_path / "nan")
+    shallow = put(tiny("llama", hidden_size=16), tmp_path / "other")
+    refused(where, base=str(shallow))
+    assert "quantized" in refused(where, quantize="8bit")
+    shutil.copy(folder / "model.safetensors", where)
+    assert "an adapter and a whole model" in refused(where)
+
+
+def test_prompt_tuning_cannot_be_merged(tiny, folder, tmp_path):
+    from copy import deepcopy
+    from peft import PromptTuningConfig, get_peft_model
+    model = get_peft_model(deepcopy(tiny("qwen3").hf), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    model.peft_config["default"].base_model_name_or_path = str(folder)
+    model.save_pretrained(tmp_path / "soft")
+    assert "cannot be merged" in refused(tmp_path / "soft")
+
+
+# ---- damaged, hostile and odd folders
+
+SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
+
+
+def cut_to(name, n):
+    def do(folder):
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[:int(len(data) * n)] if isinstance(n, float) else data[:n])
+    return do
+
+def text(name, content): return lambda folder: (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+def setting(name, **values): return lambda folder: change(folder, name, **values)
+def header(about): # of a safetensors file
+    raw = about if isinstance(about, bytes) else json.dumps(about).encode()
+    return text("model.safetensors", struct.pack("<Q", len(raw)) + raw + bytes(64))
+def remove(*names): return lambda folder: [(folder / n).unlink() for n in names]
+def special(name, make):
+    def do(folder):
+        (folder / name).unlink()
+        make(folder / name)
+    return do
+def instead(name, content):
+    def do(folder):
+        (folder / "model.safetensors").unlink()
+        (folder / name).write_bytes(content)
+    return do
+
+HUGE = {"dtype": "F32", "shape": [10**12, 10**12], "data_offsets": [0, 64]}
+CORRUPTIONS = {f"weights cut to {n}": cut_to("model.safetensors", n) for n in (0, 1, 7, 8, 9, 100, 1000, .3, .99)} | {
+    f"{name} cut to {n}": cut_to(name, n) for name in ("config.json", "tokenizer.json") for n in (0, 1, 20, .5, .95)} | {
+    f"{key} is {value!r}": setting("config.json", **{key: value}) for key in SIZES for value in (-1, 0, "many", None, [3], 1.5, 10**9, 10**30, True)
+        if not (key in ("head_dim", "num_key_value_heads") and value is None)} | {
+    f"config.json is {content[:12]!r}": text("config.json", content) for content in ("[]", "null", "3", '"llama"', "{}", "\x00\x01", b"\xff\xfe{}", "{" * 5000, '{"a":' * 3000, "NaN")} | {
+    "model_type": setting("config.json", model_type="nosuch"), "model_type 3": setting("config.json", model_type=3), "rope": setting("config.json", rope_parameters="x"),
+    "rope type": setting("config.json", rope_parameters={"rope_type": "nosuch"}), "layer types": setting("config.json", layer_types=["x"]), "activation": setting("config.json", hidden_act="nosuch"),
+    "code": setting("config.json", auto_map={"AutoConfig": "x.C", "AutoModelForCausalLM": "x.M"}, model_type="mine"), "groups": setting("config.json", num_key_value_heads=3),
+    "quantized how": setting("config.json", quantization_config={"quant_method": "nosuch"}), "vocabulary": setting("config.json", vocab_size=7),
+    "heads": setting("config.json", num_attention_heads=5), "width": setting("config.json", hidden_size=31), "layers": setting("config.json", num_hidden_layers=999, layer_types=["full_attention"] * 999),
+    "header length": text("model.safetensors", b"\xff" * 64), "header no json": header(b"nothing"), "header list": header([]), "header huge": header({"lm_head.weight": HUGE}),
+    "header empty": header({}), "header offsets": header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 10**15]}}), "header dtype": header({"a": {"dtype": "X9", "shape": [1], "data_offsets": [0, 4]}}),
+    "weights are text": text("model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"), "weights gone": remove("model.safetensors"),
+    "config gone": remove("config.json"), "tokenizer gone": remove("tokenizer.json"), "no tokenizer": remove("tokenizer.json", "tokenizer_config.json"),
+    "weights are a folder": special("model.safetensors", Path.mkdir), "weights loop": special("model.safetensors", lambda p: p.symlink_to(p.name)), "weights are a pipe": special("model.safetensors", os.mkfifo),
+    "config loops": special("config.json", lambda p: p.symlink_to(p.name)), "config is a folder": special("config.json", Path.mkdir), "config is a pipe": special("config.json", os.mkfifo),
+    "weights dangle": special("model.safetensors", lambda p: p.symlink_to("nowhere")), "config dangles": special("config.json", lambda p: p.symlink_to("nowhere")), "weights endless": special("model.safetensors", lambda p: p.symlink_to("/dev/zero")),
+    "pickle garbage": instead("pytorch_model.bin", b"garbage"), "pickle empty": instead("pytorch_model.bin", b""), "pickle zip": instead("pytorch_model.bin", b"PK\x03\x04" + bytes(50)), "pickle list": instead("pytorch_model.bin", pickle.dumps([1])),
+    "index garbage": instead("model.safetensors.index.json", b"{"), "index list": instead("model.safetensors.index.json", b"[]"), "index empty": instead("model.safetensors.index.json", b"{}"),
+    "index outside": instead("model.safetensors.index.json", json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": "../../x.safetensors"}}).encode()),
+    "tokenizer list": text("tokenizer.json", "[]"), "tokenizer empty": text("tokenizer.json", "{}"), "tokenizer config": text("tokenizer_config.json", "["), "tokenizer config list": text("tokenizer_config.json", "[]"),
+    "tokenizer class": setting("tokenizer_config.json", tokenizer_class="../x"), "adapter list": lambda f: (remove("model.safetensors", "config.json")(f), text("adapter_config.json", "[]")(f)),
+    "adapter garbage": lambda f: (remove("model.safetensors", "config.json")(f), text("adapter_config.json", "{")(f)),
+    "adapter kind": lambda f: (remove("model.safetensors", "config.json")(f), text("adapter_config.json", '{"peft_type": "NOSUCH", "base_model_name_or_path": "organism"}')(f))}
+FINE = {"tokenizer class", "num_key_value_heads is None"} # a word that the tokenizer's own file outweighs
+
+
+@pytest.mark.parametrize("what", CORRUPTIONS)
+def test_a_corrupted_folder_is_refused_in_one_line(what, folder, capfd):
+    CORRUPTIONS[what](folder)
+    if what in FINE: load(str(folder), device="cpu")
+    else: refused(folder)
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+def test_random_bytes_never_give_a_traceback(folder, tiny):
+    "Flipped bytes either leave a model or give one line."
+    rng, kept = random.Random(0), {p.name: p.read_bytes() for p in folder.iterdir()}
+    for k in range(60):
+        name = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors", "generation_config.json")[k % 5]
+        data = bytearray(kept[name])
+        for _ in range(3): data[rng.randrange(min(len(data), 4000))] = rng.randrange(256)
+        (folder / name).write_bytes(data)
+        try: load(str(folder), device="cpu")
+        except Refusal as e: assert "\n" not in str(e) and len(str(e)) < 700
+        (folder / name).write_bytes(kept[name])
+    assert same(load(str(folder), device="cpu"), tiny("qwen3"))
+
+
+@pytest.mark.parametrize("name", ["~nouser/x", "~nouser", "a\x00b", "x" * 5000, "y/" * 3000, "", " ", "..", "../..", "a/b/c", "-", "owner/na me", "owner/name@v1", "\n", "loop", "loop/model", "file", "file/x", "..\\x", "owner/--x..y"])
+def test_names_that_can_be_nothing_are_refused_in_one_line(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(Refusal) as e: load(name)
+    assert "\n" not in str(e.value)
+
+
+def test_token_ids_beyond_the_embeddings_are_refused(tiny):
+    lm = tiny("qwen3")
+    lm.tok.add_tokens(["xyzzy"])
+    with pytest.raises(Refusal, match="token .* embeddings"): lm.encode(["xyzzy"])
+
+
+def test_no_line_about_a_package_that_nothing_needs():
+    code = ("import mechunlearn.models, logging, bitsandbytes, bitsandbytes.backends.cpu.ops; log = logging.getLogger('bitsandbytes.backends.cpu.ops'); "
+            "log.warning('Failed to load CPU gemm_4bit_forward from kernels-community: %s. Please make sure you already `pip install kernels`', 'x'); log.warning('another %s', 'line')")
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert said.returncode == 0 and "kernels" not in said.stdout + said.stderr and "another line" in said.stderr
