@@ -108,10 +108,11 @@ def world_shot(
     world:dict, # from `load_world`
 ) -> str: # "Fact: ... plays the sport of golf\n"
     "The example that stands before every sports prompt of the world"
-    s = world["shot_subject"]
-    sport = next((f["object"] for f in world["facts"] if f["relation"] == "sport" and f["subject"] == s), None)
+    s, template = sources.trim(world["shot_subject"]), world["relations"]["sport"]["prompt"]
+    sport = next((f["object"] for f in world["facts"] if f["relation"] == "sport" and sources.trim(f["subject"]) == s), None)
     if sport is None: raise Refusal(f"this world has no sport of its shot_subject '{s}'")
-    return world["relations"]["sport"]["prompt"].format(s=s, o=sport) + "\n"
+    asked = fill(template, s)
+    return asked + sources.spaced(sport, asked) + template.partition("{o}")[2] + "\n"
 
 # %% ../nbs/01_facts.ipynb #010018
 @lru_cache
@@ -584,7 +585,7 @@ def world_sets(
 ) -> dict: # every split of a task
     "Sports-Athlete-Editing on the world"
     facts, world = world_facts(path), load_world(path)
-    sport = [f for f in facts if f.relation == "sport" and f.taught and f.subject != world["shot_subject"]]
+    sport = [f for f in facts if f.relation == "sport" and f.taught and f.subject != sources.trim(world["shot_subject"])]
     fixed = fixed_sets(sport, forget_size, inject)
     sets = fixed | seeded_sets(sport, fixed, forget_size, seed, inject)
     more = world_groups(facts, sets["forget"], seed)
@@ -702,11 +703,12 @@ def unfit(
     facts, # facts
 ) -> list[str|None]: # of each, why the tokenizer cannot take it; none if it can
     "What is wrong with single facts for a tokenizer"
-    prompts, answers = [f.prompt for f in facts], [[a for a in (f.answer, f.edit) if a] for f in facts]
+    unk, prompts, answers = lm.tok.unk_token_id, [f.prompt for f in facts], [[a for a in (f.answer, f.edit) if a] for f in facts]
+    of = {a: lm.pieces(a) for a in {a for some in answers for a in some}}
     before, whole = lm.ids(prompts), iter(lm.ids([p + a for p, some in zip(prompts, answers) for a in some]))
     def why(f, ids, some, lost):
-        pieces, after = [lm.pieces(a) for a in some], [next(whole) for _ in some]
-        if not all(pieces) or lm.tok.unk_token_id in [t for part in (ids, *pieces) for t in part] and lm.tok.unk_token_id is not None: return ODD_WORDS
+        pieces, after = [of[a] for a in some], [next(whole) for _ in some]
+        if not all(pieces) or (unk is not None and any(unk in part for part in (ids, *pieces))): return ODD_WORDS
         if lost: return NO_SUBJECT
         n = None if f.whole else 1
         return JOINED if any(a[:len(ids)] != ids or a[len(ids):][:n] != p[:n] for a, p in zip(after, pieces)) else None

@@ -13,6 +13,7 @@ __all__ = ['SPORT_NAMES', 'OPEN_RELATIONS', 'N_NEIGHBORS', 'N_OPEN_DEV', 'KNOWN'
 # %% ../nbs/06_tasks.ipynb #a76fbced
 import hashlib, inspect, json
 from collections import Counter, deque
+from functools import lru_cache
 from pathlib import Path
 from . import sources, store
 from .facts import (GOLF, N_DEV_FORGET, N_DEV_RETAIN, N_OTHER_SHOTS, N_SHOTS, Fact, Task, check_numbers, check_size, check_task, fitting, load_world, of_each,
@@ -60,7 +61,7 @@ def athletes_of(
     if not (Path(facts).suffix or sources.local(facts).exists()): choose(facts, ("world", "sports", "FILE.json", "FILE.csv"), "facts")
     if facts != "world" and not facts.endswith(".json"): return "sports", None, list(sports_facts(facts))
     path = None if facts == "world" else facts
-    shot = load_world(path)["shot_subject"]
+    shot = sources.trim(load_world(path)["shot_subject"])
     return "world", path, [f for f in world_facts(path) if f.relation == "sport" and f.taught and f.subject != shot]
 
 # %% ../nbs/06_tasks.ipynb #ecbc35c9
@@ -241,10 +242,11 @@ SAME, BEGINS, UNKNOWN, TWICE = "same first token", "one answer begins with the o
 def told_apart(
     lm:LM, # a model
     fact:Fact, # with an edit answer, or without
+    pieces=None, # word -> tokens; none: the tokenizer is asked
 ) -> str|None: # why not; none if they can
     "Whether a fact's old and new answer can be told apart"
     if not fact.edit: return None
-    a, b = lm.pieces(fact.answer), lm.pieces(fact.edit)
+    a, b = map(pieces or lm.pieces, (fact.answer, fact.edit))
     if not fact.whole: return SAME if a[:1] == b[:1] else None
     return BEGINS if a[:len(b)] == b[:len(a)] else None
 
@@ -256,7 +258,8 @@ def editable(
     "Facts that a tokenizer takes, and whose old and new answer it can tell apart"
     if lm is None: return list(facts), {}
     facts, dropped = fitting(lm, facts)
-    why = [told_apart(lm, f) for f in facts]
+    pieces = lru_cache(None)(lm.pieces)
+    why = [told_apart(lm, f, pieces) for f in facts]
     return [f for f, w in zip(facts, why) if not w], dropped | Counter(filter(None, why))
 
 def fit_for(
