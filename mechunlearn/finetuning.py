@@ -228,9 +228,7 @@ def text_losses(
     rows:list[Row], # text
 ) -> Tensor: # one loss a row: the sum over its tokens
     "Loss at every position of texts"
-    batch = lm.pad([r.ids for r in rows])
-    logits = functional_call(lm.hf, matrices(lm, values), (), dict(batch, use_cache=False)).logits
-    return token_loss(logits, batch)[0].sum(1)
+    return token_loss(lm, lm.pad([r.ids for r in rows]), matrices(lm, values))[0].sum(1)
 
 # %% ../nbs/20_finetuning.ipynb #200024
 def _accumulate(losses, rows, weight, size):
