@@ -1,7 +1,7 @@
 "What a person can do to a command, its input and a run folder: every answer is one line, and nothing is left out in silence"
 import json, shutil
 
-import pandas as pd, pytest
+import pandas as pd, pytest, torch
 
 from mechunlearn import cli, report as r, store
 from mechunlearn.cli import main
@@ -92,3 +92,195 @@ def test_a_difference_in_every_fact_still_counts():
     flu = pd.DataFrame({"fact": map(str, range(40)), "top1_truth": 0.}).assign(localization="flu", draw=0, seed=0, group="forget", format="mcq", evaluation="standard", truth="x")
     tests = r.orderings(pd.concat([flu, flu.assign(localization="late", top1_truth=1.)]))
     assert tests[tests.column == "MCQ truth"].verdict.tolist() == ["appears"]
+
+
+# options and settings
+
+@pytest.fixture
+def nothing_starts(monkeypatch):
+    "A process that is started is an error"
+    from mechunlearn import models, runs
+    def start(*a, **k): raise AssertionError("work was started")
+    for where, name in ((runs, "start"), (models, "load"), (cli.subprocess, "run")): monkeypatch.setattr(where, name, start)
+
+
+def refused(argv, capsys, says=""):
+    "Whether a command is answered with one line and 2"
+    assert main(argv) == 2, argv
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1 and said.err.startswith("mechunlearn: ") and says in said.err, said
+
+
+NUMBERS = ["-1", "nan", "inf", "1e400", "9"*24, "", "1,,2", "0,0", "٣", "1_0", "2147483648", "0x1", " ", "9"*5000]
+
+@pytest.mark.parametrize("option", ["--seeds", "--draws", "--workers", "--batch-size", "--forget-size", "--parts"])
+def test_numbers_that_are_none(option, capsys, nothing_starts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    task = ["--task", "sequential-counterfact-editing"] if option == "--parts" else []
+    for n in NUMBERS + ([] if option == "--seeds" else ["0"]): refused(["run", f"{option}={n}", *task], capsys)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", ["--lrs", "--injects"])
+def test_rates_that_are_none(option, capsys, nothing_starts):
+    for n in ["-1", "0", "nan", "inf", "-inf", "1e400", "1e-400", "", "1,,2", "1,1", "1,1.0", "٣", "many", ","]: refused(["sweep", f"{option}={n}"], capsys, option)
+
+
+@pytest.mark.parametrize("said,message", [(["lr=nan"], "lr"), (["lr=inf"], "lr"), (["lr=1e400"], "lr"), (["steps=-1"], "steps"), (["noise=nan"], "noise"), (["relearning.steps=0"], "relearning.steps"),
+    (["relearning.stepps=3"], "did you mean 'steps'"), (["relearning={stepps: 3}"], "did you mean 'steps'"), (["steps=1", "steps=2"], "steps is given twice"), (["relearning.steps=1", "relearning={steps: 2}"], "relearning.steps is given twice"),
+    (["steps.more=1"], ""), (["=3"], "KEY=VALUE"), (["a..b=3"], "KEY=VALUE"), (["steps"], "KEY=VALUE"), (["steps=" + "["*3000], "not YAML"), (["steps=2020-99-99"], "not YAML"), (["steps={[1]: 2}"], "not YAML"),
+    (["relearning={1: 2}"], ""), (["lr="], ""), (["device=12"], "device"), (["max_facts={nobody: 3}"], ""), (["max_facts={forget: -1}"], "")])
+def test_settings_go_through_one_gate(said, message, capsys, nothing_starts):
+    if said == ["lr="]: return # nothing: the default
+    refused(["run", *(w for s in said for w in ("--set", s))], capsys, message)
+
+
+def test_an_option_and_the_same_setting(capsys, nothing_starts):
+    refused(["run", "--batch-size", "4", "--set", "batch_size=8"], capsys, "batch_size is given twice")
+    refused(["run", "--draws", "4", "--set", "draws=8"], capsys, "draws is given twice")
+    args = cli.read(["run", "--set", "draws=3", "--set", "relearning.steps=5", "--set", "relearning={lora: {rank: 8}}", "--set", "relearning.lora.alpha=2", "--revision", "main"])
+    assert cli.settings_of(args) == {"draws": 3, "relearning": {"steps": 5, "lora": {"rank": 8, "alpha": 2.}}, "revision": "main"}
+    assert cli.settings_of(cli.read(["attack", "--set", "relearning.grid.ranks=[1]"]), {"relearning": {"low_resource": True, "grid": {}}}) == {"relearning": {"low_resource": True, "grid": {"ranks": [1]}}}
+
+
+# before work
+
+@pytest.mark.parametrize("argv,message", [(["run", "--quantize", "8bit"], "cannot be trained"), (["edit", "--quantize", "4bit", "--localizations", "late"], "cannot be trained"), (["sweep", "--quantize", "8bit"], "cannot be trained"),
+    (["run", "--device", "cuda:77"], "is not there"), (["run", "--device", "gpu"], "device"), (["localize", "--device", "cuda:77"], "is not there"), (["sweep", "--set", "lr=1e-3"], "--lrs"), (["sweep", "--set", "budget=9"], "does not use the setting budget"),
+    (["sweep", "--task", "sequential-counterfact-editing"], "no facts set aside"), (["run", "--model", "~nouser-here/x"], "no such user"), (["run", "--facts", "~nouser-here/x.csv"], "no such user"),
+    (["run", "--out", "~nouser-here/x"], "no such user"), (["attack", "--edited", "~nouser-here/x"], "no such user"), (["check", "--model", "~nouser-here/x"], "no such user")])
+def test_said_before_work(argv, message, capsys, nothing_starts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(argv, capsys, message)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def no_rates(monkeypatch):
+    "The committed table has no entry"
+    from mechunlearn import finetuning
+    table = pd.read_csv(finetuning.LEARNING_RATES).iloc[:0]
+    monkeypatch.setattr(finetuning.pd, "read_csv", lambda f, **k: table if str(f) == str(finetuning.LEARNING_RATES) else pd.DataFrame(pd.io.parsers.read_csv(f, **k)))
+
+
+def test_a_model_without_rates_is_offered_the_sweep(no_rates, capsys, nothing_starts, tmp_path, monkeypatch):
+    argv = ["run", "--forget-size", "16", "--localizations", "flu,random-mlps,late,all-mlps", "--set", "steps=9", "--out", str(tmp_path/"runs")]
+    refused(argv, capsys, "no learning rate for flu, random-mlps, late, all-mlps of organism on sports-athlete-editing")
+    main(argv); said = capsys.readouterr().err
+    words = cli.shlex.split(said.split(" or by: ")[1])[1:]
+    assert words[0] == "sweep" and words[words.index("--localizations") + 1] == "flu,late,all-mlps" # one of each group
+    swept = cli.job_of(cli.read(words))
+    assert swept.run_dir == str(tmp_path/"runs/organism/sports-athlete-editing-16") and swept.settings["steps"] == 9
+    assert main([*argv, "--set", "lr=1e-3", "--dry-run"]) == 0
+    capsys.readouterr()
+    assert main([*argv, "--dry-run"]) == 0 and "no learning rate" in capsys.readouterr().err # what it would need is shown all the same
+    (tmp_path/"runs/organism/sports-athlete-editing-16").mkdir(parents=True)
+    rows = [{"model": "organism", "task": "sports-athlete-editing", "forget_size": 16, "localization": l, "lr": 1e-3, "inject": 1., "score": 3., "source": "sweep"} for l in ("flu", "late", "all-mlps")]
+    pd.DataFrame(rows).to_csv(tmp_path/"runs/organism/sports-athlete-editing-16/learning_rates.csv", index=False)
+    assert cli.no_rates(swept) == []
+
+
+def test_run_with_a_sweep_before_it(no_rates, monkeypatch, tmp_path):
+    seen = []
+    class Done: returncode = 0
+    monkeypatch.setattr(cli.subprocess, "run", lambda words, **k: seen.append(words) or Done)
+    monkeypatch.setattr(cli, "do_jobs", lambda jobs, args, *a: seen.append(jobs[0].run_dir) or 0)
+    argv = ["run", "--sweep", "--localizations", "flu,late", "--out", str(tmp_path), "--quiet"]
+    assert main(argv) == 0 and "sweep" in seen[0] and seen[1].startswith(str(tmp_path))
+    Done.returncode = 2; seen.clear()
+    assert main(argv) == 2 and len(seen) == 1 # nothing is run after a sweep that failed
+
+
+def test_a_sweep_can_be_tried_dry(capsys, nothing_starts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["sweep", "--dry-run", "--forget-size", "16", "--localizations", "late,flu", "--lrs", "1e-3,2e-3", "--injects", "1,5", "--seeds", "0,1"]) == 0
+    out = capsys.readouterr().out
+    assert "12 edits of dev facts" in out and "0.001, 0.002" in out and not list(tmp_path.iterdir())
+
+
+# errors that nobody foresaw
+
+@pytest.mark.parametrize("error", [RecursionError("too deep"), MemoryError(), KeyError("x"), ValueError("two\nlines"), AssertionError()])
+def test_an_unforeseen_error_is_one_line_and_a_file(error, monkeypatch, capsys):
+    def fails(args): raise error
+    monkeypatch.setitem(cli.COMMANDS, "status", (fails, *cli.COMMANDS["status"][1:]))
+    assert main(["status"]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and type(error).__name__ in said
+    file = cli.Path(said.split("(traceback: ")[1].rstrip(")\n"))
+    assert "in fails" in file.read_text(); file.unlink()
+
+
+def command(*argv, **kw):
+    return cli.subprocess.run([cli.sys.executable, "-m", "mechunlearn.cli", *argv], capture_output=True, **kw)
+
+def test_a_terminal_of_ascii_and_a_closed_pipe(small, tmp_path):
+    run = shutil.copytree(small, tmp_path/"runs/run")
+    p = command("report", str(run), env={**cli.os.environ, "PYTHONIOENCODING": "ascii"})
+    assert p.returncode == 0 and b"^" in p.stdout and p.stdout.isascii() and b"Traceback" not in p.stderr
+    p = cli.subprocess.run(f"{cli.sys.executable} -m mechunlearn.cli status {tmp_path/'runs'} | true; exit ${{PIPESTATUS[0]}}", shell=True, executable="/bin/bash", capture_output=True)
+    assert p.returncode in (0, 141) and p.stderr == b""
+
+
+# damaged folders
+
+BYTES = {"empty": b"", "half": b'{"model": "inv', "no JSON": b"\xff\xfe\x00\x80", "another kind": b"[1, 2]", "deep": b"["*100_000, "no keys": b"{}"}
+SMALL = ["run.json", "jobs/all/job.json", "first_seed.json", "notes/localization.json", "localizations/late.json", "localizations/late.json.meta.json", "late/seed0/evaluation.parquet.meta.json",
+         "late/seed0/edit.json", "late/seed0/evaluation.parquet", "late/seed0/training.parquet", "late/seed0/edit.safetensors", "scores/probing.parquet", "notebooks/10_probing.ipynb.meta.json"]
+
+@pytest.fixture(scope="module")
+def whole(small, tmp_path_factory):
+    "Two runs with every kind of file"
+    from mechunlearn.runs import STANDARD, Part, make_job
+    out = tmp_path_factory.mktemp("whole")
+    for name in ("a", "b"):
+        run = shutil.copytree(small, out/name)
+        job = make_job("organism", "sports-athlete-editing", {"forget_size": 6}, ["flu", "late"], [0], {"draws": 1}).model_copy(update={"run_dir": str(run)})
+        (run/"jobs/all").mkdir(parents=True); (run/"notebooks").mkdir()
+        (run/"jobs/all/job.json").write_text(Part(job=job, label="all", stages=STANDARD).model_dump_json())
+        (run/"first_seed.json").write_text("0")
+        store.save_json(run/"notebooks/10_probing.ipynb", {}, {"artefacts": {}})
+        store.save_tensors(run/"late/seed0/edit.safetensors", {"x": torch.zeros(3)}, {})
+    return out
+
+@pytest.mark.parametrize("file", SMALL)
+def test_a_damaged_file_is_named_and_the_others_go_on(whole, file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(r, "page", lambda found: "") # figures take their time
+    monkeypatch.setattr(cli, "do_jobs", lambda *a, **k: 0)
+    monkeypatch.setattr("mechunlearn.finetuning.export", lambda *a: "exported"); monkeypatch.setattr("mechunlearn.models.load", lambda *a, **k: None)
+    for kind, data in BYTES.items():
+        if kind == "no keys" and file == "notes/localization.json": continue # nothing is noted
+        out = shutil.copytree(whole, tmp_path/kind)
+        (out/"a"/file).write_bytes(data)
+        for argv in (["status", str(out)], ["report", str(out)], ["attack", str(out/"a")], ["export", str(out/"a"), "--localization", "late", "--out", str(tmp_path/"new")]):
+            code = main(argv); said = capsys.readouterr()
+            assert "traceback" not in said.err.lower(), (kind, argv, said.err)
+            assert code in (0, 1, 2) and said.err.count("\n") <= 1
+            if argv[0] == "report": assert "report:" in said.out # of the other
+            if argv[0] == "status": assert code == 1 and file.removesuffix(".meta.json").split("/")[-1] in said.out, (kind, file, said)
+            if argv[0] in ("attack", "export") and file == "jobs/all/job.json": assert code == 2 and "job.json" in said.err
+
+
+def test_copies_and_older_descriptions_do_not_stop_a_report(whole, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(r, "page", lambda found: "")
+    out = shutil.copytree(whole, tmp_path/"out")
+    shutil.copytree(out/"a/late/seed0", out/"a/late/seed0.bak")
+    (out/"a/late/seed0.bak/evaluation.parquet").write_bytes(b"junk")
+    assert main(["report", str(out/"a")]) == 0
+    capsys.readouterr()
+    job = json.loads((out/"a/jobs/all/job.json").read_text()); job["job"]["from_an_older_version"] = 1
+    (out/"a/jobs/all/job.json").write_text(json.dumps(job))
+    assert main(["report", str(out)]) == 0
+
+
+# places
+
+def test_export_looks_before_it_loads(whole, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("mechunlearn.finetuning.load_edit", lambda f: None)
+    monkeypatch.setattr("mechunlearn.models.load", lambda *a, **k: 1/0)
+    words = lambda *more: ["export", str(whole/"a"), "--localization", "late", *more]
+    (tmp_path/"file").write_text("x"); (tmp_path/"full").mkdir(); (tmp_path/"full/x").write_text("x")
+    refused(words("--out", str(tmp_path/"file")), capsys, "cannot write")
+    refused(words("--out", str(tmp_path/"full")), capsys, "not empty")
+    refused(words("--out", str(tmp_path/"file/below")), capsys, "cannot write")
+    refused(words("--out", str(tmp_path/"new"), "--seed", "7"), capsys, "unknown seed of late '7'")
