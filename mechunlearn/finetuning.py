@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['UPDATES', 'MAX_TOKENS', 'FILES', 'LEARNING_RATES', 'RATE_GROUPS', 'LIKE', 'VISITS', 'N_TEXT', 'LRS', 'LARGE_LRS',
-           'INJECTS', 'SWEPT', 'TRAINING', 'place', 'masters', 'matrices', 'Update', 'not_said', 'Row', 'fact_rows',
-           'training_rows', 'draws', 'shared_prefix', 'end_logits', 'last_logits', 'answer_losses', 'heard',
-           'fact_losses', 'text_losses', 'step_losses', 'slice_key', 'parse_slice', 'Edit', 'put', 'kept', 'load_edit',
-           'Rate', 'learning_rate', 'rates', 'own_slices', 'finetune', 'fingerprint', 'dev_task', 'training_metrics',
-           'score', 'sweep', 'best_rates', 'plot_sweep', 'plot_sequence', 'export', 'edit_of', 'Job', 'edit_jobs',
-           'run_finetuning', 'plot_curves']
+           'INJECTS', 'SWEPT', 'DTYPES', 'SAME', 'TRAINING', 'place', 'untrainable', 'masters', 'matrices', 'Update',
+           'not_said', 'Row', 'fact_rows', 'training_rows', 'draws', 'shared_prefix', 'end_logits', 'last_logits',
+           'answer_losses', 'heard', 'fact_losses', 'text_losses', 'step_losses', 'slice_key', 'parse_slice', 'Edit',
+           'put', 'kept', 'load_edit', 'Rate', 'learning_rate', 'rates', 'own_slices', 'finetune', 'fingerprint',
+           'dev_task', 'training_metrics', 'score', 'sweep', 'best_rates', 'plot_sweep', 'plot_sequence', 'export',
+           'stored_dtype', 'finer', 'differences', 'edit_of', 'Job', 'edit_jobs', 'run_finetuning', 'plot_curves']
 
 # %% ../nbs/20_finetuning.ipynb #200002
 import json, math
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -22,13 +22,14 @@ from pathlib import Path
 from typing import Callable, Iterator, NamedTuple, Sequence
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns, torch
 from fastcore.basics import patch
+from safetensors import safe_open
 from torch import Tensor
 from torch.func import functional_call
 from tqdm.auto import tqdm
 from .evaluation import answer, completions, some, text_loss, token_loss
 from .facts import Task
 from .localization import Localization, localize, localize_all
-from .models import LM, Slice, components, load, slices
+from .models import LM, Slice, components, load, locate, slices
 from .store import (Refusal, Run, cause_hash, choose, load_json, load_table, load_tensors, make, save_json, save_table,
     save_tensors, state)
 
@@ -40,14 +41,27 @@ def place(
     "Where a slice lies in the model's weights"
     return lm.weight(s.param).detach().narrow(s.dim, s.start, s.stop - s.start)
 
+def untrainable(
+    lm:LM, # model
+) -> str|None: # none: they can be changed
+    "Why the weights of a model cannot be changed"
+    if any(getattr(hook, "offload", False) for m in lm.hf.modules() for hook in _hooks(m)):
+        return (f"weights of {lm.name} are offloaded to CPU or disk (device_map): they cannot be trained or replaced there. Use more GPUs, or a smaller model; "
+            "a bfloat16 model needs 2 bytes a parameter")
+    odd = next((n for n, p in lm.hf.named_parameters() if not p.is_floating_point()), None)
+    if odd: return f"{odd} is quantized ({lm.weight(odd).dtype}) and cannot be trained: load the model without quantize"
+
+def _hooks(module):
+    "What accelerate hung on a module"
+    hook = getattr(module, "_hf_hook", None)
+    return getattr(hook, "hooks", (hook,))
+
 def masters(
     lm:LM, # its weights are only read
     slices:Sequence[Slice], # disjoint slices of its matrices
 ) -> dict[Slice, Tensor]: # float32 copies that require gradients
     "The trained slices as tensors of their own"
-    for s in slices:
-        if not lm.weight(s.param).is_floating_point():
-            raise Refusal(f"{s.param} is quantized ({lm.weight(s.param).dtype}) and cannot be trained: load the model without quantize")
+    if reason := untrainable(lm): raise Refusal(reason)
     return {s: place(lm, s).float().clone().requires_grad_() for s in slices}
 
 # %% ../nbs/20_finetuning.ipynb #200010
@@ -279,16 +293,24 @@ class Edit:
     config: dict # model, revision, task, seed, lr, ...
     records: pd.DataFrame|None = None # of a sequence: what was measured after each part
     def __repr__(self):
-        if self.curve.empty: return f"Edit({self.localization.name}, {sum(v.numel() for v in self.values.values()):,} parameters, trained elsewhere)"
+        if self.curve.empty: return f"Edit({self.localization.name}, {sum(v.numel() for v in self.values.values()):,} parameters, trained elsewhere{self.rounded()})"
         last = self.curve.iloc[-1]
         return (f"Edit({self.localization.name}, {sum(v.numel() for v in self.values.values()):,} parameters, {len(self.curve)} steps: "
             f"forget loss {self.curve.forget.iloc[0]:.2f} -> {last.forget:.3f}, retain {last.retain:.3f})")
+
+# %% ../nbs/20_finetuning.ipynb #200029a
+@patch
+def rounded(self:Edit) -> str: # empty if nothing was rounded
+    "How much of an edit made elsewhere is left in the dtype of the model it is applied to"
+    s = self.config.get("survives")
+    return f"; in {self.config['dtype']}, {s['weights']:.0%} of the weights it changes still change, by {s['norm']:.2f} of its size" if s else ""
 
 # %% ../nbs/20_finetuning.ipynb #200030
 def _values(edit, lm):
     "The values by slice; refuses a model that the edit was not made for"
     if lm.revision != edit.config["revision"]:
         raise Refusal(f"this edit was made for {edit.config['model']} {edit.config['revision']}, not for {lm.name} {lm.revision}")
+    if reason := untrainable(lm): raise Refusal(reason)
     return {parse_slice(k): v for k, v in edit.values.items()}
 
 def put(
@@ -636,23 +658,97 @@ def export(
     save_json(folder/"edit.json", about, edit.config)
     return folder
 
+# %% ../nbs/20_finetuning.ipynb #f547f5d0
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SAME = ("model_type", "hidden_act", "hidden_activation", "rms_norm_eps", "rope_theta", "rope_parameters", "rope_scaling", "final_logit_softcapping",
+    "attn_logit_softcapping", "query_pre_attn_scalar", "sliding_window", "layer_types", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+
+def stored_dtype(
+    model:str, # folder or hub id
+) -> torch.dtype: # float32 where it cannot be told
+    "The dtype that a model's weights are stored in; of several, float32 holds them all"
+    with suppress(Exception):
+        found = set()
+        for file in Path(locate(model)[0]).glob("*.safetensors"):
+            with safe_open(file, "pt") as f: found |= {DTYPES.get(f.get_slice(k).get_dtype(), torch.float32) for k in f.keys()}
+        if len(found) == 1: return found.pop()
+    return torch.float32
+
+def finer(
+    a:torch.dtype, # two floating point types
+    b:torch.dtype,
+) -> torch.dtype:
+    "A dtype that holds the numbers of both"
+    return a if a == b else torch.float32
+
+# %% ../nbs/20_finetuning.ipynb #f547f5d1
+def differences(
+    lm:LM, # base
+    other:LM, # said to be an edit of it
+) -> list[str]: # a line for each cause; empty: they can be compared
+    "Why one model is no edit of another"
+    a, b = lm.hf.config, other.hf.config
+    out = [f"its config.json says {k}: {getattr(b, k, None)}, that of {lm.name} {getattr(a, k, None)}" for k in SAME if getattr(a, k, None) != getattr(b, k, None)]
+    theirs, rows = other.tok.get_vocab(), (lm.hf.get_input_embeddings(), lm.hf.get_output_embeddings())
+    lacks = [w for w in lm.tok.get_vocab() if w not in theirs]
+    moved = [w for w, i in lm.tok.get_vocab().items() if theirs.get(w, i) != i]
+    for words, what in ((lacks, "its tokenizer lacks"), (moved, "its tokenizer has other numbers for")):
+        if words: out.append(f"{what} {len(words)} words of {lm.name} ({', '.join(map(repr, sorted(words)[:4]))}{', ...' if len(words) > 4 else ''})")
+    shapes = {n: (tuple(w.shape), _shape(other, n), any(w is m.weight for m in rows)) for n, w in lm.hf.named_parameters()}
+    odd = [f"{n} is {_size(y)}, in {lm.name} {_size(x)}" for n, (x, y, free) in shapes.items() if x != y and not (free and y and x[1:] == y[1:])]
+    odd += [f"{n} is {_size(tuple(w.shape))}, in {lm.name} {_size(None)}" for n, w in other.hf.named_parameters() if n not in shapes and not _tied(lm, other, n)]
+    return out + odd[:4] + ([f"{len(odd) - 4} more weights differ in shape"] if len(odd) > 4 else [])
+
+def _shape(lm, name):
+    "Of a weight, if there is one of that name"
+    with suppress(AttributeError): return tuple(lm.weight(name).shape)
+
+def _size(shape): return " x ".join(map(str, shape)) if shape else "absent"
+
+def _tied(lm, other, name):
+    "Whether a matrix that the base shares with its embeddings is equal to them in the other as well"
+    with suppress(AttributeError):
+        shared = other.weight(next(n for n, w in lm.hf.named_parameters() if w is lm.weight(name)))
+        return torch.equal(shared, other.weight(name))
+    return False
+
 # %% ../nbs/20_finetuning.ipynb #f547f5d8
 def edit_of(
     lm:LM, # the model that was edited
-    folder, # the edited one: a Hugging Face folder or a hub id
+    folder, # the edited one: a Hugging Face folder, an adapter's folder, or a hub id
     name:str|None=None, # of the edit; none: edited@ and the folder's name
-) -> Edit: # Refusal if the two are not the same architecture and words, or do not differ
-    "Anyone's edit: every weight that differs, whole"
-    other = load(str(folder), device="cpu", dtype=next(lm.hf.parameters()).dtype)
-    old, new = (dict(m.hf.named_parameters()) for m in (lm, other))
-    if {n: w.shape for n, w in old.items()} != {n: w.shape for n, w in new.items()} or lm.tok.get_vocab() != other.tok.get_vocab():
-        raise Refusal(f"{folder} is not an edit of {lm.name}: its weights have other names or shapes, or its tokenizer other words")
-    values = {Slice(n, 0, 0, len(w)): w.detach() for n, w in new.items() if not torch.equal(w, old[n].cpu())}
+) -> Edit: # Refusal if the two cannot be compared, do not differ, or differ by less than the model's dtype holds
+    "Anyone's edit: every weight that differs, whole; `config` says how much of the change the model's dtype keeps (`survives`)"
+    if reason := untrainable(lm): raise Refusal(reason)
+    dtype = next(lm.hf.parameters()).dtype
+    place_of, fine = getattr(lm.hf.config, "_name_or_path", "") or None, finer(stored_dtype(str(folder)), dtype)
+    other = load(str(folder), device="cpu", dtype=fine, base=place_of)
+    if causes := differences(lm, other): raise Refusal(f"{folder} is not an edit of {lm.name}:" + "".join(f"\n- {c}" for c in causes))
+    base = load(place_of, device="cpu", dtype=fine) if fine != dtype and place_of and stored_dtype(place_of) != dtype else lm # read again as it was stored
+    values, changed = {}, dict(weights=0, kept=0, change=0., kept_change=0.)
+    for n, w in base.hf.named_parameters():
+        old, new = (x.detach().cpu()[:min(len(w), len(other.weight(n)))].to(fine) for x in (w, other.weight(n)))
+        if torch.equal(old, new): continue
+        values[Slice(n, 0, 0, len(new))] = new
+        _count(changed, old, new, dtype)
     if not values: raise Refusal(f"{folder} and {lm.name} have the same weights: there is no edit to attack")
+    survives = dict(weights=changed["kept"] / changed["weights"], norm=(changed["kept_change"] / changed["change"])**.5)
+    if not changed["kept"]: raise Refusal(f"the edit in {folder} is smaller than the steps of {_called(dtype)}, in which {lm.name} is loaded: nothing of it is left. Load both with dtype float32")
     comps = [str(c) for c in components(lm) if {s.param for s in slices(lm, c)} <= {s.param for s in values}]
     where = Localization(name=name or f"edited@{Path(folder).resolve().name}", components=comps, slices=tuple(values), sizes=tuple(v.numel() for v in values.values()))
     about = dict(model=lm.name, revision=lm.revision, sha256=cause_hash(fingerprint(other)))
+    if fine != dtype: about |= dict(survives=survives, dtype=_called(dtype))
     return Edit(where, {slice_key(s): v for s, v in values.items()}, pd.DataFrame(columns=["step", "forget", "retain"]), about)
+
+def _called(dtype): return str(dtype).removeprefix("torch.")
+
+def _count(changed, old, new, dtype):
+    "Add up how much of a change is left in a coarser dtype"
+    a, b = old.to(dtype), new.to(dtype)
+    changed["weights"] += int((old != new).sum())
+    changed["kept"] += int(((a != b) & (old != new)).sum())
+    changed["change"] += float((new.double() - old.double()).square().sum())
+    changed["kept_change"] += float((b.double() - a.double()).square().sum())
 
 # %% ../nbs/20_finetuning.ipynb #200064
 @dataclass

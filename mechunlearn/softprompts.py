@@ -59,6 +59,11 @@ def prompted(
     embed, spoken, seen = lm.hf.get_input_embeddings(), copy(lm), []
     n = embed.num_embeddings
     spoken.ids = lambda texts: [ids + [n + i for i in range(len(soft))] for ids in lm.ids(texts)]
+    def fill(ids): # a word past the last is padded as the last, and what it is past it is added
+        known, past = ([[f(t - n + 1) for t in x] for x in ids] for f in (lambda d: min(d, 0) + n - 1, lambda d: max(d, 0)))
+        batch = lm.pad(known)
+        return batch | dict(input_ids=batch["input_ids"] + lm.pad(past)["input_ids"] * batch["attention_mask"])
+    spoken.pad = fill
     def look(module, args):
         seen.append(args[0])
         return args[0].clamp(max=n - 1)

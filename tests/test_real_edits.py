@@ -5,8 +5,9 @@ from mechunlearn.evaluation import answer, completions
 from mechunlearn.facts import Fact, sports_athlete_editing
 from mechunlearn.finetuning import UPDATES, answer_losses, fact_losses, fact_rows, finetune, masters, not_said, step_losses
 from mechunlearn.localization import build
-from mechunlearn.models import Component, components
+from mechunlearn.models import Component, components, load
 from mechunlearn.relearning import Lora, relearn
+from mechunlearn.store import Refusal
 from mechunlearn.softprompts import logits_behind, prompted, random_words, read_once, soft_prompt
 
 FULL = [(" the market", " the river"), (" football", " golf"), (" the bright fox", " the bright river")]
@@ -207,3 +208,105 @@ def test_places_that_begin_alike(stand_in, name):
             assert r.top1_edit == (greedy(lm, f.prompt, len(want)) == want) and not (r.top1_truth and r.top1_edit)
             assert r.prob_edit == pytest.approx(float(slow(lm, f.prompt, f.edit).sum().exp()), rel=1e-2)
     assert after.top1_edit.any()
+
+
+# ---- edits made elsewhere
+
+def elsewhere(lm, folder, change, dtype=None):
+    "A folder of the model after somebody changed it"
+    import copy
+    hf = copy.deepcopy(lm.hf)
+    if dtype: hf = hf.to(dtype)
+    with torch.no_grad(): change(hf)
+    hf.save_pretrained(folder)
+    lm.tok.save_pretrained(folder)
+    return folder
+
+
+def half(lm, folder, **kw):
+    "The model as a folder, and loaded from it in bfloat16"
+    lm.hf.to(torch.bfloat16).save_pretrained(folder)
+    lm.tok.save_pretrained(folder)
+    return load(str(folder), device="cpu", dtype="bfloat16", **kw)
+
+
+MLP, NORM, EMBED = "model.layers.1.mlp.down_proj.weight", "model.norm.weight", "model.embed_tokens.weight"
+
+
+def test_a_float32_edit_of_a_bfloat16_base(lm, tmp_path):
+    base = half(lm, tmp_path / "base")
+    def small(hf): hf.get_parameter(MLP).mul_(1 + 2**-12)          # less than half a step of bfloat16 everywhere
+    def some(hf):
+        hf.get_parameter(MLP).mul_(1 + 2**-12)
+        hf.get_parameter(MLP)[:4].mul_(1.5)
+    with pytest.raises(Refusal, match="smaller than the steps of bfloat16.*float32"): F.edit_of(base, elsewhere(base, tmp_path / "small", small, torch.float32))
+    edit = F.edit_of(base, elsewhere(base, tmp_path / "some", some, torch.float32))
+    full = base.weight(MLP).shape[0]
+    assert edit.config["survives"]["weights"] == pytest.approx(4 / full, rel=.05) and .9 < edit.config["survives"]["norm"] <= 1.01
+    assert "in bfloat16, " in repr(edit) and {F.parse_slice(k).param for k in edit.values} == {MLP}
+    with pytest.raises(Refusal, match="the same weights"): F.edit_of(base, elsewhere(base, tmp_path / "same", lambda hf: None, torch.float32))
+
+
+def test_a_base_stored_finer_than_it_is_loaded(lm, tmp_path):
+    "Rounding is no edit"
+    lm.hf.save_pretrained(tmp_path / "base"); lm.tok.save_pretrained(tmp_path / "base")
+    base = load(str(tmp_path / "base"), device="cpu", dtype="bfloat16")
+    folder = elsewhere(lm, tmp_path / "theirs", lambda hf: hf.get_parameter(MLP).add_(.1))
+    assert {F.parse_slice(k).param for k in F.edit_of(base, folder).values} == {MLP}
+    with pytest.raises(Refusal, match="the same weights"): F.edit_of(base, elsewhere(lm, tmp_path / "same", lambda hf: None))
+
+
+def test_one_dtype_says_nothing_of_rounding(lm, tmp_path):
+    edit = F.edit_of(lm, elsewhere(lm, tmp_path / "theirs", lambda hf: hf.get_parameter(MLP).add_(.1)))
+    assert "survives" not in edit.config and repr(edit).endswith("trained elsewhere)")
+
+
+def test_an_added_pad_token_is_no_obstacle(lm, tmp_path):
+    import copy
+    tok = copy.deepcopy(lm.tok)
+    tok.add_tokens(["<extra>", "<more>"])
+    folder = elsewhere(lm, tmp_path / "theirs", lambda hf: (hf.resize_token_embeddings(len(tok)), hf.get_parameter(EMBED)[:7].add_(.5), hf.get_parameter(NORM).mul_(1.5)))
+    tok.save_pretrained(folder)
+    edit, before = F.edit_of(lm, folder), F.fingerprint(lm)
+    assert {F.parse_slice(k).param for k in edit.values} == {EMBED, NORM} and F.parse_slice(next(iter(edit.values))).stop == len(lm.tok)
+    old = lm.weight(EMBED).clone()
+    with edit.applied(lm): assert torch.allclose(lm.weight(EMBED)[:7], old[:7] + .5) and torch.equal(lm.weight(EMBED)[7:], old[7:])
+    assert F.fingerprint(lm) == before
+
+
+def test_every_cause_has_a_line(tiny, tmp_path):
+    lm, other = tiny("llama"), tiny("llama", num_hidden_layers=4, intermediate_size=40)
+    def refused(folder):
+        with pytest.raises(Refusal) as e: F.edit_of(lm, folder)
+        return str(e.value).split("\n- ")[1:]
+    lines = refused(elsewhere(other, tmp_path / "deeper", lambda hf: None))
+    assert any("num_hidden_layers: 4" in l for l in lines) and any("mlp.up_proj.weight is 40 x 32, in tiny-llama 48 x 32" in l for l in lines) and len(lines) < 8
+    theirs = elsewhere(lm, tmp_path / "words", lambda hf: None)
+    text = (theirs / "tokenizer.json").read_text()
+    (theirs / "tokenizer.json").write_text(text.replace('"golf":', '"gulf":'))
+    assert refused(theirs) == ["its tokenizer lacks 1 words of tiny-llama ('golf')"]
+    rope = elsewhere(lm, tmp_path / "rope", lambda hf: setattr(hf.config, "rms_norm_eps", .5))
+    assert "rms_norm_eps: 0.5" in refused(rope)[0]
+
+
+def test_an_adapter_is_an_edit(lm, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    import copy
+    lm.hf.save_pretrained(tmp_path / "base"); lm.tok.save_pretrained(tmp_path / "base")
+    base = load(str(tmp_path / "base"), device="cpu")
+    model = get_peft_model(copy.deepcopy(base.hf), LoraConfig(r=4, target_modules=["down_proj"], layers_to_transform=[1]))
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if "lora" in n: p.add_(.1)
+    model.save_pretrained(tmp_path / "adapter")
+    edit = F.edit_of(base, tmp_path / "adapter")
+    assert {F.parse_slice(k).param for k in edit.values} == {MLP} and not edit.localization.components
+
+
+def test_an_unedited_tied_model_saved_apart(tiny, tmp_path):
+    "A tied base and an edit whose unembedding is a matrix of its own"
+    lm = tiny("gemma")
+    def untie(hf): hf.config.tie_word_embeddings = False; hf.lm_head.weight = torch.nn.Parameter(hf.lm_head.weight.detach().clone()); hf.get_parameter(MLP).add_(.1)
+    assert {F.parse_slice(k).param for k in F.edit_of(lm, elsewhere(lm, tmp_path / "apart", untie)).values} == {MLP}
+    def moved(hf): untie(hf); hf.lm_head.weight.add_(.1)
+    with pytest.raises(Refusal, match="lm_head.weight is .* in tiny-gemma absent"): F.edit_of(lm, elsewhere(lm, tmp_path / "moved", moved))
