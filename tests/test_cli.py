@@ -119,7 +119,7 @@ def test_organism_prints_json(passed, code, monkeypatch, capsys):
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, capsys, nothing_starts):
     (tmp_path/"file").write_text("not a folder")
-    assert main(["run", "--out", str(tmp_path/"file"/"runs")]) == 1
+    assert main(["run", "--out", str(tmp_path/"file"/"runs")]) == 2
     said = capsys.readouterr()
     assert "Not a directory" in said.err and said.err.count("\n") == 1
 
