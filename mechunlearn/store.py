@@ -117,7 +117,7 @@ def provenance() -> dict: # `python`, `packages`, `commit`, `dirty`, `time` (UTC
 def _replace(path, write, flush=True):
     "Call `write(temporary)` and put the result in the place of `path`"
     path = Path(path)
-    tmp = path.with_name(f".{path.name[:200]}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+    tmp = path.with_name(f".{path.name[:60]}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(tmp)

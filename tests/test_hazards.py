@@ -238,3 +238,116 @@ def test_the_lock_leaves_temporaries_of_a_living_process(tmp_path):
     with runs.lock(tmp_path): assert mine.exists() and not dead.exists()
     os.utime(mine, (0, 0)) # older than the process: of another one with this number
     with runs.lock(tmp_path): assert not mine.exists()
+
+
+# ---- values
+
+BAD = [{"lr": x} for x in (-1, 0, float("nan"), float("inf"), True, "fast", [1e-3], 2)] + [
+    {"noise": float("nan")}, {"noise": float("inf")}, {"noise": -1}, {"noise": 0}, {"clip": 0}, {"clip": float("nan")}, {"inject": -1}, {"inject": float("inf")},
+    {"max_facts": {"retian": 3}}, {"max_facts": {"retain": -1}}, {"max_facts": {"retain/mqc": 3}}, {"max_facts": {"retain": True}}, {"max_facts": 3}, {"max_facts": {"": 3}},
+    {"device": "gpu"}, {"device": "cuda:-1"}, {"device": "cuda:x"}, {"device": ""}, {"device_map": "disk"}, {"device_map": {"": "cpu"}}, {"dtype": "int8"}, {"quantize": "2bit"},
+    {"draws": 0}, {"draws": 10**9}, {"draws": True}, {"steps": 10**30}, {"steps": 1.5}, {"steps": True}, {"batch_size": 0}, {"budget": -3}, {"budget": 2**70},
+    {"relearning": {"lora": {"lr": 0}}}, {"relearning": {"lora": {"dropout": 1}}}, {"relearning": {"lora": {"rank": -1}}}, {"relearning": {"lora": 3}},
+    {"relearning": {"grid": {"lrs": [1e-3, float("nan")]}}}, {"relearning": {"grid": {"ranks": []}}}, {"relearning": {"grid": {"steps": [0]}}}, {"relearning": {"grid": {"seeds": [-1]}}},
+    {"relearning": {"max_facts": 0}}, {"soft": {"ks": [0]}}, {"soft": {"ks": []}}, {"hardened": {"shots": [-1]}}, {"generation": {"more": -1}}, {"capabilities": {"limit": 0}}, {"capabilities": []}, {1: 2}]
+
+
+@pytest.mark.parametrize("bad", BAD, ids=repr)
+def test_a_value_out_of_bounds_is_refused_whichever_way_it_comes(tmp_path, bad):
+    from mechunlearn.cli import main
+    import yaml
+    ways = [lambda: runs.parse(runs.Settings, bad, "settings"), lambda: runs.make_job("organism", "sports-athlete-editing", {}, ["late"], [0], bad, tmp_path),
+            lambda: runs.check_job(Job(model="organism", localizations=["late"], settings=bad, run_dir=str(tmp_path)))]
+    (tmp_path / "g.yaml").write_text(yaml.safe_dump({"models": ["organism"], "localizations": ["late"], "settings": bad}))
+    for way in (*ways, lambda: runs.grid(tmp_path / "g.yaml")):
+        with pytest.raises(Refusal) as e: way()
+        assert "\n" not in str(e.value) and len(str(e.value)) < 700
+
+
+def test_groups_and_forms_are_those_of_evaluations():
+    from mechunlearn.evaluation import FORMATS, HELD_OUT, MAX_FACTS, OPEN
+    assert set(runs.GROUPS) == {*FORMATS, *HELD_OUT} and set(runs.ASKED) == {f for d in (FORMATS, HELD_OUT, OPEN) for forms in d.values() for f in forms}
+    assert runs.parse(runs.Settings, {"max_facts": MAX_FACTS}, "settings").max_facts == MAX_FACTS
+
+
+@pytest.mark.parametrize("seeds", [[-1], [2**32], [10**23], [], list(range(1001))])
+def test_seeds_have_bounds(tmp_path, seeds):
+    with pytest.raises(Refusal, match="seeds") as e: runs.check_job(Job(model="organism", localizations=["late"], seeds=seeds, run_dir=str(tmp_path)))
+    assert len(str(e.value)) < 200
+    import numpy as np, torch
+    np.random.RandomState(runs.MAX_SEED); torch.manual_seed(runs.MAX_SEED)
+    with pytest.raises(ValueError): np.random.RandomState(runs.MAX_SEED + 1)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "xpu", "mps"])
+def test_a_device_that_is_not_there_is_refused(tmp_path, device):
+    for key in ("device", "device_map"):
+        with pytest.raises(Refusal, match=f"{device} is not there"): runs.check_job(Job(model="organism", localizations=["late"], settings={key: device}, run_dir=str(tmp_path)))
+
+
+GRID = {"models": ["organism"], "localizations": ["late"]}
+
+
+@pytest.mark.parametrize("more", [
+    {"lrs": [-1.]}, {"lrs": [0]}, {"lrs": [float("nan")]}, {"lrs": [float("inf")]}, {"lrs": []}, {"lrs": [True]}, {"seeds": [10**23]}, {"seeds": [-1]}, {"seeds": [True]}, {"seeds": [1.5]}, {"seeds": []},
+    {"seeds": list(range(2000))}, {"draws": 10**9}, {"draws": True}, {"out": "a\0b"}, {"models": [3]}, {"models": "organism"}, {"tasks": []}, {"tasks": [3]}, {"keep_edits": 7},
+    {"tasks": [{"name": "sports-athlete-editing", "forget_size": []}]}, {"tasks": [{"name": "sports-athlete-editing", "forget_size": [[16]]}]}, {"tasks": [{"name": ["sports-athlete-editing"]}]},
+    {"tasks": [{"name": "sports-athlete-editing", "localizations": []}]}, {"tasks": [{"name": "sports-athlete-editing", "seeds": []}]}, {"tasks": [{"name": "sports-athlete-editing", "draws": 10**9}]},
+    {"tasks": [{"name": "sports-athlete-editing", "forget_size": list(range(1, 3000)), "inject": ["other", "golf"]*20}]}, {"tasks": [{"name": "../../x"}]},
+    {"models": ["organism"]*200, "lrs": [k/1e4 for k in range(1, 200)]}], ids=lambda m: repr(m)[:60])
+def test_a_grid_out_of_bounds_is_refused(tmp_path, more):
+    import yaml
+    (tmp_path / "g.yaml").write_text(yaml.safe_dump(GRID | more))
+    with pytest.raises(Refusal) as e: runs.grid(tmp_path / "g.yaml")
+    assert "\n" not in str(e.value) and len(str(e.value)) < 400
+
+
+def test_the_same_job_twice_is_one_and_near_rates_are_two(tmp_path):
+    (tmp_path / "g.yaml").write_text("models: [organism, organism]\nlocalizations: [late]\nlrs: [0.001, 1e-3, 0.00100000001]\ntasks: [{name: sports-athlete-editing, forget_size: [16, 16]}]")
+    jobs = runs.grid(tmp_path / "g.yaml")
+    assert [j.settings["lr"] for j in jobs] == [.001, .00100000001] and len({j.run_dir for j in jobs}) == 2
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(f"{b}: &{b} [{', '.join(['*' + a]*10)}]\n" for a, b in zip("abcdefgh", "bcdefghi")) + "models: *i\nlocalizations: [late]"
+FINE = "models: [organism]\nlocalizations: [late]\n"
+
+
+@pytest.mark.parametrize("data,message", [
+    (FINE.encode("utf-16")[:-1], "UTF-8"), ("models: [organism] # caf\xe9\nlocalizations: [late]".encode("latin-1"), "UTF-8"), (bytes(range(256)), "UTF-8"), (b"\x7fELF\0\0\0", "not YAML"),
+    (b"models: [organism]\0\n", "not YAML"), (b"[" * 10**5, "nested too deeply"), (b"a: " + b"{b: " * 5000, "nested too deeply"), (BOMB.encode(), "unfolds into"),
+    (b"models: &a [*a]\nlocalizations: [late]", "unfolds into"), (b"models:\n\t- organism", "not YAML"), (b"x" * 2 * 10**6, "too large"), (b"models: [organism]\nmodels: [organism-late]\nlocalizations: [late]", "models stands there twice"),
+    (b"models: !!python/object/apply:os.system [ls]\nlocalizations: [late]", "not YAML"), (b"models: [organism]\nlocalizations: [late]\nseeds: [2024-99-99]", "not YAML"), (b"{[a]: 3}", "not YAML"),
+    (b"models: [organism]\nlocalizations: [late]\nseeds: [" + b"9" * 9000 + b"]", "not YAML"), (b"", "dictionary"), (b"---\n---\n", "not YAML"), (b"%YAML 9\n", "not YAML"), (b"x: !!int y", "not YAML"), (b"x: !!bool y", "not YAML")],
+    ids=range(21))
+def test_a_grid_file_may_be_anything(tmp_path, data, message):
+    (tmp_path / "g.yaml").write_bytes(data)
+    with pytest.raises(Refusal, match="g.yaml") as e: runs.grid(tmp_path / "g.yaml")
+    assert message in str(e.value) and "\n" not in str(e.value) and len(str(e.value)) < 500
+
+
+def test_a_grid_in_another_encoding_with_a_mark_or_with_anchors_is_fine(tmp_path):
+    for data in (FINE.encode("utf-16"), FINE.encode("utf-8-sig"), FINE.replace("\n", "\r\n").encode(), b"localizations: &l [late]\nmodels: [organism]\ntasks: [{name: sports-athlete-editing, localizations: *l}]"):
+        (tmp_path / "g.yaml").write_bytes(data)
+        assert runs.grid(tmp_path / "g.yaml")[0].localizations == ["late"]
+    for odd in (tmp_path, tmp_path / "none.yaml", tmp_path / "g.yaml" / "x"):
+        with pytest.raises(Refusal, match="cannot read the grid"): runs.grid(odd)
+
+
+# ---- names
+
+@pytest.mark.parametrize("name", ["edited@../..", "edited@/tmp/x", "hand@mlp.1/../../x", "../late", "..", "late\n", "late\0", "hand@" + "+".join(f"mlp.{k}" for k in range(100)), ""])
+def test_names_stay_in_their_folder(tmp_path, name):
+    with pytest.raises(Refusal) as e: runs.check_job(Job(model="organism", localizations=[name], settings={"edited": "."}, run_dir=str(tmp_path / "r")))
+    assert "\n" not in str(e.value)
+    with pytest.raises(Refusal): Run(tmp_path / "r", "m", "r", "t", {}).edit_dir(name, 0)
+    with pytest.raises(Refusal): Part(job=Job(model="m", run_dir="r"), label=name, stages=()).dir
+    assert sorted(p.name for p in tmp_path.rglob("*")) in ([], ["r", "run.json"])
+
+
+@pytest.mark.parametrize("options", [{"facts": "../../etc/passwd"}, {"facts": ".."}, {"sport": "../x"}, {"inject": "a/b"}, {"facts": "x" * 300}, {"text": "/"}, {"facts": "a\nb"}])
+@pytest.mark.parametrize("model", ["..", "../..", "/", "a/..", "organism", "."])
+def test_a_run_folder_is_two_below_out(tmp_path, options, model, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = Path(folder := runs.folder(tmp_path / "out", model, "sports-athlete-editing", options)).relative_to(tmp_path / "out")
+    assert len(made.parts) == 2 and ".." not in made.parts and folder.isprintable()
+    Path(folder).mkdir(parents=True); assert Path(folder).resolve().is_relative_to(tmp_path / "out")
