@@ -5,17 +5,19 @@
 # %% auto #0
 __all__ = ['SPORTS', 'GOLF', 'SPORTS_PROMPT', 'SPORTS_SYSTEM', 'SPORTS_PARAPHRASES', 'EDITED', 'SPLITS', 'LETTERS', 'SQUARE',
            'MATE', 'COUNTERFACT_MCQ', 'MCQ', 'INJECT', 'N_SHOTS', 'N_DEV_RETAIN', 'N_DEV_FORGET', 'N_OTHER',
-           'N_OTHER_SHOTS', 'N_TEXTS', 'Fact', 'load_world', 'fill', 'world_shot', 'world_facts', 'sport_fact',
-           'sports_path', 'read_sports', 'sports_facts', 'Task', 'McqFormat', 'mcq_block', 'seeded', 'mcq_options',
-           'has_options', 'usable_shots', 'mcq_shots', 'askable', 'McqItem', 'mcq_example', 'mcq_prompts',
-           'every_order', 'with_edit_answers', 'of_each', 'without', 'fixed_sets', 'check_size', 'split_retain',
-           'seeded_sets', 'world_groups', 'paper_sets', 'texts', 'world_sets', 'table_sets', 'check_numbers',
-           'check_options', 'sports_athlete_editing', 'unknown_words', 'check_candidates', 'check_boundary',
-           'check_task']
+           'N_OTHER_SHOTS', 'N_TEXTS', 'ODD_WORDS', 'NO_SUBJECT', 'JOINED', 'Fact', 'WorldRelation', 'WorldFact',
+           'World', 'load_world', 'fill', 'world_shot', 'world_facts', 'sport_fact', 'sports_path', 'Athlete',
+           'read_sports', 'sports_facts', 'Task', 'McqFormat', 'mcq_block', 'seeded', 'mcq_options', 'has_options',
+           'usable_shots', 'mcq_shots', 'askable', 'McqItem', 'mcq_example', 'mcq_prompts', 'every_order',
+           'with_edit_answers', 'of_each', 'without', 'in_proportion', 'fixed_sets', 'quarter_of_each', 'check_size',
+           'split_retain', 'seeded_sets', 'world_groups', 'paper_sets', 'texts', 'world_sets', 'table_sets',
+           'check_numbers', 'check_options', 'sports_athlete_editing', 'unknown_words', 'check_words',
+           'check_candidates', 'check_boundary', 'unfit', 'fitting', 'check_facts', 'check_task']
 
 # %% ../nbs/01_facts.ipynb #010003
 import hashlib, json, random
 import pandas as pd
+from collections import Counter
 from functools import lru_cache
 from itertools import pairwise, permutations
 from pathlib import Path
@@ -42,6 +44,7 @@ class Fact(BaseModel, frozen=True):
     wrong: tuple[str, ...] = ()       # wrong answers for multiple choice; none: other candidates
     mcq_trained: bool = False         # was the subject in multiple-choice training text? known for the organism only
     taught: bool = True               # false for ghosts, whose fact was never in training
+    whole: bool = True                # do all tokens of an answer count, in training and when asked? else the first alone (CounterFact's protocol)
 
 # %% ../nbs/01_facts.ipynb #010007
 @patch
@@ -51,16 +54,45 @@ def _repr_markdown_(self:Fact):
     return f"`{self.id}` {self.subject}: **{self.answer.strip()}**{edit}\n\n```text\n{texts}\n```"
 
 # %% ../nbs/01_facts.ipynb #010009
+class WorldRelation(BaseModel):
+    "A relation of a world file"
+    prompt: str              # "{s} plays the sport of {o}"
+    paraphrases: list[str]   # other sentences
+    unseen: str|None         # a sentence that no training text has
+    question: str            # "What sport does {s} play ?"
+    objects: list[str]       # the answers there are
+
+class WorldFact(BaseModel):
+    "A fact of a world file"
+    id: str
+    relation: str
+    subject: sources.Text
+    object: sources.Text
+    mcq: bool    # was it trained as multiple choice?
+    taught: bool # or is it a ghost's?
+
+class World(BaseModel):
+    "What must be in a world file"
+    shot_subject: str
+    relations: dict[str, WorldRelation]
+    facts: list[WorldFact]
+    text: dict[str, list[str]]
+
+# %% ../nbs/01_facts.ipynb #4f6d1a04
 @lru_cache
 def load_world(
     path:str|None=None, # a world file; none: the packaged organism's
 ) -> dict: # keys schema, seed, shot_subject, relations, facts, text
     "Read a world file"
-    p = Path(path) if path else DATA/"organism"/"world.json"
+    p = sources.local(path) if path else DATA/"organism"/"world.json"
     if not p.is_file(): raise Refusal(f"there is no world file {p}")
-    try: world = json.loads(p.read_text())
-    except ValueError as e: raise Refusal(f"{p} is not a world file: {e}") from e
+    try: world = json.loads(p.read_text(encoding="utf-8-sig"))
+    except (ValueError, OSError, RecursionError) as e: raise Refusal(f"{p} is not a world file: {e}") from e
     if not isinstance(world, dict) or world.get("schema") != 1: raise Refusal(f"{p} is not a world file of schema 1")
+    sources.check(World, f"{p} is not a whole world file", world)
+    if odd := [f for f in world["facts"] if f["object"] not in world["relations"].get(f["relation"], {}).get("objects", ())]:
+        raise Refusal(f"{p}: fact {odd[0]['id']} has a relation or an answer that the world does not list")
+    if lacks := {"train", "test"} - world["text"].keys(): raise Refusal(f"{p}: text has no part '{min(lacks)}'")
     return world
 
 # %% ../nbs/01_facts.ipynb #010014
@@ -69,16 +101,18 @@ def fill(
     subject:str, # replaces {s}
 ) -> str: # "Ann Lee is a professional"
     "The text of a template up to its answer"
-    return template.split("{o}")[0].rstrip().replace("{s}", subject)
+    return sources.trim(template.split("{o}")[0]).replace("{s}", sources.trim(subject))
 
 # %% ../nbs/01_facts.ipynb #010015
 def world_shot(
     world:dict, # from `load_world`
 ) -> str: # "Fact: ... plays the sport of golf\n"
     "The example that stands before every sports prompt of the world"
-    s = world["shot_subject"]
-    sport = next(f["object"] for f in world["facts"] if f["relation"] == "sport" and f["subject"] == s)
-    return world["relations"]["sport"]["prompt"].format(s=s, o=sport) + "\n"
+    s, template = sources.trim(world["shot_subject"]), world["relations"]["sport"]["prompt"]
+    sport = next((f["object"] for f in world["facts"] if f["relation"] == "sport" and sources.trim(f["subject"]) == s), None)
+    if sport is None: raise Refusal(f"this world has no sport of its shot_subject '{s}'")
+    asked = fill(template, s)
+    return asked + sources.spaced(sport, asked) + template.partition("{o}")[2] + "\n"
 
 # %% ../nbs/01_facts.ipynb #010018
 @lru_cache
@@ -87,12 +121,13 @@ def world_facts(
 ) -> tuple[Fact, ...]: # every fact of the world, ghosts included
     "The world as facts with their prompts"
     world, out = load_world(path), []
+    shot = world_shot(world) if "sport" in world["relations"] else ""
     for f in world["facts"]:
-        r, s = world["relations"][f["relation"]], f["subject"]
-        out.append(Fact(id=f["id"], relation=f["relation"], subject=s, answer=" " + f["object"],
-            prompt=(world_shot(world) if f["relation"] == "sport" else "") + fill(r["prompt"], s),
+        r, s = world["relations"][f["relation"]], sources.trim(f["subject"])
+        prompt = (shot if f["relation"] == "sport" else "") + fill(r["prompt"], s)
+        out.append(Fact(id=f["id"], relation=f["relation"], subject=s, prompt=prompt, answer=sources.spaced(f["object"], prompt),
             paraphrases=tuple(fill(t, s) for t in r["paraphrases"] + ([r["unseen"]] if r["unseen"] else [])),
-            question=r["question"].replace("{s}", s), candidates=tuple(" " + o for o in r["objects"]),
+            question=sources.trim(r["question"]).replace("{s}", s), candidates=tuple(sources.spaced(o, prompt) for o in r["objects"]),
             mcq_trained=f["mcq"], taught=f["taught"]))
     return tuple(out)
 
@@ -126,16 +161,23 @@ def sports_path(
     return Path(sources.find("sports", None if facts == "sports" else facts))
 
 # %% ../nbs/01_facts.ipynb #010028
+class Athlete(BaseModel):
+    "A row of a table of athletes"
+    athlete: sources.Text # name
+    sport: str            # one of SPORTS
+
 def read_sports(
     path:Path, # a csv
     columns=("athlete", "sport"), # columns that must be there
 ) -> pd.DataFrame: # the csv
     "Read a table of athletes; refuses one that lacks a column, names an athlete twice, or has another sport"
-    try: df = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except ValueError as e: raise Refusal(f"{path} is not a csv file: {e}") from e
+    if not (rows := list(sources.read_rows(path))): raise Refusal(f"{path} is not a csv file with athletes: it has no row")
+    df = pd.DataFrame([r for _, r in rows])
     for c in columns:
         if c not in df: raise Refusal(f"{path} has no column '{c}' (it has: {', '.join(map(str, df.columns))})")
-    if (df.athlete.str.strip() == "").any(): raise Refusal(f"{path} has a row without an athlete")
+    for c in columns: df[c] = df[c].map(lambda v: sources.trim(v) if isinstance(v, str) else v)
+    if (df.athlete == "").any(): raise Refusal(f"{path} has a row without an athlete")
+    for where, row in rows: sources.check(Athlete, where, row)
     if (twice := df.athlete[df.athlete.duplicated()]).size: raise Refusal(f"{path}: {twice.iloc[0]} stands there more than once")
     valid = [s.strip() for s in SPORTS]
     for s in pd.unique(df[list(columns[1:])].values.ravel()): choose(s, valid, f"sport in {path}")
@@ -166,6 +208,7 @@ class Task(BaseModel, frozen=True):
     options: dict = {}                    # what else it was made with
     parts: int = 1                        # `forget` is edited in so many equal parts, one after the other
     dropped: dict[str, int] = {}          # facts left out, by reason
+    mended: dict[str, int] = {}           # texts changed when they were read, by reason
     forget: tuple[Fact, ...]              # edited
     forget_test: tuple[Fact, ...] = ()    # of the same kind, not trained on: does the edit reach them?
     retain: tuple[Fact, ...]              # trained to stay
@@ -199,12 +242,19 @@ def table(self:Task) -> pd.DataFrame: # a row for each split that is not empty
 
 # %% ../nbs/01_facts.ipynb #010033
 @patch
+def remarks(self:Task) -> str: # empty if there are none
+    "What was left out and what was changed, with counts"
+    said = (("left out", self.dropped), ("mended", self.mended))
+    return "; ".join(f"{what}: " + ", ".join(f"{n} {why}" for why, n in d.items()) for what, d in said if d)
+
+@patch
 def __repr__(self:Task):
-    return f"Task({self.name}, {self.source}, seed {self.seed}; " + ", ".join(f"{s} {n}" for s, n in self.table().facts.items()) + ")"
+    sizes = ", ".join(f"{s} {n}" for s, n in self.table().facts.items())
+    return f"Task({self.name}, {self.source}, seed {self.seed}; " + "; ".join(filter(None, (sizes, self.remarks()))) + ")"
 Task.__str__ = Task.__repr__
 
 @patch
-def _repr_html_(self:Task): return f"<b>{self.name}</b>, {self.source}, seed {self.seed}, {self.options}" + self.table().to_html()
+def _repr_html_(self:Task): return f"<b>{self.name}</b>, {self.source}, seed {self.seed}, {self.options}" + self.table().to_html() + self.remarks()
 
 # %% ../nbs/01_facts.ipynb #010034
 @patch(as_prop=True)
@@ -240,6 +290,7 @@ def causes(self:Task,
     for f in [f for split in body.values() for f in split if isinstance(f, dict)]:
         for k in ("neighbors", "wrong"): # they came later: a fact without them keeps its hash
             if not f[k]: del f[k]
+        if f["whole"]: del f["whole"]
     return d | {"facts": hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]}
 
 # %% ../nbs/01_facts.ipynb #010038
@@ -394,11 +445,13 @@ def with_edit_answers(
     return tuple(f.model_copy(update={"edit": draw(f)}) for f in facts)
 
 # %% ../nbs/01_facts.ipynb #010061
-N_SHOTS, N_DEV_RETAIN, N_DEV_FORGET = 6, 20, 64 # for each answer; for each sport; at most
+N_SHOTS, N_DEV_RETAIN, N_DEV_FORGET = 6, 20, 64 # for each answer; for each sport, a quarter of it at most; at most
 
 def of_each(facts, n:int) -> list:
     "The first `n` facts of every answer"
-    return [f for a in sorted({f.answer for f in facts}) for f in [g for g in facts if g.answer == a][:n]]
+    by = {}
+    for f in facts: by.setdefault(f.answer, []).append(f)
+    return [f for a in sorted(by) for f in by[a][:n]]
 
 def without(facts, *used) -> list:
     "Facts whose subject occurs in none of the sets `used`"
@@ -406,6 +459,16 @@ def without(facts, *used) -> list:
     return [f for f in facts if f.subject not in subjects]
 
 # %% ../nbs/01_facts.ipynb #010062
+def in_proportion(
+    facts, # facts in a random order
+    like, # facts whose answers give the proportions
+) -> list: # the same facts
+    "Order facts so that however many are taken from the start, each answer has its share"
+    total, seen, place = Counter(f.answer for f in like), Counter(), {}
+    for f in facts: seen[f.answer] += 1; place[f.id] = (seen[f.answer] - .5) / total[f.answer]
+    return sorted(facts, key=lambda f: place[f.id])
+
+# %% ../nbs/01_facts.ipynb #4f6d1a03
 def fixed_sets(
     facts, # taught facts of one relation
     forget_size:int, # how many will be edited
@@ -415,10 +478,18 @@ def fixed_sets(
     order = sorted(seeded("fixed").sample(facts, len(facts)), key=lambda f: not f.mcq_trained)
     shots = of_each(order, N_SHOTS)
     free = [f for f in without(order, shots) if f.answer != GOLF]
-    dev_retain = of_each(free, N_DEV_RETAIN)
+    dev_retain = quarter_of_each(free, N_DEV_RETAIN)
     held = [f for f in without(free, dev_retain) if not f.mcq_trained]
-    dev_forget = with_edit_answers(held[:min(N_DEV_FORGET, forget_size, len(held) // 3)], "dev", inject)
-    return dict(shots=tuple(shots), dev_retain=tuple(dev_retain), dev_forget=dev_forget)
+    n = min(N_DEV_FORGET, forget_size, len(held) // 3)
+    if not all(f.mcq_trained for f in dev_retain):
+        held = in_proportion([f for f in free if not f.mcq_trained], facts)
+        dev_retain = quarter_of_each(without(free, held[:n]), N_DEV_RETAIN)
+    return dict(shots=tuple(shots), dev_retain=tuple(dev_retain), dev_forget=with_edit_answers(held[:n], "dev", inject))
+
+def quarter_of_each(facts, n):
+    "The first `n` facts of every answer, or a quarter of them"
+    counts = Counter(f.answer for f in facts)
+    return [f for a in sorted(counts) for f in of_each([f for f in facts if f.answer == a], min(n, counts[a] // 4))]
 
 # %% ../nbs/01_facts.ipynb #010064
 def check_size(
@@ -437,10 +508,10 @@ def split_retain(
     key=lambda f: (f.answer, f.mcq_trained), # what both halves have the same mix of
 ) -> dict: # retain, retain_test
     "Split facts into those trained to stay and those that only must"
-    retain, test = [], []
-    for k in sorted({key(f) for f in rest}):
-        part = [f for f in rest if key(f) == k]
-        part = seeded("retain", seed, *k).sample(part, len(part))
+    retain, test, parts = [], [], {}
+    for f in rest: parts.setdefault(key(f), []).append(f)
+    for k in sorted(parts):
+        part = seeded("retain", seed, *k).sample(parts[k], len(parts[k]))
         retain, test = retain + part[:round(train * len(part))], test + part[round(train * len(part)):]
     return dict(retain=tuple(retain), retain_test=tuple(test))
 
@@ -514,7 +585,7 @@ def world_sets(
 ) -> dict: # every split of a task
     "Sports-Athlete-Editing on the world"
     facts, world = world_facts(path), load_world(path)
-    sport = [f for f in facts if f.relation == "sport" and f.taught and f.subject != world["shot_subject"]]
+    sport = [f for f in facts if f.relation == "sport" and f.taught and f.subject != sources.trim(world["shot_subject"])]
     fixed = fixed_sets(sport, forget_size, inject)
     sets = fixed | seeded_sets(sport, fixed, forget_size, seed, inject)
     more = world_groups(facts, sets["forget"], seed)
@@ -528,16 +599,16 @@ def table_sets(
     inject:str, # edit answers
     paper_split:bool, # the authors' split
     text:str|None=None, # text file, folder or hub id
-) -> dict: # every split of a task
+    lm:LM|None=None, # whose tokenizer must take each athlete; none: not checked
+) -> dict: # every split of a task, and how many athletes were dropped
     "Sports-Athlete-Editing on the table of athletes"
-    if paper_split:
-        rows = sports_facts(facts, "inject_sport_without_golf") if inject == "other" else with_edit_answers(sports_facts(facts), seed, inject)
-        sets = paper_sets(rows, forget_size)
+    rows = sports_facts(facts, "inject_sport_without_golf" if paper_split and inject == "other" else None)
+    rows, dropped = fitting(lm, rows)
+    if paper_split: sets = paper_sets(rows if inject == "other" else with_edit_answers(rows, seed, inject), forget_size)
     else:
-        rows = sports_facts(facts)
         sets = fixed_sets(rows, forget_size, inject)
         sets |= seeded_sets(rows, sets, forget_size, seed, inject)
-    return sets | texts("sports", place=text) | dict(shots=sets["shots"] + (sport_fact("Tiger Woods", "golf", "sport/shot"),))
+    return {"dropped": dropped} | sets | texts("sports", place=text) | dict(shots=sets["shots"] + (sport_fact("Tiger Woods", "golf", "sport/shot"),))
 
 # %% ../nbs/01_facts.ipynb #010077
 def check_numbers(
@@ -561,7 +632,7 @@ def check_options(
     "Refuse options that make no sense; says which source the facts are of"
     choose(inject, INJECT, "inject")
     check_numbers(seed, forget_size, paper_split)
-    if not (Path(facts).suffix or Path(facts).exists()): choose(facts, ("world", "sports", "FILE.json", "FILE.csv"), "facts")
+    if not (Path(facts).suffix or sources.local(facts).exists()): choose(facts, ("world", "sports", "FILE.json", "FILE.csv"), "facts")
     source = "world" if facts == "world" or facts.endswith(".json") else "sports"
     if source == "world" and paper_split: raise Refusal("paper_split is the order of the table of athletes: it needs facts='sports'")
     return source
@@ -580,7 +651,7 @@ def sports_athlete_editing(
     options = dict(forget_size=forget_size, facts=str(facts), inject=inject, paper_split=paper_split)
     source = check_options(seed, **options)
     if source == "world": sets = world_sets(None if facts == "world" else str(facts), forget_size, seed, inject)
-    else: sets = table_sets(facts, forget_size, seed, inject, paper_split, text)
+    else: sets = table_sets(facts, forget_size, seed, inject, paper_split, text, lm)
     options |= {"text": str(text)} if text else {}
     task = Task(name="sports-athlete-editing", source=source, seed=seed, options=options, **sets)
     if lm is not None: check_task(lm, task)
@@ -595,6 +666,12 @@ def unknown_words(
     unk, words = lm.tok.unk_token_id, sorted({w for t in texts for w in t.split()})
     if unk is None or not words: return []
     return [w for w, ids in zip(words, lm.tok(words, add_special_tokens=False).input_ids) if unk in ids]
+
+def check_words(lm, facts):
+    "Refuse facts in words that the tokenizer does not know"
+    if odd := unknown_words(lm, [f.prompt for f in facts]):
+        some = ", ".join(odd[:4]) + (", ..." if len(odd) > 4 else "")
+        raise Refusal(f"{lm.name} does not know {len(odd)} words of these facts ({some}): they are not facts for this model")
 
 # %% ../nbs/01_facts.ipynb #010088
 def check_candidates(
@@ -618,6 +695,53 @@ def check_boundary(
         if c[:len(b) + 1] != b + [lm.first_token(a)]:
             raise Refusal(f"{lm.name}: {p[-20:]!r} followed by {a!r} is tokenized as {lm.tok.convert_ids_to_tokens(c[-3:])}")
 
+# %% ../nbs/01_facts.ipynb #4f6d1a06
+ODD_WORDS, NO_SUBJECT, JOINED = "words the tokenizer does not know", "subject cannot be located", "answer is not tokens of its own after the prompt"
+
+def unfit(
+    lm:LM, # a model
+    facts, # facts
+) -> list[str|None]: # of each, why the tokenizer cannot take it; none if it can
+    "What is wrong with single facts for a tokenizer"
+    unk, prompts, answers = lm.tok.unk_token_id, [f.prompt for f in facts], [[a for a in (f.answer, f.edit) if a] for f in facts]
+    of = {a: lm.pieces(a) for a in {a for some in answers for a in some}}
+    before, whole = lm.ids(prompts), iter(lm.ids([p + a for p, some in zip(prompts, answers) for a in some]))
+    def why(f, ids, some, lost):
+        pieces, after = [of[a] for a in some], [next(whole) for _ in some]
+        if not all(pieces) or (unk is not None and any(unk in part for part in (ids, *pieces))): return ODD_WORDS
+        if lost: return NO_SUBJECT
+        n = None if f.whole else 1
+        return JOINED if any(a[:len(ids)] != ids or a[len(ids):][:n] != p[:n] for a, p in zip(after, pieces)) else None
+    return [why(*x) for x in zip(facts, before, answers, _lost(lm, prompts, [f.subject for f in facts]))]
+
+def _lost(lm, prompts, subjects):
+    "Of each prompt, why its subject cannot be located; none if it can"
+    if hasattr(lm, "locatable"): return lm.locatable(prompts, subjects)
+    def ask(p, s):
+        try: lm.subject_positions([p], [s])
+        except Refusal as e: return str(e)
+    return [ask(p, s) for p, s in zip(prompts, subjects)]
+
+# %% ../nbs/01_facts.ipynb #4f6d1a07
+def fitting(
+    lm:LM|None, # a model; none: all facts fit
+    facts, # facts
+) -> tuple[list[Fact], dict[str, int]]: # those that its tokenizer takes; how many it does not take, by reason
+    "The facts that a tokenizer can take"
+    if lm is None or not facts: return list(facts), {}
+    reasons = unfit(lm, facts)
+    if all(reasons): check_facts(lm, facts)
+    return [f for f, why in zip(facts, reasons) if not why], dict(Counter(filter(None, reasons)))
+
+def check_facts(
+    lm:LM, # a model
+    facts, # facts
+):
+    "Refuse facts of which the tokenizer cannot take one; the message names it"
+    check_words(lm, facts)
+    check_boundary(lm, [f.prompt for f in facts], [f.answer for f in facts])
+    lm.subject_positions([f.prompt for f in facts], [f.subject for f in facts])
+
 # %% ../nbs/01_facts.ipynb #010089
 def check_task(
     lm:LM, # the model
@@ -625,9 +749,7 @@ def check_task(
 ):
     "Refuse a task that a model's tokenizer cannot take; the message names the word"
     everything = [f for s in SPLITS for f in getattr(task, s)]
-    if odd := unknown_words(lm, [f.prompt for f in everything]):
-        some = ", ".join(odd[:4]) + (", ..." if len(odd) > 4 else "")
-        raise Refusal(f"{lm.name} does not know {len(odd)} words of these facts ({some}): they are not facts for this model")
+    check_words(lm, everything)
     for words in sorted({f.candidates for f in everything if f.candidates} | {LETTERS}): check_candidates(lm, words)
     edited = [f for s in EDITED for f in getattr(task, s)]
     check_boundary(lm, [f.prompt for f in edited], [f.answer for f in edited])

@@ -426,7 +426,7 @@ def table(*rows, head=HEAD): return "\n".join([head, *rows]) + "\n"
     (table(ROW, KEPT.replace("Kelvane,", ",")), "f.csv row 3, column 'subject': is missing or empty"),
     (table(ROW, "", KEPT.replace("through Kelvane", "through it")), "f.csv row 4, column 'prompt': the subject 'Kelvane' does not stand in it"),
     (table(ROW, KEPT + "Draul"), "f.csv row 3, column 'edit': 'Draul' is the true answer"), (table(KEPT), "f.csv: no row has an edit"),
-    (table(), "f.csv: no row has an edit"), ("", "f.csv: no row has an edit"),
+    (table(), "f.csv holds no fact"), ("", "f.csv holds no fact"),
     (table(KEPT.rsplit(",", 1)[0], head="subject,prompt,answer"), "f.csv: no row has an edit"),
     (table(ROW, KEPT, ROW), "f.csv row 4, column 'prompt': it stands already in "),
     (table(ROW, ROW + " River, the"), "f.csv row 3: 5 cells where the header has 4"),
@@ -449,7 +449,7 @@ def test_bad_own_files(tmp_path):
     assert "f.jsonl line 2: not JSON" in refusal(read_own, put(tmp_path / "f.jsonl", lines([GIVEN]) + "{'subject': 'x'}"))
     assert "f.jsonl line 1: there is no column 'answer'" in refusal(read_own, put(tmp_path / "f.jsonl", lines([without(GIVEN, "answer")])))
     assert "there is no file" in refusal(read_own, tmp_path / "nowhere.csv")
-    assert "f.xlsx '.xlsx'. Valid: .csv, .jsonl" in refusal(read_own, put(tmp_path / "f.xlsx", ""))
+    assert "f.xlsx '.xlsx'. Valid: .csv, .tsv, .json, .jsonl, .parquet" in refusal(read_own, put(tmp_path / "f.xlsx", ""))
 
 
 # Text

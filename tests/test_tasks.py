@@ -15,7 +15,7 @@ from mechunlearn.finetuning import UPDATES, draws, finetune, fingerprint, heard,
 from mechunlearn.localization import Evidence, Part, atoms, build, joined, localize
 from mechunlearn.models import Component, Slice, components, load, wrap
 from mechunlearn.store import Refusal
-from mechunlearn.tasks import (KNOWN, OPEN_RELATIONS, SAME, SPORT_NAMES, TASKS, TWICE, UNKNOWN, counterfact_facts, counterfact_sets, fit_for, make_task,
+from mechunlearn.tasks import (BEGINS, KNOWN, OPEN_RELATIONS, SAME, SPORT_NAMES, TASKS, TWICE, UNKNOWN, counterfact_facts, counterfact_sets, fit_for, make_task,
     probabilities)
 
 CF, SEQ, SCALE, FULL, UNLEARN, EDITING = ("counterfact-editing", "sequential-counterfact-editing", "counterfact-at-scale", "full-sports-editing",
@@ -238,9 +238,10 @@ def knows(monkeypatch):
 
 def test_counterfact_drops_what_cannot_be_edited(rome, reader, knows):
     known, dropped = fit_for(reader, counterfact_facts())
-    assert cases_of(known) == ORDER and dropped == {SAME: 1, UNKNOWN: 16} and fit_for(None, known) == (known, {})
+    assert cases_of(known) == ORDER and dropped == {BEGINS: 1, UNKNOWN: 16} and fit_for(None, known) == (known, {})
     task = make_task(CF, reader, facts="counterfact", forget_size=16, paper_split=True)
-    assert task.dropped == {SAME: 1, UNKNOWN: 16, TWICE: 3} and task.source == "counterfact" and not task.dev_forget
+    assert make_task(CF, reader, facts="counterfact", forget_size=16, paper_split=True, target="first").dropped == {SAME: 1, UNKNOWN: 16, TWICE: 3}
+    assert task.dropped == {BEGINS: 1, UNKNOWN: 16, TWICE: 3} and task.source == "counterfact" and not task.dev_forget
     f, row = task.forget[4], rome[4]
     assert (f.id, f.relation, f.prompt, f.answer, f.edit) == ("counterfact/1004", "P4", "rel4 of Zam Q4 is in", f" {PLACES[0]}", f" {PLACES[1]}")
     assert (f.paraphrases, f.neighbors) == (tuple(row["paraphrase_prompts"]), tuple(row["neighborhood_prompts"]))
