@@ -16,7 +16,7 @@ import argparse, codecs, json, math, os, re, shlex, signal, subprocess, sys, tex
 from contextlib import suppress
 from pathlib import Path
 from . import __version__
-from .store import Refusal, choose
+from .store import Broken, Refusal, choose
 
 # %% ../nbs/50_cli.ipynb #500005
 class Parser(argparse.ArgumentParser):
@@ -590,7 +590,9 @@ def export(args):
     if not (folder/"edit.safetensors").exists():
         raise Refusal(f"{folder} has no tensors (they are deleted after the attacks): make them with `mechunlearn edit`, or run with --keep-edits")
     writable(args.out)
-    out, saved = Path(args.out), F.load_edit(folder)
+    out = Path(args.out)
+    try: saved = F.load_edit(folder)
+    except (ValueError, KeyError, TypeError): raise Broken(folder/"edit.json", "it describes no edit that this version knows") from None
     if out.exists() and not (out.is_dir() and not any(out.iterdir())): raise Refusal(f"{out} is not empty: name a new folder")
     how = {k: v for k in ("dtype", "revision") if (v := job.settings.get(k))}
     print(F.export(models.load(job.model, device="cpu", **how), saved, args.out, args.delta))

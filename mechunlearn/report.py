@@ -174,15 +174,20 @@ def training(
 # %% ../nbs/41_report.ipynb #410024
 WHICH = ["model", "task", "forget_size"]
 
+def _recorded_here():
+    "The recorded tables of the installed package, or of its checkout, whatever the working folder is"
+    package = Path(str(files("mechunlearn")))
+    return next((p for p in (package/"nbs/recorded", package.parent/"nbs/recorded") if p.is_dir()), package/"nbs/recorded")
+
 def recorded(
     table:str, # 'metrics', 'scorecard', 'frontier', 'records_small', 'probing', 'traced', 'trace_grid', 'paths', 'localizations', 'training'
-    folder="recorded", # where `record` put them
+    folder=None, # where `record` put them; default: the tables that come with the package
     task:str="sports-athlete-editing", # whose run
     **which, # model, forget_size; default: the first run of this task in the table
 ) -> pd.DataFrame: # rows of one run
     "A recorded table of one run"
-    file = Path(folder)/f"{table}.parquet"
-    if not file.exists(): raise Refusal(f"{file} does not exist: `make record` runs configs/organism.yaml and writes it")
+    file = Path(folder or _recorded_here())/f"{choose(table, RECORDED, 'recorded table')}.parquet"
+    if not file.exists(): raise Refusal(f"{file} does not exist: " + ("`mechunlearn report RUNS --record DIR` writes such tables" if folder else "it comes with the package, so install that again"))
     df = pd.read_parquet(file)
     for k, v in ({"task": task} | which).items(): df = df[df[k] == v]
     if df.empty: raise Refusal(f"{file} has no run with {({'task': task} | which)}")

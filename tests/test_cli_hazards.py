@@ -248,7 +248,8 @@ def test_a_damaged_file_is_named_and_the_others_go_on(whole, file, tmp_path, cap
     monkeypatch.setattr(r, "page", lambda found: "") # figures take their time
     monkeypatch.setattr(cli, "do_jobs", lambda *a, **k: 0)
     monkeypatch.setattr("mechunlearn.finetuning.export", lambda *a: "exported"); monkeypatch.setattr("mechunlearn.models.load", lambda *a, **k: None)
-    for kind, data in BYTES.items():
+    for kind in BYTES if file in ("run.json", "jobs/all/job.json") else ("half", "no keys"):
+        data = BYTES[kind]
         if kind == "no keys" and file == "notes/localization.json": continue # nothing is noted
         out = shutil.copytree(whole, tmp_path/kind)
         (out/"a"/file).write_bytes(data)
@@ -284,3 +285,12 @@ def test_export_looks_before_it_loads(whole, tmp_path, capsys, monkeypatch):
     refused(words("--out", str(tmp_path/"full")), capsys, "not empty")
     refused(words("--out", str(tmp_path/"file/below")), capsys, "cannot write")
     refused(words("--out", str(tmp_path/"new"), "--seed", "7"), capsys, "unknown seed of late '7'")
+
+
+def test_recorded_tables_are_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/"recorded").mkdir() # somebody's own
+    assert len(r.recorded("localizations"))
+    with pytest.raises(store.Refusal, match="--record") as e: r.recorded("localizations", "elsewhere")
+    assert "make record" not in str(e.value)
+    with pytest.raises(store.Refusal, match="did you mean 'metrics'"): r.recorded("metrik")
