@@ -14,13 +14,13 @@ A round is one kill. Its stage is drawn first, then how it is killed, then a mom
 After every kill each finished artefact is remembered (its time and its bytes): it may never be made again. No file may
 contradict its sidecar, no JSON may be torn. At the end of a life every result must have the bytes of a run that was
 never killed. A round takes 12 to 18 seconds on one core, most of it the start of a kernel: 200 take 40 to 60 minutes.
-results/kills.json is written after every life, and the same command goes on with the next one if it was stopped."""
+With `--minutes 9` it stops after nine minutes and the same command goes on from there, until results/kills.json is written."""
 import argparse, ctypes, json, os, random, select, shutil, signal, struct, subprocess, sys, time
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 import psutil
-from mechunlearn.runs import PIPELINE, grid, write_json
+from mechunlearn.runs import PIPELINE, grid, read_json, write_json
 from mechunlearn.store import provenance, sha256, sidecar
 
 GRID = """
@@ -237,7 +237,8 @@ def one_round(
     kind = strike(process, run, watch, drawn)
     stage, state, began = step(run)
     at, half = round(time.time() - began, 2), [f for f in run.rglob("*.tmp") if "jobs" not in f.parts]
-    bare = [f for s in PIPELINE for pattern in s.artefacts for f in run.glob(pattern.format(seed=0)) if not sidecar(f).exists()]
+    bare = [f for s in PIPELINE for pattern in s.artefacts for f in run.glob(pattern.format(seed=0))
+            if not f.name.endswith(".meta.json") and not sidecar(f).exists()]
     if kind != "cli": psutil.wait_procs(gone, 10)
     return dict(stage=stage, state=state, kind=kind, seconds=at, inside=bool(half or bare), torn=torn(run), code=process.returncode)
 
@@ -246,40 +247,78 @@ def remade(
     after:dict, # later
 ) -> list[str]: # finished artefacts that were touched since
     "What was lost"
-    return [f for f, was in before.items() if after.get(f) != was and f.split("/")[-1] not in ("edit.safetensors", "metrics.parquet")]
+    return [f for f, was in before.items() if tuple(after.get(f, ())) != tuple(was) and f.split("/")[-1] not in ("edit.safetensors", "metrics.parquet")]
 
-def one_life(
+def new_life() -> dict: # what is known of a life so far
+    "Nothing yet"
+    return dict(tried=0, rounds=[], lost=[], damaged=[], failed=[], whole={}, took=0., ended=False)
+
+def look(
+    life:dict, # changed
+    run:Path, # run folder
+):
+    "Compare what is finished with what was"
+    now, bad = finished(run)
+    life["lost"] += remade(life["whole"], now)
+    life["damaged"] += bad
+    life["whole"] = now
+
+def next_kill(
+    life:dict, # changed
     grid_file:Path, # what to run
-    out:Path, # an empty folder
-    kills:list[dict], # of `plan`
-    right:dict, # `contents` of a run that was not killed
-) -> dict: # rounds, lost, damaged, differ, ...
-    "From nothing to the end, with kills"
-    out.mkdir(parents=True)
-    run, rounds, lost, damaged, whole, failed = Path(grid(grid_file, str(out))[0].run_dir), [], [], [], {}, []
-    watch, begin = Watch(sorted({(run/f).parent for f in [*right, "notebooks/x"]})), time.time()
-    def look():
-        nonlocal whole
-        now, bad = finished(run)
-        lost.extend(remade(whole, now)); damaged.extend(bad); whole = now
-    for drawn in kills:
-        process = start(grid_file, out)
-        if why := reach(process, run, drawn["stage"]):
-            if why != "ended": failed.append(f"{drawn['stage']}: {why}")
-            if why == "stuck": end_tree(process)
-            look(); continue
+    out:Path, # of this life
+    run:Path, # run folder
+    watch:Watch, # of its folders
+    drawn:dict, # the kill
+):
+    "Start or resume, kill, and look"
+    process = start(grid_file, out)
+    if why := reach(process, run, drawn["stage"]):
+        if why != "ended": life["failed"].append(f"{drawn['stage']}: {why}")
+        if why == "stuck": end_tree(process)
+    else:
         watch.events(0)
-        rounds.append(one_round(process, run, watch, drawn)); look()
-        print(f"{out.name} {len(rounds):3d}/{len(kills)}  {rounds[-1]['kind']:6s} in {rounds[-1]['stage']} after {rounds[-1]['seconds']:.1f} s"
-              + (", inside a write" if rounds[-1]["inside"] else "") + (f"  LOST {lost}" if lost else ""), flush=True)
+        life["rounds"].append(r := one_round(process, run, watch, drawn))
+        print(f"{out.name} {len(life['rounds']):3d}  {r['kind']:6s} in {r['stage']} after {r['seconds']:.1f} s{', inside a write' if r['inside'] else ''}", flush=True)
+    look(life, run)
+    if life["lost"]: print(f"LOST {life['lost']}", flush=True)
+
+def last_run(
+    life:dict, # changed
+    grid_file:Path, # what to run
+    out:Path, # of this life
+    run:Path, # run folder
+    right:dict, # `contents` of a run that was not killed
+):
+    "To the end, and compare"
     process = start(grid_file, out)
     try: code = process.wait(2 * PATIENCE)
     except subprocess.TimeoutExpired: end_tree(process); code = "stuck"
-    look(); watch.close()
-    if code != 0: failed.append(f"the last run ended with {code}")
+    look(life, run)
+    if code != 0: life["failed"].append(f"the last run ended with {code}")
     now = contents(run)
-    differ = sorted(f for f in now.keys() | right.keys() if now.get(f) != right.get(f))
-    return dict(rounds=rounds, lost=lost, damaged=damaged, differ=differ, compared=len(right), leftovers=leftovers(run), failed=failed, took=time.time() - begin)
+    life |= dict(differ=sorted(f for f in now.keys() | right.keys() if now.get(f) != right.get(f)), compared=len(right), leftovers=leftovers(run), ended=True)
+
+def one_life(
+    grid_file:Path, # what to run
+    out:Path, # its folder
+    kills:list[dict], # of `plan`
+    right:dict, # `contents` of a run that was not killed
+    until:float, # time to stop at
+) -> dict: # tried, rounds, lost, damaged, failed, ended, and at the end differ, compared, leftovers
+    "From nothing to the end, with kills; what was done before counts"
+    out.mkdir(parents=True, exist_ok=True)
+    file, run = Path(f"{out}.json"), Path(grid(grid_file, str(out))[0].run_dir)
+    life = read_json(file) or new_life()
+    watch = Watch(sorted({(run/f).parent for f in [*right, "notebooks/x"]}))
+    while not life["ended"] and time.time() < until:
+        begin = time.time()
+        if life["tried"] < len(kills): next_kill(life, grid_file, out, run, watch, kills[life["tried"]]); life["tried"] += 1
+        else: last_run(life, grid_file, out, run, right)
+        life["took"] += time.time() - begin
+        write_json(file, life)
+    watch.close()
+    return life
 
 def reference(
     grid_file:Path, # what to run
@@ -316,37 +355,25 @@ def summary(
             "machine": {k: v for k, v in provenance().items() if k != "time"} | {"cores": len(os.sched_getaffinity(0))},
             "each": [[r["stage"], r["kind"], r["seconds"], r["inside"]] for r in rounds]}
 
-def once(
-    file:Path, # JSON
-    fn, # computes its value
-): # the value
-    "What was computed before, or now"
-    if not file.exists(): write_json(file, fn())
-    return json.loads(file.read_text())
-
-def fresh(
-    folder:Path, # of a life that was not finished, perhaps
-) -> Path: # empty
-    "Start a life again from nothing"
-    shutil.rmtree(folder, ignore_errors=True)
-    return folder
-
 def main():
     "Kill and resume; exit code 1 if anything was lost or differs"
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--rounds", type=int, default=200)
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--out", type=Path, default=Path("runs/kills"), help="folder for the runs")
+    p.add_argument("--out", type=Path, default=Path("runs/kills"), help="folder for the runs; what is there already goes on")
+    p.add_argument("--minutes", type=float, default=float("inf"), help="stop after these; the same command goes on from there")
     p.add_argument("--result", type=Path, default=Path(__file__).parent/"results"/"kills.json")
     args = p.parse_args()
-    out, lives = args.out.resolve(), []
+    out, lives, until = args.out.resolve(), [], time.time() + 60 * args.minutes
     out.mkdir(parents=True, exist_ok=True); grid_file = out/"grid.yaml"; grid_file.write_text(GRID)
-    right, durations, writes = once(out/"whole.json", lambda: reference(grid_file, fresh(out/"whole")))
+    if not (out/"whole.json").exists(): shutil.rmtree(out/"whole", ignore_errors=True); write_json(out/"whole.json", reference(grid_file, out/"whole"))
+    right, durations, writes = read_json(out/"whole.json")
     print(f"without kills: {sum(durations.values()):.0f} s, {len(right)} results, writes by stage {writes}", flush=True)
     for k, kills in enumerate(plan(args.rounds, args.seed, durations, writes)):
-        lives.append(once(out/f"life{k}.json", lambda: one_life(grid_file, fresh(out/f"life{k}"), kills, right)))
-        found = summary(lives, args, durations)
-        args.result.write_text(json.dumps(found, indent=1) + "\n")
+        lives.append(one_life(grid_file, out/f"life{k}", kills, right, until))
+        if not lives[-1]["ended"]: print("stopped: the same command goes on from here"); sys.exit(3)
+    found = summary(lives, args, durations)
+    args.result.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps({k: v for k, v in found.items() if k != "each"}, indent=1))
     sys.exit(any(found[k] for k in ("lost", "damaged", "failed", "differ")))
 
