@@ -336,7 +336,7 @@ def locate(
     try:
         folder = packaged()[model] if model in packaged() else Path(model).expanduser()
         if not folder.is_dir():
-            if not re.fullmatch(r"[\w.-]+/[\w.-]+", model): choose(model, packaged(), "packaged model, folder or hub id (owner/name)")
+            if not re.fullmatch(r"[\w.-]+/[\w.-]+", model): choose(model if model.isprintable() else ascii(model), packaged(), "packaged model, folder or hub id (owner/name)")
             return model, model, ""
         if is_packaged(folder): verify(folder)
         if not any((folder / c).is_file() for c in ("config.json", "adapter_config.json")):
@@ -511,10 +511,10 @@ def merge_adapter(
     "Merge an adapter into its base; ValueError for one that does not fit."
     from peft import PeftModel
     model = PeftModel.from_pretrained(hf, str(folder))
+    if model.active_peft_config.is_prompt_learning or not hasattr(model, "merge_and_unload"):
+        raise ValueError(f"an adapter of kind {model.active_peft_config.peft_type.value} cannot be merged into weights")
     report = model.load_adapter(str(folder), "default")
     check_complete(dict(missing_keys=report.missing_keys, unexpected_keys=report.unexpected_keys))
-    if not hasattr(model, "merge_and_unload") or model.active_peft_config.is_prompt_learning:
-        raise ValueError(f"an adapter of kind {model.active_peft_config.peft_type.value} cannot be merged into weights")
     merged = model.merge_and_unload()
     check_finite(merged)
     return merged
