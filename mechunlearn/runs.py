@@ -475,7 +475,7 @@ def _end_with_parent(interval=.5):
     threading.Thread(target=watch, daemon=True).start()
 
 # %% ../nbs/40_runs.ipynb #40005101
-STEP = {"stage": str, "number": int, "of": int, "state": str, "seconds": (int, float)}
+STEP = {"stage": str, "number": int, "of": int, "start": (int, float), "state": str, "seconds": (int, float)}
 
 def steps_in(
     file, # a part's steps.jsonl
@@ -643,12 +643,13 @@ def at_work(
 # %% ../nbs/40_runs.ipynb #400062
 class View:
     "Progress of running parts, on stderr"
+    every = 60. # seconds between two lines about a part, off a terminal
     def __init__(self,
         quiet:bool=False, # show nothing
     ):
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-        self.said, self.tasks = {}, {}
+        self.said, self.tasks, self.began, self.beat = {}, {}, {}, {}
         self.console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True, quiet=quiet)
         text = lambda t: TextColumn(t, markup=False)
         self.bars = Progress(text("{task.description}"), BarColumn(20), text("{task.fields[at]}"), TimeElapsedColumn(),
@@ -668,7 +669,10 @@ def update(self:View,
         took = {"done": f"{step['seconds']:.0f} s", "skipped": "was done before"}.get(step["state"])
         if took: self.print(f"{part.name}  {step['number']}/{step['of']} {step['stage']}: {took}")
     self.said[part.name] = len(steps)
-    if steps: self._bar(part, steps[-1], bars_in(part.dir/"bar.json"))
+    if not steps: return
+    bars = bars_in(part.dir/"bar.json")
+    self._bar(part, steps[-1], bars)
+    if not self.console.is_terminal and steps[-1]["state"] == "running": self._beat(part, steps[-1], bars)
 
 # %% ../nbs/40_runs.ipynb #400064
 @patch
@@ -677,6 +681,31 @@ def _bar(self:View, part, step, bars):
     inside = bars[0][1]/bars[0][2] if bars else 0
     self.bars.update(self.tasks[part.name], completed=(step["number"] - 1 + inside)/step["of"],
                      at=" ".join([f"{step['number']}/{step['of']} {step['stage']}"] + [f"{desc} {n}/{total}" for desc, n, total in bars]))
+
+# %% ../nbs/40_runs.ipynb #40006401
+def _inside(bars):
+    "How much of a stage is done, by its nested bars"
+    done, share = 0, 1
+    for _, n, total in bars: done, share = done + share*min(n/total, 1), share/total
+    return min(done, 1)
+
+def _span(seconds):
+    "A time as a person says it"
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds/60:.0f} min" if seconds < 5400 else f"{seconds/3600:.1f} h"
+
+# %% ../nbs/40_runs.ipynb #40006402
+@patch
+def _beat(self:View, part, step, bars):
+    "At most every `every` seconds: stage, innermost bar, time left"
+    now, inside = time.time(), _inside(bars)
+    stage, since, begun, last = self.began.get(part.name, (None, now, 0, 0))
+    if stage != step["stage"] or inside < last: since, begun = now, inside # another stage, or its next bar
+    self.began[part.name] = step["stage"], since, begun, inside
+    if now - self.beat.setdefault(part.name, now) < self.every: return
+    self.beat[part.name] = now
+    at = [f"{bars[-1][0]} {bars[-1][1]}/{bars[-1][2]}"] if bars else []
+    left = f"about {_span((now - since)*(1 - inside)/(inside - begun))} left" if inside > begun else f"{_span(now - step['start'])} so far"
+    self.print(f"{part.name}  {step['number']}/{step['of']} {step['stage']}: {', '.join([*at, left])}")
 
 # %% ../nbs/40_runs.ipynb #400065
 @patch

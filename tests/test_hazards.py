@@ -351,3 +351,44 @@ def test_a_run_folder_is_two_below_out(tmp_path, options, model, monkeypatch):
     made = Path(folder := runs.folder(tmp_path / "out", model, "sports-athlete-editing", options)).relative_to(tmp_path / "out")
     assert len(made.parts) == 2 and ".." not in made.parts and folder.isprintable()
     Path(folder).mkdir(parents=True); assert Path(folder).resolve().is_relative_to(tmp_path / "out")
+
+
+# ---- off a terminal
+
+def test_a_long_stage_says_how_far_it_is(two_runs, monkeypatch, capsys):
+    part = parts(runs.asked_in(two_runs / "a/t"), False)[0]
+    now = iter(range(1000, 10000, 20)) # every look is 20 s after the one before
+    monkeypatch.setattr(runs.time, "time", lambda: next(now))
+    (part.dir / "steps.jsonl").write_text(json.dumps({"stage": "probing", "number": 1, "of": 8, "start": 900, "state": "done", "seconds": 30}) + "\n" +
+                                          json.dumps({"stage": "finetuning", "number": 5, "of": 8, "start": 1000, "state": "running", "seconds": 0}) + "\n")
+    view = runs.View()
+    for n in range(10): store.write_json(part.dir / "bar.json", [["edits", n // 5, 2], ["steps", n % 5, 5], ["", 3, None]]); view.update(part)
+    said = capsys.readouterr().err.splitlines()
+    assert said == ["a/t  1/8 probing: 30 s", "a/t  5/8 finetuning: steps 3/5, about 2 min left", "a/t  5/8 finetuning: steps 1/5, about 80 s left", "a/t  5/8 finetuning: steps 4/5, about 20 s left"]
+    (part.dir / "bar.json").unlink(); view.update(part); view.update(part); view.update(part)
+    assert capsys.readouterr().err.splitlines() == ["a/t  5/8 finetuning: 4 min so far"]
+    quiet = runs.View(quiet=True); quiet.every = 0
+    for _ in range(5): quiet.update(part)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_real_part_off_a_terminal(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(runs.View, "every", .5)
+    stage = stage_of(tmp_path, "import time\nfrom tqdm.auto import tqdm\nfrom mechunlearn.store import make\nfor k in tqdm(range(4), 'edits'): time.sleep(.8)\nmake(f'{run_dir}/only-0.json', {}, lambda: 1)")
+    assert runs.run_batch([Job(model="m", run_dir=str(tmp_path / "out/m/t"))], stages=(stage,))[0]["state"] == "done"
+    said = capfd.readouterr().err.splitlines()
+    assert any("m/t  1/1 only: edits " in l and "/4, about" in l and l.endswith("s left") for l in said) and len(said) < 20 and said[-1].startswith("m/t  1/1 only: ")
+
+
+# ---- by hand
+
+@pytest.mark.slow
+def test_a_stage_by_hand_from_another_folder(tmp_path, monkeypatch):
+    "The line in 40, as it stands there"
+    import nbformat, shlex, subprocess, sys
+    text = "\n".join(c.source for c in nbformat.read(Path(__file__).parents[1] / "nbs/40_runs.ipynb", 4).cells if c.cell_type == "markdown")
+    line = next(l for l in text.splitlines() if l.startswith("papermill ")).replace("path/to/nbs/10_probing.ipynb", str(runs.find_notebook(runs.PIPELINE[0])))
+    monkeypatch.chdir(tmp_path)
+    done = subprocess.run([sys.executable, "-P", "-m", *shlex.split(line), "-p", "run_dir", "r", "--no-progress-bar"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(store.load_table("r/scores/probing.parquet")) and "injected-parameters" in Path("probing.ipynb").read_text()
