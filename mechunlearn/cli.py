@@ -181,8 +181,9 @@ def job_of(
     return job
 
 def _paths_of(args):
-    "Refuse places below a home that does not exist"
-    for option in ("model", "facts", "text", "out", "edited", "base"):
+    "Refuse names that are empty, and places below a home that does not exist"
+    for option in ("model", "task", "facts", "text", "out", "edited", "base", "revision"):
+        if getattr(args, option, None) == "": raise Refusal(f"--{option} is empty")
         try: Path(getattr(args, option, None) or "").expanduser()
         except RuntimeError: raise Refusal(f"--{option} {getattr(args, option)}: there is no such user") from None
 

@@ -148,7 +148,8 @@ def test_an_option_and_the_same_setting(capsys, nothing_starts):
 @pytest.mark.parametrize("argv,message", [(["run", "--quantize", "8bit"], "cannot be trained"), (["edit", "--quantize", "4bit", "--localizations", "late"], "cannot be trained"), (["sweep", "--quantize", "8bit"], "cannot be trained"),
     (["run", "--device", "cuda:77"], "is not there"), (["run", "--device", "gpu"], "device"), (["localize", "--device", "cuda:77"], "is not there"), (["sweep", "--set", "lr=1e-3"], "--lrs"), (["sweep", "--set", "budget=9"], "does not use the setting budget"),
     (["sweep", "--task", "sequential-counterfact-editing"], "no facts set aside"), (["run", "--model", "~nouser-here/x"], "no such user"), (["run", "--facts", "~nouser-here/x.csv"], "no such user"),
-    (["run", "--out", "~nouser-here/x"], "no such user"), (["attack", "--edited", "~nouser-here/x"], "no such user"), (["check", "--model", "~nouser-here/x"], "no such user")])
+    (["run", "--out", "~nouser-here/x"], "no such user"), (["attack", "--edited", "~nouser-here/x"], "no such user"), (["check", "--model", "~nouser-here/x"], "no such user"),
+    (["run", "--set", "edited=organism-late"], "attack --base A --edited B"), (["attack", "--edited", ""], "--edited is empty"), (["run", "--model", ""], "--model is empty"), (["run", "--out", ""], "--out is empty")])
 def test_said_before_work(argv, message, capsys, nothing_starts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refused(argv, capsys, message)
