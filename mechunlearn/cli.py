@@ -65,11 +65,10 @@ def setting(
     text:str, # "steps=20"
 ) -> tuple: # ("steps", 20)
     "A setting and its value, read as YAML"
-    import yaml
+    from mechunlearn.runs import read_yaml
     key, sign, value = text.partition("=")
     if not (sign and all(key.split("."))): raise argparse.ArgumentTypeError(f"KEY=VALUE, not '{text[:60]}'")
-    try: return key, yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError): raise argparse.ArgumentTypeError(f"the value of {key} is not YAML: '{value[:60]}'") from None
+    return key, read_yaml(value, f"--set {key[:60]}")
 
 # %% ../nbs/50_cli.ipynb #500008
 LOCALIZATIONS = "flu,causal-tracing-mlps,random-mlps,late,all-mlps,nonlocalized"
@@ -85,6 +84,7 @@ def what(p):
     p.add_argument("--parts", type=whole, metavar="N", help="parts of a sequence (default: 4)")
     p.add_argument("--facts", metavar="F", help="world, sports, counterfact, or your own FILE.csv or FILE.jsonl (default: world for an organism)")
     p.add_argument("--paper-split", action="store_true", default=None, help="the authors' split of their data")
+    p.add_argument("--target", metavar="T", help="of open facts: all tokens of an answer, or the first alone as published (default: all)")
     p.add_argument("--text", metavar="T", help="with real facts: text to keep the loss on, a file, folder or hub id")
     p.add_argument("--seeds", type=numbers, default=[0], metavar="0,1", help="seeds of task and edits (default: 0)")
 
@@ -130,7 +130,7 @@ def task_options_of(
     args, # parsed options
 ) -> dict: # those that were given
     "What is said about the task"
-    return {k: v for k in ("forget_size", "inject", "sport", "parts", "facts", "paper_split", "text") if (v := getattr(args, k)) is not None}
+    return {k: v for k in ("forget_size", "inject", "sport", "parts", "facts", "paper_split", "target", "text") if (v := getattr(args, k)) is not None}
 
 def benchmarks_of(
     args, # parsed options
@@ -181,8 +181,9 @@ def job_of(
     return job
 
 def _paths_of(args):
-    "Refuse places below a home that does not exist"
-    for option in ("model", "facts", "text", "out", "edited", "base"):
+    "Refuse names that are empty, and places below a home that does not exist"
+    for option in ("model", "task", "facts", "text", "out", "edited", "base", "revision"):
+        if getattr(args, option, None) == "": raise Refusal(f"--{option} is empty")
         try: Path(getattr(args, option, None) or "").expanduser()
         except RuntimeError: raise Refusal(f"--{option} {getattr(args, option)}: there is no such user") from None
 
@@ -248,6 +249,7 @@ def ready(
     train = [] if args.command == "localize" else trained_in(job)
     if train and (bits := job.settings.get("quantize")):
         raise Refusal(f"quantized weights ({bits}) cannot be trained: edit the model in --dtype bfloat16; `mechunlearn localize` works with --quantize")
+    if job.settings.get("edited") and trained_in(job) == job.localizations: raise Refusal("edited: none of the localizations is edited@...; `mechunlearn attack --base A --edited B` asks a model edited elsewhere")
     if not args.dry_run: check_device(job.settings.get("device"))
     check_job(job)
     if args.command in ("localize", "sweep") or getattr(args, "sweep", False): return
@@ -263,8 +265,8 @@ def check_device(
     import torch
     try: kind = torch.device(device or "cpu")
     except RuntimeError: raise Refusal(f"device: cpu, cuda or cuda:1, not '{device}'") from None
-    here = torch.cuda.device_count() if kind.type == "cuda" else kind.type == "cpu" or (kind.type == "mps" and torch.backends.mps.is_available())
-    if (kind.index or 0) >= here: raise Refusal(f"device '{device}' is not there" + (f": this machine has {here} CUDA devices" if kind.type == "cuda" else ""))
+    here = getattr(torch, kind.type).device_count() if kind.type in ("cuda", "xpu", "mps") else kind.type == "cpu"
+    if (kind.index or 0) >= here: raise Refusal(f"device '{device}' is not there" + (f": this machine has {here} of its kind" if kind.type == "cuda" else ""))
 
 # %% ../nbs/50_cli.ipynb #500013
 def do_jobs(
@@ -618,6 +620,7 @@ def check(args):
     lm = runs.skeleton(job)
     print(f"model: {lm.name}, {lm.family}, {lm.n_layers} layers of {lm.n_heads} heads, {sum(p.numel() for p in lm.hf.parameters()):,} parameters")
     task = tasks.make_task(job.task, lm, **job.options, seed=job.seeds[0])
+    if said := task.remarks(): print(said)
     print("task: " + ", ".join(f"{len(v)} {k}" for k, v in task.groups().items() if len(v)) + " facts; all their words are known to the model")
     return 0
 

@@ -170,7 +170,7 @@ def test_export_is_a_plain_folder_or_a_difference(tmp_path, capsys):
     edit, run = finetune(lm, task, localize(lm, task, "late"), lr=1e-3, steps=1, batch=4, retain_batch=4, text_batch=1, progress=False), tmp_path / "run"
     edit.save(run / "late" / "seed0")
     (run / "jobs/all").mkdir(parents=True)
-    (run / "jobs/all/job.json").write_text(json.dumps({"job": {"model": "organism", "settings": {}}}))
+    (run / "jobs/all/job.json").write_text(json.dumps({"job": {"model": "organism", "settings": {}, "run_dir": str(run)}}))
     words = lambda out, *more: ["export", str(run), "--localization", "late", "--out", str(tmp_path / out), *more]
     assert main(words("whole")) == 0 and main(words("part", "--delta")) == 0
     plain, delta = AutoModelForCausalLM.from_pretrained(tmp_path / "whole"), load_tensors(tmp_path / "part/delta.safetensors")

@@ -128,8 +128,8 @@ def test_rates_that_are_none(option, capsys, nothing_starts):
 
 @pytest.mark.parametrize("said,message", [(["lr=nan"], "lr"), (["lr=inf"], "lr"), (["lr=1e400"], "lr"), (["steps=-1"], "steps"), (["noise=nan"], "noise"), (["relearning.steps=0"], "relearning.steps"),
     (["relearning.stepps=3"], "did you mean 'steps'"), (["relearning={stepps: 3}"], "did you mean 'steps'"), (["steps=1", "steps=2"], "steps is given twice"), (["relearning.steps=1", "relearning={steps: 2}"], "relearning.steps is given twice"),
-    (["steps.more=1"], ""), (["=3"], "KEY=VALUE"), (["a..b=3"], "KEY=VALUE"), (["steps"], "KEY=VALUE"), (["steps=" + "["*3000], "not YAML"), (["steps=2020-99-99"], "not YAML"), (["steps={[1]: 2}"], "not YAML"),
-    (["relearning={1: 2}"], ""), (["lr="], ""), (["device=12"], "device"), (["max_facts={nobody: 3}"], ""), (["max_facts={forget: -1}"], "")])
+    (["steps.more=1"], ""), (["=3"], "KEY=VALUE"), (["a..b=3"], "KEY=VALUE"), (["steps"], "KEY=VALUE"), (["steps=" + "["*3000], "--set steps"), (["steps=2020-99-99"], "not YAML"), (["steps={[1]: 2}"], "not YAML"),
+    (["relearning={1: 2}"], ""), (["relearning={steps: 1, steps: 2}"], "twice"), (["edited=../.."], ""), (["lr="], ""), (["device=12"], "device"), (["max_facts={nobody: 3}"], ""), (["max_facts={forget: -1}"], "")])
 def test_settings_go_through_one_gate(said, message, capsys, nothing_starts):
     if said == ["lr="]: return # nothing: the default
     refused(["run", *(w for s in said for w in ("--set", s))], capsys, message)
@@ -148,7 +148,8 @@ def test_an_option_and_the_same_setting(capsys, nothing_starts):
 @pytest.mark.parametrize("argv,message", [(["run", "--quantize", "8bit"], "cannot be trained"), (["edit", "--quantize", "4bit", "--localizations", "late"], "cannot be trained"), (["sweep", "--quantize", "8bit"], "cannot be trained"),
     (["run", "--device", "cuda:77"], "is not there"), (["run", "--device", "gpu"], "device"), (["localize", "--device", "cuda:77"], "is not there"), (["sweep", "--set", "lr=1e-3"], "--lrs"), (["sweep", "--set", "budget=9"], "does not use the setting budget"),
     (["sweep", "--task", "sequential-counterfact-editing"], "no facts set aside"), (["run", "--model", "~nouser-here/x"], "no such user"), (["run", "--facts", "~nouser-here/x.csv"], "no such user"),
-    (["run", "--out", "~nouser-here/x"], "no such user"), (["attack", "--edited", "~nouser-here/x"], "no such user"), (["check", "--model", "~nouser-here/x"], "no such user")])
+    (["run", "--out", "~nouser-here/x"], "no such user"), (["attack", "--edited", "~nouser-here/x"], "no such user"), (["check", "--model", "~nouser-here/x"], "no such user"),
+    (["run", "--set", "edited=organism-late"], "attack --base A --edited B"), (["attack", "--edited", ""], "--edited is empty"), (["run", "--model", ""], "--model is empty"), (["run", "--out", ""], "--out is empty")])
 def test_said_before_work(argv, message, capsys, nothing_starts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refused(argv, capsys, message)
