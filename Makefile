@@ -2,17 +2,20 @@
 # TORCH_INDEX chooses the build of torch, for example
 #   make run TORCH_INDEX=https://download.pytorch.org/whl/cpu      (no GPU, small download)
 #   make run TORCH_INDEX=https://download.pytorch.org/whl/cu130    (a given CUDA)
+# TORCH pins it for test-latest alone: make test-latest TORCH=torch==2.13.0
 PYTHON ?= python3
 TORCH_INDEX ?=
+TORCH ?= torch
 OUT ?= runs
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: run test test-all real record notebooks readme docs-check .venv help clean
+.PHONY: run test test-all test-latest real record notebooks readme docs-check .venv help clean
 
 help:
 	@echo "make run        the organism through the whole pipeline: table, HTML report, executed notebooks"
 	@echo "make test       everything but slow and GPU tests;  make test-all adds those"
+	@echo "make test-latest  the same tests in .venv-latest, with the newest versions that settings.ini allows"
 	@echo "make real       real tokenizers for the tests that want them (npm, seconds)"
 	@echo "make record     run configs/organism.yaml, attacks.yaml and frontier.yaml in full and rewrite nbs/recorded/"
 	@echo "make notebooks  re-execute nbs/ in place;  make .venv  only the environment"
@@ -37,11 +40,21 @@ run: .venv/.installed
 
 test: .venv/.peers docs-check
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
-	$(BIN)/python -m pytest tests -q -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -n 2 --dist loadfile --durations 20 -m "not slow and not gpu"
 
 test-all: .venv/.peers docs-check
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 	$(BIN)/python -m pytest tests -q
+
+# built again each time: what is newest changes
+test-latest:
+	rm -rf .venv-latest
+	$(PYTHON) -m venv .venv-latest
+	.venv-latest/bin/pip install -q --disable-pip-version-check "$(TORCH)" $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	.venv-latest/bin/pip install -q --disable-pip-version-check "$(TORCH)" -e ".[dev,peers,capability]"
+	.venv-latest/bin/pip freeze --exclude-editable > .venv-latest/versions.txt
+	OMP_NUM_THREADS=1 .venv-latest/bin/nbdev_test --n_workers 2
+	OMP_NUM_THREADS=1 .venv-latest/bin/python -m pytest tests -q -n 2 --dist loadfile -m "not slow and not gpu"
 
 real: .venv/.installed
 	$(BIN)/python tests/real.py .real

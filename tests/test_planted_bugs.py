@@ -9,7 +9,7 @@ def fact(subject, **kw):
     return Fact(id=subject, relation="sport", subject=subject, answer=" golf", prompt=f"{subject} plays", question=f"What does {subject} play?", candidates=(" golf", " tennis"), **kw)
 
 
-@pytest.mark.parametrize("a, b", combinations(("forget", "forget_test", "retain", "retain_test", "dev_forget", "dev_retain"), 2))
+@pytest.mark.parametrize("a, b", list(combinations(("forget", "forget_test", "retain", "retain_test", "dev_forget", "dev_retain"), 2)))
 def test_no_two_splits_may_share_a_subject(a, b):
     splits = {s: (fact(s),) for s in ("forget", "retain", "retain_test")} | {a: (fact("Ann"),), b: (fact("Ann"),)}
     with pytest.raises(ValueError, match="Ann is in"): Task(name="t", source="world", **splits)
