@@ -22,7 +22,13 @@ from .store import Run, Unavailable, choose
 from .tracing import Cache, Scores, _components_table, _copy, _pool, pair, read, record, shares, swap_cases
 
 # %% ../nbs/12_path_patching.ipynb #8044f86d
-def _module(lm, name, l): return lm.hf.get_submodule(lm.path(name, l))
+def _module(lm, name, l=None): return lm.hf.get_submodule(lm.path(name, l))
+
+def _through_heads(lm, o, z):
+    "What each head writes through an output projection [b, H, d], for its `z` [b, H, head_dim]: by its columns, or by the module where it holds no plain weights"
+    if type(o) is torch.nn.Linear and not o.weight.is_meta: return torch.einsum("bhe,dhe->bhd", z, o.weight.unflatten(-1, z.shape[1:]))
+    alone = torch.einsum("bhe,hg->bhge", z, torch.eye(lm.n_heads).to(z)).flatten(2)
+    return o(alone) - o(torch.zeros_like(alone))
 
 def _added(lm, name, l, raw, delta):
     "Change of what a block adds, [b, ..., d], when its raw output [b, d] changes by `delta`; Gemma-2 has a norm in between"
@@ -43,8 +49,7 @@ def contributions(
         for l in range(lm.n_layers):
             o = _module(lm, "o_proj", l)
             z = (other.z[l][:, -1] - clean.z[l][:, -1]).unflatten(-1, (lm.n_heads, lm.head_dim))
-            heads = torch.einsum("bhe,dhe->bhd", z, o.weight.unflatten(-1, (lm.n_heads, lm.head_dim)))
-            heads = _added(lm, "attn", l, o(clean.z[l][:, -1]), heads)
+            heads = _added(lm, "attn", l, o(clean.z[l][:, -1]), _through_heads(lm, o, z))
             mlp = _added(lm, "mlp", l, clean.mlp[l][:, -1], (other.mlp[l] - clean.mlp[l])[:, -1])
             out.append(torch.cat([heads, mlp[:, None]], 1))
     return torch.stack(out, 1)
@@ -57,9 +62,10 @@ def answer_logits(
 ) -> torch.Tensor: # [b, n, k], fp32 on the CPU
     "The logits of a few tokens: final norm, their rows of the unembedding, soft cap"
     with torch.no_grad():
-        head = lm.hf.get_submodule(lm.path("lm_head"))
-        rows = head.weight[answers.to(head.weight.device)]
-        logits = torch.einsum("bnd,bkd->bnk", lm.hf.get_submodule(lm.path("final_norm"))(resid).float(), rows.float())
+        head, x = _module(lm, "lm_head"), _module(lm, "final_norm")(resid)
+        if type(head) is torch.nn.Linear and not head.weight.is_meta:
+            logits = torch.einsum("bnd,bkd->bnk", x.float(), head.weight[answers.to(head.weight.device)].float())
+        else: logits = torch.stack([head(part).float().gather(1, answers.to(part.device)) for part in x.unbind(1)], 1)
         cap = getattr(lm.hf.config, "final_logit_softcapping", None)
         return (torch.tanh(logits/cap)*cap if cap else logits).cpu()
 

@@ -11,6 +11,7 @@ __all__ = ['GRID_FACTS', 'GRID_LEAST', 'swap_subject', 'same_frame', 'Case', 'sw
 
 # %% ../nbs/11_output_tracing.ipynb #110002
 import random
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -448,6 +449,29 @@ def rank_stability(
     return scores.table[draws].corr("spearman")
 
 # %% ../nbs/11_output_tracing.ipynb #08ac77f6
+class _Linear(torch.autograd.Function):
+    "The output of a linear module, with the gradient of its input: what the module makes of unit vectors are its columns"
+    @staticmethod
+    def forward(ctx, x, out, module):
+        ctx.module = module
+        return out.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        units = torch.eye(ctx.module.in_features).to(grad)
+        with torch.no_grad(): columns = ctx.module(units) - ctx.module(torch.zeros_like(units[:1]))
+        return grad @ columns.T, None, None
+
+@contextmanager
+def _passing_gradients(lm):
+    "Meanwhile, 4-bit matrices pass gradients on even where they were packed for a CPU, whose kernel has no backward"
+    def hook(m, args, out):
+        if args[0].requires_grad and getattr(m.weight.quant_state, "packing_format_for_cpu", False): return _Linear.apply(args[0], out.detach(), m)
+    hooks = [m.register_forward_hook(hook) for m in lm.hf.modules() if hasattr(getattr(m, "weight", None), "quant_state")]
+    try: yield
+    finally:
+        for h in hooks: h.remove()
+
 def attribute(
     lm:LM, # model
     batch:dict, # corrupted prompts, from `lm.encode`
@@ -459,7 +483,7 @@ def attribute(
 ) -> tuple: # readings of the corrupted run [2, b, k]; first-order gains of MLPs [b, s, L] and of heads [b, s, L, H]
     "One corrupted forward and one backward"
     z, mlp, logits = [], [], []
-    with torch.enable_grad(), lm.nn.trace(batch, logits_to_keep=1, **_copy(past)):
+    with torch.enable_grad(), _passing_gradients(lm), lm.nn.trace(batch, logits_to_keep=1, **_copy(past)):
         x = lm.layer(0).input
         if noise is not None: x = x + noise.to(x)
         lm.layer(0).input = x.detach().requires_grad_()
