@@ -488,8 +488,9 @@ def fixed_sets(
 
 def quarter_of_each(facts, n):
     "The first `n` facts of every answer, or a quarter of them"
-    counts = Counter(f.answer for f in facts)
-    return [f for a in sorted(counts) for f in of_each([f for f in facts if f.answer == a], min(n, counts[a] // 4))]
+    by = {}
+    for f in facts: by.setdefault(f.answer, []).append(f)
+    return [f for a in sorted(by) for f in by[a][:min(n, len(by[a]) // 4)]]
 
 # %% ../nbs/01_facts.ipynb #010064
 def check_size(
@@ -510,9 +511,10 @@ def split_retain(
     "Split facts into those trained to stay and those that only must"
     retain, test, parts = [], [], {}
     for f in rest: parts.setdefault(key(f), []).append(f)
-    for k in sorted(parts):
-        part = seeded("retain", seed, *k).sample(parts[k], len(parts[k]))
-        retain, test = retain + part[:round(train * len(part))], test + part[round(train * len(part)):]
+    for kind in sorted(parts):
+        part = seeded("retain", seed, *kind).sample(parts[kind], len(parts[kind]))
+        k = round(train * len(part))
+        retain.extend(part[:k]); test.extend(part[k:])
     return dict(retain=tuple(retain), retain_test=tuple(test))
 
 def seeded_sets(
