@@ -1,7 +1,7 @@
 """Plant a bug in a copy of the package and see which test notices.
 
-    python benchmarks/planted_bugs.py                    all of them, 5 to 8 minutes on one core
-    python benchmarks/planted_bugs.py --only hash,mask   some kinds
+    python benchmarks/planted_bugs.py                            all of them, 6 to 9 minutes on one core
+    python benchmarks/planted_bugs.py --only hash,mask           some kinds; the others keep what was found before
 
 Each bug is one a careless refactor could make: a few characters of one module. The copy is imported instead of the
 package, the named tests are run, and at least one must fail: caught, else SURVIVED. The same tests pass without a bug.
@@ -23,9 +23,9 @@ class Bug(NamedTuple):
 
 BUGS = [
     Bug("score", "a mean of ratios instead of a ratio of means", "tracing",
-        "share = gain / (gap.mean() if ok else np.nan)", "share = gain / (gap if ok else np.nan)", "test_tracing.py::test_normalisation_by_hand"),
+        "share = gain / (gap.mean() if ok else np.nan)", "share = gain / (gap if ok else np.nan)", "test_planted_bugs.py::test_a_score_is_a_ratio_of_means"),
     Bug("score", "letters' priors are added instead of taken out", "evaluation",
-        "(logp - letter_priors(", "(logp + letter_priors(", "test_hardened.py::test_a_prior_is_found_and_taken_out_exactly"),
+        "(logp - letter_priors(", "(logp + letter_priors(", "test_hardened.py::test_a_letter_bias_decides_until_it_is_calibrated_away"),
     Bug("budget", "one unit more than fits is taken", "localization",
         "size(taken + rest[:1]) <= budget", "size(taken) <= budget", "test_localization.py::test_budget_is_met_to_less_than_a_neuron"),
     Bug("budget", "the last third begins a layer late", "localization",
@@ -39,9 +39,9 @@ BUGS = [
     Bug("loss", "unlearning has the other sign", "finetuning",
         "logits.logsumexp(1) - others.logsumexp(1)", "others.logsumexp(1) - logits.logsumexp(1)", "test_tasks.py::test_not_said"),
     Bug("loss", "weight decay is on", "finetuning",
-        "AdamW(values.values(), lr=lr, weight_decay=0.)", "AdamW(values.values(), lr=lr)", "test_finetuning.py::test_training_is_adamw_with_masked_gradients"),
+        "AdamW(values.values(), lr=lr, weight_decay=0.)", "AdamW(values.values(), lr=lr)", "test_planted_bugs.py::test_nothing_shrinks_weights_in_training"),
     Bug("loss", "the attacker's weight decay is on", "relearning",
-        "AdamW(params, lr=lora.lr, weight_decay=0.)", "AdamW(params, lr=lora.lr)", "test_relearning.py::test_the_weights_themselves_follow_plain_adamw"),
+        "AdamW(params, lr=lora.lr, weight_decay=0.)", "AdamW(params, lr=lora.lr)", "test_planted_bugs.py::test_nothing_shrinks_weights_in_training"),
     Bug("option order", "one letter is the truth twice as often as another", "facts",
         "SQUARE = ((0, 1, 2, 3), (1, 0, 3, 2), (2, 3, 0, 1), (3, 2, 1, 0))", "SQUARE = ((0, 1, 2, 3), (1, 0, 3, 2), (2, 3, 0, 1), (2, 3, 0, 1))", "test_facts.py::test_mcq_is_balanced"),
     Bug("option order", "an example may be the very fact that is asked", "facts",
@@ -115,6 +115,16 @@ def hunt(
     if code > 1: sys.exit(f"pytest ended with {code}: the tests of {bug and bug.says!r} could not be run")
     return dict(caught=code == 1, by=failed, seconds=round(time.time() - begin, 1))
 
+def keep(
+    found:list[dict], # of this call
+    file:Path, # JSON
+):
+    "Put what was found beside what was found before, in the order of BUGS"
+    before = json.loads(file.read_text())["each"] if file.exists() else []
+    known = {(f["module"], f["old"], f["tests"]): f for f in [*before, *found]}
+    each = [known[k] for b in BUGS if (k := (b.module, b.old, b.tests)) in known]
+    file.write_text(json.dumps(dict(bugs=len(BUGS), tried=len(each), caught=sum(f["caught"] for f in each), each=each), indent=1) + "\n")
+
 def main():
     "Plant every bug in turn; exit code 1 if one survives"
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -129,7 +139,7 @@ def main():
     for bug in bugs:
         found.append(bug._asdict() | hunt(bug, bug.tests))
         print(f"{'caught  ' if found[-1]['caught'] else 'SURVIVED'}  {bug.kind}: {bug.says}", flush=True)
-    if not args.only: args.result.write_text(json.dumps(dict(bugs=len(found), caught=sum(f["caught"] for f in found), each=found), indent=1) + "\n")
+    keep(found, args.result)
     sys.exit(not all(f["caught"] for f in found))
 
 
