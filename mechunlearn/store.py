@@ -289,15 +289,19 @@ def make(
     causes:dict, # what determines it
     fn:Callable[[], Any], # computes it: a DataFrame, tensors by name, or a JSON value
     recompute:bool=False, # make it again even if done, or broken
+    optional:bool=False, # a cache: damaged, it is made again; where nothing can be written, it is not kept
 ): # what `fn` returned, now or at an earlier time
     "The artefact for these causes: loaded if done, else computed and saved"
     if path is None: return fn()
     path = Path(path)
     now = "missing" if recompute else state(path, causes)
-    if now == "broken": read_meta(path)
+    if now == "broken" and not optional: read_meta(path)
     if now != "done":
         start, value = time.perf_counter(), fn()
-        SAVE[path.suffix](path, value, causes, time.perf_counter() - start)
+        try: SAVE[path.suffix](path, value, causes, time.perf_counter() - start)
+        except OSError:
+            if optional: return value
+            raise
     return LOAD[path.suffix](path)
 
 # %% ../nbs/03_store.ipynb #030049

@@ -387,8 +387,16 @@ def test_a_stage_by_hand_from_another_folder(tmp_path, monkeypatch):
     "The line in 40, as it stands there"
     import nbformat, shlex, subprocess, sys
     text = "\n".join(c.source for c in nbformat.read(Path(__file__).parents[1] / "nbs/40_runs.ipynb", 4).cells if c.cell_type == "markdown")
-    line = next(l for l in text.splitlines() if l.startswith("papermill ")).replace("path/to/nbs/10_probing.ipynb", str(runs.find_notebook(runs.PIPELINE[0])))
+    line = next(l for l in text.splitlines() if l.startswith("papermill path/to/nbs")).replace("path/to/nbs/10_probing.ipynb", str(runs.find_notebook(runs.PIPELINE[0])))
     monkeypatch.chdir(tmp_path)
     done = subprocess.run([sys.executable, "-P", "-m", *shlex.split(line), "-p", "run_dir", "r", "--no-progress-bar"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(store.load_table("r/scores/probing.parquet")) and "injected-parameters" in Path("probing.ipynb").read_text()
+
+
+def test_a_cache_that_cannot_be_written_or_read_does_not_matter(tmp_path):
+    for path in ("/proc/no/known/a.json", "/dev/null/a.json"): assert store.make(path, {}, lambda: [1], optional=True) == [1]
+    with pytest.raises(OSError, match="/proc/no"): store.make("/proc/no/known/a.json", {}, lambda: [1])
+    kept = tmp_path / "a.json"
+    store.make(kept, {}, lambda: [1]); kept.write_text("x")
+    assert store.make(kept, {}, lambda: [2], optional=True) == [2] and store.load_json(kept) == [2]
