@@ -714,15 +714,7 @@ def unfit(
         if lost: return NO_SUBJECT
         n = None if f.whole else 1
         return JOINED if any(a[:len(ids)] != ids or a[len(ids):][:n] != p[:n] for a, p in zip(after, pieces)) else None
-    return [why(*x) for x in zip(facts, before, answers, _lost(lm, prompts, [f.subject for f in facts]))]
-
-def _lost(lm, prompts, subjects):
-    "Of each prompt, why its subject cannot be located; none if it can"
-    if hasattr(lm, "locatable"): return lm.locatable(prompts, subjects)
-    def ask(p, s):
-        try: lm.subject_positions([p], [s])
-        except Refusal as e: return str(e)
-    return [ask(p, s) for p, s in zip(prompts, subjects)]
+    return [why(*x) for x in zip(facts, before, answers, lm.locatable(prompts, [f.subject for f in facts]))]
 
 # %% ../nbs/01_facts.ipynb #4f6d1a07
 def fitting(
