@@ -587,6 +587,8 @@ def ids(self:LM,
     "Tokenize without padding."
     first = opening(self.tok, self.bos)
     bare = self.tok(list(texts), add_special_tokens=False).input_ids if texts else []
+    top, known = max((i for x in bare for i in x), default=0), self.hf.get_input_embeddings().weight.shape[0]
+    if top >= known: raise Refusal(f"the tokenizer of {self.name} gives token {top}, the model has {known} embeddings")
     return [x if x[:len(first)] == first else first + x for x in bare]
 
 @patch
@@ -595,8 +597,7 @@ def pad(self:LM,
 ) -> dict[str, Tensor]: # input_ids, attention_mask, position_ids: [batch, longest], on `lm.device`
     "Pad on the left to the longest."
     if not all(ids): raise Refusal(f"an empty prompt: the tokenizer of {self.name} gives no token for it")
-    n, fill, known = max(map(len, ids)), self.tok.pad_token_id or 0, self.hf.get_input_embeddings().weight.shape[0]
-    if (top := max(map(max, ids))) >= known: raise Refusal(f"the tokenizer of {self.name} gives token {top}, the model has {known} embeddings")
+    n, fill = max(map(len, ids)), self.tok.pad_token_id or 0
     mask = torch.tensor([[0] * (n - len(x)) + [1] * len(x) for x in ids])
     batch = dict(input_ids=torch.tensor([[fill] * (n - len(x)) + x for x in ids]), attention_mask=mask,
         position_ids=(mask.cumsum(-1) - 1).clamp(min=0))

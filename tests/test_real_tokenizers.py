@@ -1,7 +1,7 @@
 "Subjects, words and the beginning of a sequence with the tokenizers of Llama 3, Gemma and Qwen3, on whole tables where they are present."
 import csv, gzip, json, os, unicodedata
 from pathlib import Path
-import pytest
+import pytest, torch
 from transformers import AutoTokenizer
 from mechunlearn import models as M
 from mechunlearn.models import Unlocatable, occurrence, wordlike
@@ -14,7 +14,10 @@ tables = pytest.mark.skipif(not REFDATA, reason="MECHUNLEARN_REFDATA does not po
 
 class Words(M.LM):
     "An LM of which only the tokenizer is there."
-    def __init__(self, tok, bos=None): self.tok, self.bos, self.name = tok, bos, "words"
+    def __init__(self, tok, bos=None):
+        self.tok, self.bos, self.name = tok, bos, "words"
+        self.hf = torch.nn.Module()
+        self.hf.get_input_embeddings = lambda: torch.nn.Embedding(len(tok), 1, device="meta")
 
 
 @pytest.fixture(scope="session", params=NAMES)
