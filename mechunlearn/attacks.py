@@ -8,7 +8,7 @@ __all__ = ['HARD', 'RECOVERED', 'KEPT', 'REST', 'TEXT', 'FORMAT_NAMES', 'QUESTIO
 
 # %% ../nbs/33_more_attacks.ipynb #330002
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Callable, NamedTuple, Sequence
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns
@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from tqdm.auto import tqdm
 from .evaluation import evaluate, harden, hardened_metrics, interval, speak, summarise
 from .facts import Task
-from .finetuning import Edit, edit_jobs
+from .finetuning import Edit, edit_jobs, keep_missing, tried
 from .latent import latent, strongest
 from .models import LM
 from .relearning import chance, low_resource, relearn
@@ -34,6 +34,7 @@ class Attacks:
     task: Task
     records: pd.DataFrame # of all evaluations
     before: pd.DataFrame|None = None # records of the model before the edit, of any evaluations
+    missing: dict = field(default_factory=dict) # attacks that are not available for these facts, and why
     def __repr__(self): return f"Attacks({self.name}: {len(self.records):,} records of {', '.join(self.records.evaluation.unique())})"
 
 # %% ../nbs/33_more_attacks.ipynb #330007
@@ -57,8 +58,10 @@ def attack(
     poor = {k: v for k, v in relearning.items() if k in ("lora", "sizes", "max_facts")}
     fought = [(relearn, relearning), (latent, latents)] + [(low_resource, poor), (soften, soft)] * every
     with edit.applied(lm) if edit else nullcontext(): parts = [ask(lm, task, batch_size=batch_size, **how) for ask, how in asked]
-    parts += [fight(lm, task, edit, batch_size=batch_size, **how) for fight, how in fought]
-    return Attacks(edit.localization.name if edit else "none", task, pd.concat(parts, ignore_index=True), before)
+    missing = {}
+    parts += [tried(fight.__name__, lambda: fight(lm, task, edit, batch_size=batch_size, **how), missing) for fight, how in fought]
+    records = pd.concat([p for p in parts if p is not None and len(p)], ignore_index=True)
+    return Attacks(edit.localization.name if edit else "none", task, records, before, missing)
 
 # %% ../nbs/33_more_attacks.ipynb #330010
 class TableRow(NamedTuple):
@@ -145,10 +148,11 @@ def card(self:Attacks) -> pd.DataFrame: # the columns of `report.scorecard`
 @patch
 def _repr_html_(self:Attacks):
     t, number = self.table(), lambda v: "" if np.isnan(v) else f"{v:.2f}"
-    shown = pd.DataFrame({"value": t.value.map(number), "95 %": [f"{a:.2f} to {b:.2f}" for a, b in zip(t.ci_low, t.ci_high)], "n": t.n,
+    shown = pd.DataFrame({"value": t.value.map(number), "95 %": ["no interval" if np.isnan(a) else f"{a:.2f} to {b:.2f}" for a, b in zip(t.ci_low, t.ci_high)], "n": t.n,
         "ghosts": [f"{v:.2f} (n = {n})" if n else "" for v, n in zip(t.ghosts, t.n_ghosts)],
         "chance": t.chance.map(number), "before": t.before.map(number)}, index=t.index)
-    return f"<p><b>{self.name}</b></p>" + shown.drop(columns=["before"] if self.before is None else []).to_html()
+    lacking = "".join(f"<p>{what}: not available: {why}</p>" for what, why in self.missing.items())
+    return f"<p><b>{self.name}</b></p>{lacking}" + shown.drop(columns=["before"] if self.before is None else []).to_html()
 
 # %% ../nbs/33_more_attacks.ipynb #cfcd7ddd
 def run_more_attacks(
@@ -165,12 +169,14 @@ def run_more_attacks(
 ) -> pd.DataFrame: # metrics: localization, seed, evaluation, group, format, setting and the other columns of `hardened_metrics`
     "Ask the unedited model and each edit; writes `<localization>/seed<k>/hardened.parquet` and `generation.parquet`"
     options = dict(hardened=HARD | hardened, generation=dict(max_facts=64, more=8) | generation)
-    by, metrics = ("evaluation", "group", "format", "setting"), []
+    by, metrics, missing = ("evaluation", "group", "format", "setting"), [], {}
     for job in tqdm(edit_jobs(lm, task_for_seed, run, ["none", *localizations], seeds, recompute, **settings), "more attacks", disable=None):
         edit = cache(job.edit) # trained once, also where nothing is written
         for name, ask, measure in (("hardened", harden, hardened_metrics), ("generation", speak, summarise)):
             def records(edit):
                 with edit.applied(lm) if edit else nullcontext(): return ask(lm, job.task, batch_size=batch_size, **options[name])
             table = job.table(f"{name}.parquet", records, recompute, edit, **{name: options[name]})
-            metrics.append(measure(table, by).assign(localization=job.name, seed=job.task.seed))
+            if len(table): metrics.append(measure(table, by).assign(localization=job.name, seed=job.task.seed))
+            else: missing[name] = "none of these facts can be asked with four options: they lack wrong answers, or solved examples" if name == "hardened" else "there are no facts to ask"
+    keep_missing(run, "more_attacks", list(options), missing)
     return pd.concat(metrics, ignore_index=True)

@@ -18,12 +18,12 @@ from datasets import disable_progress_bars
 from tqdm.auto import tqdm
 from .evaluation import Question, answer, as_records, multiple_choice, summarise, text_loss
 from .facts import N_TEXTS, Fact, Task, seeded, texts as held_out, unknown_words
-from .finetuning import Edit, edit_jobs, place, slice_key
+from .finetuning import Edit, edit_jobs, keep_missing, place, slice_key, tried
 from .localization import build
 from .models import LM, components, packaged
 from .sources import find, read_texts
 from .stats import bootstrap, mcnemar, paired_bootstrap
-from .store import Refusal, Run, choose
+from .store import Refusal, Run, Unavailable, choose
 
 # %% ../nbs/16_capability.ipynb #160006
 def texts_for(
@@ -75,7 +75,7 @@ def capability(
     if texts is None: texts = task.text_test if task else texts_for(lm)
     if isinstance(texts, str): texts = texts_for(lm, texts)
     general, parts = multiple_choice(task, task.general, "general") if task else [], []
-    if not (texts or general or names): raise Refusal("nothing to ask: give texts, benchmarks, or a task that has text or general questions")
+    if not (texts or general or names): raise Unavailable("nothing to ask: give texts, benchmarks, or a task that has text or general questions")
     with edit.applied(lm) if edit else nullcontext():
         if general: parts.append(answer(lm, general, batch_size, evaluation="capability"))
         if texts: parts.append(text_loss(lm, texts, max(1, batch_size // 4), evaluation="capability"))
@@ -171,7 +171,7 @@ def destroyed(
     tables = [(rule, _both(rule, before, after)) for rule in RULES]
     if not any(len(t) for _, t in tables): raise Refusal("these records hold nothing to judge by: give those of `evaluate`, of both models")
     return [f"{rule.name}: {t.before.mean():.2f} before, {t.after.mean():.2f} after (n = {len(t)})"
-        for rule, t in tables if len(t) and bootstrap(rule.past(t.before, t.after))[0] > 0]
+        for rule, t in tables if len(t) > 1 and bootstrap(rule.past(t.before, t.after))[0] > 0]
 
 # %% ../nbs/16_capability.ipynb #160032
 TINY_MMLU = dict(task="tinyMMLU", dataset_path="tinyBenchmarks/tinyMMLU", dataset_name="all", test_split="test", output_type="multiple_choice",
@@ -293,8 +293,10 @@ def run_capability(
 ) -> pd.DataFrame: # metrics: localization, seed and the columns of `summarise`
     "Ask the unedited model and each edit; writes `<localization>/seed<k>/capability.parquet`"
     options, metrics = dict(names=(), limit=None, texts=None, tasks_folder=None) | capabilities, []
+    missing = {}
     for job in tqdm(edit_jobs(lm, task_for_seed, run, ["none", *localizations], seeds, recompute, **settings), "capability", disable=None):
         def records(edit): return capability(lm, job.task, edit, batch_size=batch_size, **options)
-        table = job.table("capability.parquet", records, recompute, capability=options)
-        metrics.append(summarise(table).assign(localization=job.name, seed=job.task.seed))
-    return pd.concat(metrics, ignore_index=True)
+        table = tried("capability", lambda: job.table("capability.parquet", records, recompute, capability=options), missing)
+        if table is not None: metrics.append(summarise(table).assign(localization=job.name, seed=job.task.seed))
+    keep_missing(run, "capability", ["capability"], missing)
+    return pd.concat(metrics or [summarise(as_records([])).assign(localization=[], seed=[])], ignore_index=True)

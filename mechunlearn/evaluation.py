@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['RECORD', 'CHUNK', 'FORMATS', 'MAX_FACTS', 'OPEN', 'OPEN_MAX', 'HELD_OUT', 'HELD_OUT_MAX', 'MEASURES', 'SHOTS',
-           'GREEDY', 'Question', 'completions', 'paraphrases', 'neighborhood', 'multiple_choice', 'as_records',
-           'whole_answers', 'answer', 'hidden_states', 'unembed', 'token_loss', 'text_loss', 'asked_of', 'some',
-           'questionnaire', 'evaluate', 'interval', 'summarise', 'plot_accuracy', 'hard_choice', 'letter_logprobs',
-           'letter_priors', 'answer_letters', 'asked_in_attacks', 'shown_shots', 'harden', 'hardened_metrics',
-           'plot_hardened', 'continuations', 'first_named', 'generate_answers', 'speak', 'run_evaluation']
+           'GREEDY', 'DENIED', 'TAKEN_BACK', 'ALSO_DENIED', 'Question', 'completions', 'paraphrases', 'neighborhood',
+           'multiple_choice', 'as_records', 'whole_answers', 'answer', 'hidden_states', 'unembed', 'token_loss',
+           'text_loss', 'asked_of', 'some', 'questionnaire', 'evaluate', 'interval', 'summarise', 'plot_accuracy',
+           'hard_choice', 'letter_logprobs', 'letter_priors', 'answer_letters', 'asked_in_attacks', 'shown_shots',
+           'harden', 'hardened_metrics', 'plot_hardened', 'continuations', 'first_named', 'generate_answers', 'speak',
+           'run_evaluation']
 
 # %% ../nbs/15_evaluation.ipynb #150002
-import hashlib, re, warnings
+import hashlib, re, unicodedata, warnings
 from contextlib import nullcontext
 from functools import partial
 from typing import Callable, Mapping, NamedTuple, Sequence
@@ -23,8 +24,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from .facts import LETTERS, MCQ, Fact, Task, askable, every_order, mcq_prompts, usable_shots
-from .models import LM, batches, next_token
-from .stats import bootstrap, wilson
+from .models import LM, batches, joined, next_token
+from .stats import bootstrap, unsure, wilson
 from .store import Run
 
 # %% ../nbs/15_evaluation.ipynb #150006
@@ -278,7 +279,7 @@ def interval(
 ) -> dict: # value, n, ci_low, ci_high
     "Mean over facts with its 95 % interval"
     n = len(values)
-    low, high = wilson(values.sum(), n) if measure == "top1" else bootstrap(values.to_numpy())
+    low, high = wilson(values.sum(), n) if measure == "top1" else unsure(bootstrap(values.to_numpy()), values.mean(), n, measure != "loss")
     return dict(value=values.mean(), n=n, ci_low=low, ci_high=high)
 
 # %% ../nbs/15_evaluation.ipynb #150035
@@ -453,15 +454,30 @@ def continuations(
     return out
 
 # %% ../nbs/15_evaluation.ipynb #e99b7db0
+DENIED = re.compile(r"(?:\b(?:not|never|no longer|nor|neither|no|cannot|without|rather than|instead of|unlike)|n['’]t)"
+    r"(?:\s+(?:a|an|the|in|at|of|from|for|to|by|is|was|be|really|actually|play|plays|playing|called|named))*\s+[\"'“‘«]?$", re.I)
+TAKEN_BACK = re.compile(r"[\"'”’»]?\s*(?:\?+\s*(?:no|nope|not|wrong|never)\b|[,;.!:–—-]+\s*(?:no|nope)\s*[,;.!:–—-])", re.I)
+ALSO_DENIED = re.compile(r"[\"'”’»]?\s*,?\s*(?:or|nor)\s+(?:(?:a|an|the|in|at|of|from)\s+)*[\"'“‘«]?", re.I)
+
 def first_named(
     text:str, # continuation
     answers:Sequence[str], # legal answers, with or without a leading space
 ) -> str|None: # that of `answers` which stands first, none if there is none
-    "The first answer in a text: whole words, in upper or lower case, of two at one place the longer"
-    names = {" ".join(a.lower().split()): a for a in answers}
-    either = "|".join(re.escape(n).replace(r"\ ", r"\s+") for n in sorted(names, key=len, reverse=True))
-    found = re.search(rf"(?<!\w)(?:{either})(?!\w)", text.lower()) if either else None
-    return names[" ".join(found[0].split())] if found else None
+    "The first answer in a text that is not denied: whole words, in upper or lower case, of two at one place the longer"
+    plain = lambda t: " ".join(unicodedata.normalize("NFC", t).casefold().split())
+    text, names = plain(text), {plain(a): a for a in answers if a.strip()}
+    either, at, denied = re.compile("|".join(re.escape(n) for n in sorted(names, key=len, reverse=True)) or "(?!)"), 0, -1
+    while found := _word(either, names, text, at):
+        start, at = found
+        after_denied = denied >= 0 and ALSO_DENIED.fullmatch(text, denied, start)
+        if not (after_denied or DENIED.search(text, 0, start) or TAKEN_BACK.match(text, at)): return names[text[start:at]]
+        denied = at
+
+def _word(either, names, text, at):
+    "Where the next name stands as a word of its own, the longest there"
+    for m in either.finditer(text, at):
+        for n in sorted(names, key=len, reverse=True):
+            if text.startswith(n, m.start()) and not joined(text, m.start()) and not joined(text, m.start() + len(n)): return m.start(), m.start() + len(n)
 
 # %% ../nbs/15_evaluation.ipynb #d75f688f
 def generate_answers(

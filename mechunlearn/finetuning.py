@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['UPDATES', 'MAX_TOKENS', 'FILES', 'LEARNING_RATES', 'RATE_GROUPS', 'LIKE', 'VISITS', 'N_TEXT', 'LRS', 'LARGE_LRS',
            'INJECTS', 'SWEPT', 'DTYPES', 'SAME', 'TRAINING', 'place', 'untrainable', 'masters', 'matrices', 'Update',
-           'not_said', 'Row', 'fact_rows', 'training_rows', 'draws', 'shared_prefix', 'end_logits', 'last_logits',
-           'answer_losses', 'heard', 'fact_losses', 'text_losses', 'step_losses', 'slice_key', 'parse_slice', 'Edit',
-           'put', 'kept', 'load_edit', 'Rate', 'learning_rate', 'rates', 'own_slices', 'finetune', 'fingerprint',
-           'dev_task', 'training_metrics', 'score', 'sweep', 'best_rates', 'plot_sweep', 'plot_sequence', 'export',
-           'stored_dtype', 'finer', 'differences', 'edit_of', 'Job', 'edit_jobs', 'run_finetuning', 'plot_curves']
+           'not_said', 'Row', 'fact_rows', 'training_rows', 'draws', 'shared_prefix', 'may_share', 'end_logits',
+           'last_logits', 'answer_losses', 'heard', 'fact_losses', 'text_losses', 'step_losses', 'slice_key',
+           'parse_slice', 'Edit', 'put', 'kept', 'load_edit', 'Rate', 'learning_rate', 'rates', 'missing_rates',
+           'can_train', 'own_slices', 'finetune', 'fingerprint', 'dev_task', 'training_metrics', 'score', 'sweep',
+           'best_rates', 'plot_sweep', 'plot_sequence', 'export', 'stored_dtype', 'finer', 'differences', 'edit_of',
+           'Job', 'tried', 'keep_missing', 'edit_jobs', 'run_finetuning', 'plot_curves']
 
 # %% ../nbs/20_finetuning.ipynb #200002
 import json, math
@@ -30,7 +31,7 @@ from .evaluation import answer, completions, some, text_loss, token_loss
 from .facts import Task
 from .localization import Localization, localize, localize_all
 from .models import LM, Slice, components, load, locate, slices
-from .store import (Refusal, Run, cause_hash, choose, load_json, load_table, load_tensors, make, save_json, save_table,
+from .store import (Refusal, Run, Unavailable, cause_hash, choose, load_json, load_table, load_tensors, make, note, save_json, save_table,
     save_tensors, state)
 
 # %% ../nbs/20_finetuning.ipynb #200008
@@ -147,6 +148,13 @@ def shared_prefix(
     columns = list(zip(*ids))[:-1]
     return next((i for i, c in enumerate(columns) if len(set(c)) > 1), len(columns))
 
+def may_share(
+    lm:LM, # model
+) -> bool: # false in training where activations are made again on the way back, or where each row drops its own
+    "Whether a cache of keys and values can stand for the beginning of all rows"
+    redo = lambda m: getattr(m, "gradient_checkpointing", False) or (isinstance(m, torch.nn.Dropout) and m.p > 0)
+    return not (lm.hf.training and any(map(redo, lm.hf.modules())))
+
 def end_logits(
     lm:LM, # model
     weights:dict[str, Tensor], # from `matrices`
@@ -156,7 +164,7 @@ def end_logits(
 ) -> Tensor: # [prompts, n, vocab], float32
     "Logits at the end of prompts, differentiable"
     run = lambda **batch: functional_call(lm.hf, weights, (), batch | dict(logits_to_keep=n))
-    if not (k := min(shared_prefix(ids), len(ids[0]) - n) if share else 0): return run(**lm.pad(ids), use_cache=False).logits[:, -n:].float()
+    if not (k := min(shared_prefix(ids), len(ids[0]) - n) if share and may_share(lm) else 0): return run(**lm.pad(ids), use_cache=False).logits[:, -n:].float()
     ids = torch.tensor(ids, device=lm.device)
     cache = run(input_ids=ids[:1, :k], use_cache=True).past_key_values
     cache.batch_repeat_interleave(len(ids))
@@ -400,7 +408,8 @@ def learning_rate(
     short = lambda m: m.rstrip("/").split("/")[-1].lower()
     rows = table[(table.model.map(short) == short(model)) & table.localization.isin(group)]
     rows = rows[rows.task == (task if (rows.task == task).any() else LIKE.get(task))]
-    if rows.empty: raise Refusal(f"no learning rate for {name} of {model} on {task}: give one (--set lr=...), or run `mechunlearn sweep` first")
+    if rows.empty: raise Refusal(f"no learning rate for {name} of {model} on {task}: give one (--set lr=...), or let a sweep find it: `mechunlearn run --sweep`, "
+        f"or `mechunlearn sweep --model {model} --task {task} --localizations {name}` before the run")
     row = min(rows.itertuples(), key=lambda r: _rank(r, name, group, size))
     exact = row.localization == name and row.task == task and (math.isnan(row.forget_size) or row.forget_size == size)
     return Rate(float(row.lr), float(row.inject), row.source if exact else f"{row.localization}, {row.forget_size:g} facts ({row.source})")
@@ -420,6 +429,31 @@ def rates(
     try: rate = learning_rate(*asked, pd.read_csv(own) if own and own.exists() else None)
     except Refusal: rate = learning_rate(*asked)
     return rate.lr, rate.inject if inject is None else inject
+
+# %% ../nbs/20_finetuning.ipynb #200035b
+def missing_rates(
+    model:str, # hub id, folder name or packaged name
+    task:str, # task name
+    size:int, # facts to forget
+    localizations:Sequence[str], # names
+    table:pd.DataFrame|None=None, # as of `learning_rate`; a run's own is tried before the committed one
+) -> dict[str, str]: # name -> why; empty: all have one
+    "Which localizations have no learning rate"
+    def lacks(name):
+        try: learning_rate(model, task, size, name, table)
+        except Refusal as e: return lacks_committed(name) if table is not None else str(e)
+    def lacks_committed(name): return missing_rates(model, task, size, [name]).get(name)
+    asked = [n for n in localizations if n != "none" and not n.startswith("edited@")]
+    return {n: why for n in asked if (why := lacks(n))}
+
+def can_train(
+    settings:dict, # of a run: quantize, device_map, ...
+) -> str|None: # none: it can
+    "Why a model that is loaded with these settings cannot be edited"
+    if how := settings.get("quantize"): return f"a model in {how} cannot be edited: its weights are no numbers that a step could change. Leave out quantize; maps alone can be drawn with it"
+    places = settings.get("device_map")
+    if isinstance(places, dict) and {"cpu", "disk"} & set(map(str, places.values())) and len(set(map(str, places.values()))) > 1:
+        return "a model partly offloaded to CPU or disk (device_map) cannot be edited: spread it over GPUs (device_map auto), or put all of it on the CPU (device cpu)"
 
 # %% ../nbs/20_finetuning.ipynb #200039
 def _guard(step, terms, norm, lr):
@@ -797,6 +831,27 @@ def edit(self:Job,
     edit = finetune(self.lm, self.task, self.where, **self.training | dict(lr=lr, inject=inject))
     if self.folder: edit.save(self.folder, self.causes())
     return edit
+
+# %% ../nbs/20_finetuning.ipynb #f4e1b87a
+def tried(
+    what:str, # name of an attack
+    fn:Callable, # makes its records
+    missing:dict[str, str], # gets why, where that cannot be done
+): # what `fn` returned, or none
+    "An attack, unless it is not available for these facts"
+    try: return fn()
+    except Unavailable as e: missing[what] = str(e)
+
+def keep_missing(
+    run:Run|None, # run folder
+    stage:str, # of the pipeline
+    attacks:Sequence[str], # that were tried
+    missing:dict[str, str], # of `tried`
+):
+    "Say which attacks are not available, and keep it with the run"
+    for what in attacks:
+        note(run, stage, what, missing.get(what))
+        if what in missing: print(f"{what}: not available: {missing[what]}")
 
 # %% ../nbs/20_finetuning.ipynb #646c7f25
 @patch

@@ -17,11 +17,11 @@ from sklearn.preprocessing import StandardScaler
 from tqdm.auto import tqdm
 from .evaluation import as_records, interval, some
 from .facts import Fact, Task
-from .finetuning import Edit, edit_jobs
+from .finetuning import Edit, edit_jobs, keep_missing, tried
 from .models import LM
 from .probing import POSITIONS, features, fit_probe
 from .stats import paired_bootstrap
-from .store import Refusal, Run
+from .store import Refusal, Run, Unavailable
 
 # %% ../nbs/31_latent_knowledge.ipynb #310006
 class Probes:
@@ -36,7 +36,7 @@ class Probes:
         for relation in dict.fromkeys(f.relation for f in facts):
             rows = [i for i, f in enumerate(facts) if f.relation == relation]
             y = np.array([facts[i].answer for i in rows])
-            if len(set(y)) < 2: raise Refusal(f"facts of relation {relation!r} cannot be probed: all retained ones have the same answer")
+            if len(set(y)) < 2: raise Unavailable(f"facts of relation {relation!r} cannot be probed: all retained ones have the same answer")
             if seed is not None: y = np.random.default_rng(seed).permutation(y)
             self.classes[relation] = sorted(set(y))
             self.fits[relation] = {(l, p): fit(x[rows, l, p], y) for l, p in np.ndindex(x.shape[1:3])}
@@ -45,10 +45,14 @@ class Probes:
 def edited_relations(
     task:Task, # whose retained facts a probe learns from; where a whole sport is edited, also the half of its athletes that was not trained
     n:int=300, # at most
-) -> list[Fact]: # of the relations that are edited
+) -> list[Fact]: # of the relations that are edited and can be probed; Unavailable if there are none
     "What probes are trained on"
     relations = {f.relation for f in task.forget}
-    return some([f for f in (*task.retain, *task.forget_test) if f.relation in relations], n)
+    facts = some([f for f in (*task.retain, *task.forget_test) if f.relation in relations], n)
+    answers = {r: {f.answer for f in facts if f.relation == r} for r in relations}
+    if not any(len(a) > 1 for a in answers.values()):
+        raise Unavailable("no relation of the edited facts can be probed: a probe learns from kept facts of the same relation that have two answers or more")
+    return [f for f in facts if len(answers[f.relation]) > 1]
 
 # %% ../nbs/31_latent_knowledge.ipynb #31b001
 def fit_binary(
@@ -130,7 +134,7 @@ def latent_curve(
     for answer in ("truth", "edit"):
         facts = r.groupby([*by, "fact"], dropna=False, sort=False)[f"top1_{answer}"].mean().astype(float).dropna().reset_index(name="hit")
         rows += [dict(zip(by, key), answer=answer) | interval(part.hit, "top1") for key, part in facts.groupby(by, dropna=False, sort=False)]
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=[*by, "answer", "value", "n", "ci_low", "ci_high"])
 
 # %% ../nbs/31_latent_knowledge.ipynb #310017
 LINES = {("forget", "truth"): ("truth", "C3"), ("forget", "edit"): ("edit answer", "C0"), ("ghost", "truth"): ("truth of ghosts", "0.45"),
@@ -248,12 +252,13 @@ def run_latent(
     **settings, # of localization and of `finetune`, for edits that are not there yet
 ) -> pd.DataFrame: # localization, seed, and the columns of `latent_curve`
     "Probe the unedited model and each edit; writes `<localization>/seed<k>/latent.parquet`"
-    options, metrics, kept = dict(n_train=300, max_facts=96) | latents, [], {}
+    options, metrics, kept, missing = dict(n_train=300, max_facts=96) | latents, [], {}, {}
     for job in tqdm(edit_jobs(lm, task_for_seed, run, ["none", *localizations], seeds, recompute, **settings), "latent", disable=None):
         def records(edit):
             seed = job.task.seed
             if edit and seed not in kept: kept[seed] = original_probes(lm, job.task, options["n_train"], batch_size)
             return latent(lm, job.task, edit, kept.get(seed), seed, batch_size=batch_size, **options)
-        table = job.table("latent.parquet", records, recompute, latent=options)
-        metrics.append(latent_curve(table).assign(localization=job.name, seed=job.task.seed))
-    return pd.concat(metrics, ignore_index=True)
+        table = tried("probes", lambda: job.table("latent.parquet", records, recompute, latent=options), missing)
+        if table is not None: metrics.append(latent_curve(table).assign(localization=job.name, seed=job.task.seed))
+    keep_missing(run, "latent", ["probes"], missing)
+    return pd.concat(metrics or [latent_curve(as_records([])).assign(localization=[], seed=[])], ignore_index=True)

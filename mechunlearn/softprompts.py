@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from tqdm.auto import tqdm
 from .evaluation import answer, some, summarise
 from .facts import Fact, Task
-from .finetuning import Edit, answer_losses, draws, edit_jobs, fact_rows
+from .finetuning import Edit, answer_losses, draws, edit_jobs, fact_rows, keep_missing, tried
 from .models import LM
 from .relearning import _panel, asked, chance, halves
 from .store import Refusal, Run
@@ -200,8 +200,10 @@ def run_soft_prompts(
 ) -> pd.DataFrame: # localization, seed, and the columns of `softened`
     "Attack the unedited model and each edit; writes `<localization>/seed<k>/soft.parquet`"
     options, metrics = dict(ks=[5], prompts=4, steps=100, lr=LR, batch=32, retain_batch=16, max_facts=48) | soft, []
+    missing = {}
     for job in tqdm(edit_jobs(lm, task_for_seed, run, ["none", *localizations], seeds, recompute, **settings), "soft prompts", disable=None):
         def records(edit): return soften(lm, job.task, edit, seed=job.task.seed, batch_size=batch_size, **options)
-        table = job.table("soft.parquet", records, recompute, soft=options)
-        metrics.append(softened(table).assign(localization=job.name, seed=job.task.seed))
-    return pd.concat(metrics, ignore_index=True)
+        table = tried("soft prompts", lambda: job.table("soft.parquet", records, recompute, soft=options), missing)
+        if table is not None: metrics.append(softened(table).assign(localization=job.name, seed=job.task.seed))
+    keep_missing(run, "soft", ["soft prompts"], missing)
+    return pd.concat(metrics or [pd.DataFrame(columns=["group", "k", "value", "n", "ci_low", "ci_high", "localization", "seed"])], ignore_index=True)
