@@ -186,7 +186,8 @@ def recorded(
     **which, # model, forget_size; default: the first run of this task in the table
 ) -> pd.DataFrame: # rows of one run
     "A recorded table of one run"
-    file = Path(folder or _recorded_here())/f"{choose(table, RECORDED, 'recorded table')}.parquet"
+    file = Path(folder or _recorded_here())/f"{table}.parquet"
+    if there := sorted(p.stem for p in file.parent.glob("*.parquet")): choose(table, there, "recorded table")
     if not file.exists(): raise Refusal(f"{file} does not exist: " + ("`mechunlearn report RUNS --record DIR` writes such tables" if folder else "it comes with the package, so install that again"))
     df = pd.read_parquet(file)
     for k, v in ({"task": task} | which).items(): df = df[df[k] == v]

@@ -10,6 +10,12 @@ from synthetic import synthetic_run
 WHY = {"localization": {"flu-path": "no MLP gives the extraction set more than 0.02 of the answer"}, "probing": {"probing": "no relation of these facts can be probed"}}
 
 
+@pytest.fixture(autouse=True)
+def no_images(monkeypatch):
+    "Figures are drawn, but not written"
+    monkeypatch.setattr(r, "_image", lambda fig, alt: f'<img alt="{r.html.escape(alt, quote=True)}">')
+
+
 def leave_notes(run, notes=WHY):
     (run/"notes").mkdir()
     for stage, found in notes.items(): (run/f"notes/{stage}.json").write_text(json.dumps(found))
@@ -212,12 +218,10 @@ def test_an_unforeseen_error_is_one_line_and_a_file(error, monkeypatch, capsys):
     assert "in fails" in file.read_text(); file.unlink()
 
 
-def command(*argv, **kw):
-    return cli.subprocess.run([cli.sys.executable, "-m", "mechunlearn.cli", *argv], capture_output=True, **kw)
-
 def test_a_terminal_of_ascii_and_a_closed_pipe(small, tmp_path):
     run = shutil.copytree(small, tmp_path/"runs/run")
-    p = command("report", str(run), env={**cli.os.environ, "PYTHONIOENCODING": "ascii"})
+    code = "import sys; from mechunlearn import cli, report; report._image = lambda *a: ''; sys.exit(cli.main())"
+    p = cli.subprocess.run([cli.sys.executable, "-c", code, "report", str(run)], env={**cli.os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True)
     assert p.returncode == 0 and b"^" in p.stdout and p.stdout.isascii() and b"Traceback" not in p.stderr
     p = cli.subprocess.run(f"{cli.sys.executable} -m mechunlearn.cli status {tmp_path/'runs'} | true; exit ${{PIPESTATUS[0]}}", shell=True, executable="/bin/bash", capture_output=True)
     assert p.returncode in (0, 141) and p.stderr == b""
