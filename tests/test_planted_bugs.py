@@ -1,11 +1,12 @@
 "Tests that were missing when bugs were planted by hand: see benchmarks/planted_bugs.py"
 from itertools import combinations
-import numpy as np, pytest, torch
+import numpy as np, pandas as pd, pytest, torch
 from mechunlearn.facts import Fact, Task, mcq_prompts, sports_athlete_editing, usable_shots, with_edit_answers, world_facts
 from mechunlearn.finetuning import finetune
 from mechunlearn.localization import build
-from mechunlearn.models import Component
+from mechunlearn.models import Component, slices
 from mechunlearn.relearning import Lora, relearn
+from mechunlearn.stats import bootstrap, bootstrap_clustered
 from mechunlearn.tracing import shares
 
 
@@ -50,3 +51,19 @@ def test_nothing_shrinks_weights_in_training(tiny, monkeypatch, rank):
     finetune(lm, task, where, lr=1e-3, steps=1, progress=False)
     relearn(lm, task, lora=Lora(rank, 2., 1e-3, 0.), steps=1, sides=(0,), max_facts=2)
     assert len(seen) >= 2 and set(seen) == {0.}
+
+
+def test_a_head_writes_through_its_own_columns(lm):
+    for h in range(lm.n_heads):
+        s = next(s for s in slices(lm, f"head.1.{h}") if "o_proj" in s.param)
+        w, z = lm.weight(s.param).clone(), torch.zeros(lm.n_heads * lm.head_dim)
+        z[lm.z(1, h)] = 1.
+        assert (w @ z).abs().max() > 0
+        w.narrow(s.dim, s.start, s.stop - s.start).zero_()
+        assert (w @ z).abs().max() == 0
+
+
+def test_facts_are_resampled_within_a_seed():
+    x = np.random.default_rng(0).random(200)
+    low, high = bootstrap_clustered(pd.DataFrame(dict(seed=0, fact=range(200), value=x)))
+    assert high - low == pytest.approx(np.ptp(bootstrap(x)), rel=.15)
