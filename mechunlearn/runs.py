@@ -199,6 +199,7 @@ class Settings(BaseModel, extra="forbid"):
     device_map: Annotated[str, AfterValidator(_spread)]|None = None # "auto" spreads the model over the GPUs
     quantize: Literal["8bit", "4bit"]|None = None
     revision: str|None = None      # of a hub model
+    bos: bool|None = None          # a beginning-of-sequence token before every prompt; default: as the tokenizer does
     batch_size: Whole|None = Field(None, ge=1)   # prompts a forward
     edited: str|None = None        # folder of a model edited elsewhere, for the localization edited@...
     draws: Whole|None = Field(None, ge=1, le=1000) # draws of each random localization
@@ -957,16 +958,22 @@ def skeleton(
     job:Job, # a job
 ): # an LM on the meta device
     "The model without its weights"
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from mechunlearn.models import locate, wrap, why
+    from mechunlearn.models import configuration, is_adapter, loading, locate, read_tokenizer, skeleton, snapshot, wrap
     source, name, revision = locate(job.model)
-    try:
-        config = AutoConfig.from_pretrained(source, revision=job.settings.get("revision"))
-        with torch.device("meta"): hf = AutoModelForCausalLM.from_config(config)
+    with loading(job.model):
+        folder, commit = (Path(source), None) if revision else snapshot(source, job.settings.get("revision"))
+        tok = read_tokenizer(source, commit) if not is_adapter(folder) or (folder/"tokenizer_config.json").is_file() else None
+        if is_adapter(folder): source, commit = _base(folder)
+        hf = skeleton(configuration(source, commit))
         hf.hf_device_map = {"": "meta"} # or it would be moved to a real device
-        return wrap(hf, AutoTokenizer.from_pretrained(source), name, revision)
-    except (OSError, ValueError) as e: raise Refusal(f"cannot read the configuration of {job.model!r}: {why(e)}") from None
+        return wrap(hf, tok or read_tokenizer(source, commit), name, revision or commit, job.settings.get("bos"))
+
+def _base(folder):
+    "The model under an adapter, and its revision"
+    from mechunlearn.models import locate
+    about = read_json(folder/"adapter_config.json", dict)
+    if not about.get("base_model_name_or_path"): raise ValueError("it is an adapter that names no base")
+    return locate(about["base_model_name_or_path"])[0], about.get("revision")
 
 # %% ../nbs/40_runs.ipynb #400090
 def trained(
