@@ -22,6 +22,7 @@ import seaborn as sns
 import torch
 from tqdm import tqdm
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 from . import models, stats, store
 from .facts import Fact
 from .models import LM, Component
@@ -44,7 +45,9 @@ def same_frame(
     span:tuple[int, int], # the subject's tokens in both, as offsets from the end
 ) -> bool: # True if the prompts have equal length and differ inside the span only
     "Whether two prompts line up token by token"
-    a, b = lm.ids([prompt, other])
+    return _in_line(*lm.ids([prompt, other]), span)
+
+def _in_line(a, b, span):
     inside = range(len(a) + span[0], len(a) + span[1])
     return len(a) == len(b) and all(x == y or i in inside for i, (x, y) in enumerate(zip(a, b)))
 
@@ -63,13 +66,22 @@ def _spans(lm, facts): return lm.subject_positions([f.prompt for f in facts], [f
 def _pool(task): # where other subjects come from when a task's facts are mapped
     return [*task.localize_on, *(task.dev_retain if task.dev_forget else task.retain)]
 
-def _partner(lm, fact, span, pool, rng):
-    "A fact of the same relation, with another answer and a subject of the same token length"
-    own = lm.first_token(fact.answer)
+def _candidates(fact, span, own, pool, rng):
+    "Facts of the same relation, with another answer and a subject of the same token length, in random order"
     found = [(g, token) for g, (start, stop), token in pool
              if g.relation == fact.relation and token != own and stop - start == span[1] - span[0] and g.answer.strip() not in fact.prompt]
     rng.shuffle(found)
-    return next((x for x in found if same_frame(lm, fact.prompt, swap_subject(fact, x[0].subject), span)), None)
+    return found
+
+def _first_in_line(lm, facts, spans, found):
+    "The first of each fact's candidates whose prompt lines up with its own; all facts' prompts are tokenized together"
+    out, ids, left = {}, dict(zip(facts, lm.ids([facts[i].prompt for i in facts]) if facts else ())), [i for i in facts if found[i]]
+    while left:
+        prompts = [swap_subject(facts[i], found[i][0][0].subject) for i in left]
+        fits = [_in_line(ids[i], b, spans[i]) for i, b in zip(left, lm.ids(prompts))]
+        out |= {i: (*found[i][0], p) for i, p, fit in zip(left, prompts, fits) if fit}
+        left = [i for i, fit in zip(left, fits) if not fit and found[i].pop(0) and found[i]]
+    return out
 
 # %% ../nbs/11_output_tracing.ipynb #110011
 def swap_cases(
@@ -81,14 +93,13 @@ def swap_cases(
 ) -> list[Case]: # in the order of `facts`; facts without a partner are missing
     "Pair each fact with a counterfactual subject; Unavailable if none can be paired"
     facts, pool = list(facts), list(facts if pool is None else pool)
-    token = {answer: lm.first_token(answer) for answer in {g.answer for g in pool}}
-    pool, rng, out = list(zip(pool, _spans(lm, pool), [token[g.answer] for g in pool])), random.Random(seed), []
-    own = [x for x in pool if x[0].id in {f.id for f in facts}] if near else []
-    for f, span in zip(facts, _spans(lm, facts)):
-        if found := _partner(lm, f, span, own, rng) or _partner(lm, f, span, pool, rng):
-            g, token = found
-            out.append(Case(f, g, swap_subject(f, g.subject), span, (lm.first_token(f.answer), token)))
-    if out: return out
+    token, spans, rng, pairs = {a: lm.first_token(a) for a in {f.answer for f in (*pool, *facts)}}, _spans(lm, facts), random.Random(seed), {}
+    pool = list(zip(pool, _spans(lm, pool), [token[g.answer] for g in pool]))
+    for others in ([x for x in pool if x[0].id in {f.id for f in facts}], pool) if near else (pool,):
+        left = {i: f for i, f in enumerate(facts) if i not in pairs}
+        found = {i: _candidates(f, spans[i], token[f.answer], others, rng) for i, f in left.items()}
+        pairs |= _first_in_line(lm, left, spans, found)
+    if pairs: return [Case(f, g, prompt, spans[i], (token[f.answer], t)) for i, f in enumerate(facts) if i in pairs for g, t, prompt in [pairs[i]]]
     raise Unavailable("no two of these facts have one relation, subjects of the same token length and different answers: "
                   "give more facts, or corruption='noise'")
 
@@ -136,13 +147,27 @@ def pair(
     rest, past = shared_prefix(lm, batch, start)
     return rest, damaged if past is None else _rest(damaged, length + start), past
 
+class _Rows(DynamicLayer):
+    "Keys and values of some rows of a batch, which are copied once, together with the new ones"
+    def __init__(self, layer, rows):
+        super().__init__()
+        self.keys, self.values, self.rows = layer.keys, layer.values, rows.to(layer.keys.device)
+        self.dtype, self.device, self.is_initialized = layer.keys.dtype, layer.keys.device, True
+
+    def update(self, keys, values, *args, **kwargs): return self._join(self.keys, keys), self._join(self.values, values)
+
+    def _join(self, old, new):
+        out, n = new.new_empty(*new.shape[:2], old.shape[2] + new.shape[2], new.shape[3]), old.shape[2]
+        out[:, :, n:] = new
+        torch.index_select(old, 0, self.rows, out=out[:, :, :n])
+        return out
+
 def _copy(past, rows=None, first=0):
     "Options of a forward that goes on from `past` (a forward gives its cache new tensors, so copies may share them); layers before `first` will be skipped"
     if past is None: return {}
     out = copy(past)
     out.layers = [copy(layer) for layer in past.layers]
-    if rows is not None:
-        for layer in out.layers[first:]: layer.batch_select_indices(rows.to(layer.device))
+    if rows is not None: out.layers[first:] = [_Rows(layer, rows) for layer in out.layers[first:]]
     return {"past_key_values": out}
 
 # %% ../nbs/11_output_tracing.ipynb #110016
