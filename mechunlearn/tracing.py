@@ -452,7 +452,7 @@ def plot_scores(
 ): # the axes
     "Layer x component heat map; MLPs in the first column"
     t = scores.table
-    name = t["head"].map(lambda h: "MLP" if pd.isna(h) else f"{h}")
+    name = t["head"].map(lambda h: "MLP" if pd.isna(h) else f"{h:g}")
     grid = t.assign(name=name).pivot(index="layer", columns="name", values="score")
     cols = sorted(grid.columns, key=lambda c: -1 if c == "MLP" else int(c))
     ax = ax or plt.subplots(figsize=(1.6 + .45 * min(len(cols), 24), 1 + .28 * len(grid)))[1]
