@@ -126,11 +126,14 @@ def shared_prefix(
     batch:dict, # prompts, from `lm.encode`
     start:int, # where they begin to differ, as offset from the end
 ) -> tuple[dict, DynamicCache|None]: # the rest of the prompts; keys and values before it
-    "Read the tokens that come before `start`"
+    "Read the tokens that come before `start`, those that several prompts share once"
     cut = batch["input_ids"].shape[1] + start
     if cut < 1: return batch, None
-    past = DynamicCache()
-    with torch.no_grad(): lm.hf(**{k: v[:, :cut] for k, v in batch.items()}, past_key_values=past, logits_to_keep=1)
+    past, before = DynamicCache(), {k: v[:, :cut] for k, v in batch.items()}
+    seen, same = torch.cat([before["input_ids"], before["attention_mask"]], 1).unique(dim=0, return_inverse=True)
+    first = [(same == i).nonzero()[0, 0].item() for i in range(len(seen))]
+    with torch.no_grad(): lm.hf(**{k: v[first] for k, v in before.items()}, past_key_values=past, logits_to_keep=1)
+    for layer in past.layers: layer.batch_select_indices(same.to(layer.device))
     return _rest(batch, cut), past
 
 def _rest(batch, cut): return batch | {k: batch[k][:, cut:] for k in ("input_ids", "position_ids")}
@@ -147,6 +150,7 @@ def pair(
     rest, past = shared_prefix(lm, batch, start)
     return rest, damaged if past is None else _rest(damaged, length + start), past
 
+# %% ../nbs/11_output_tracing.ipynb #7d576cce
 class _Rows(DynamicLayer):
     "Keys and values of some rows of a batch, which are copied once, together with the new ones"
     def __init__(self, layer, rows):
@@ -473,7 +477,7 @@ def rank_stability(
     if not draws: raise Refusal("there is one sample only: trace with corruption='noise' and n_noise > 1")
     return scores.table[draws].corr("spearman")
 
-# %% ../nbs/11_output_tracing.ipynb #08ac77f6
+# %% ../nbs/11_output_tracing.ipynb #08ac77f5
 class _Linear(torch.autograd.Function):
     "The output of a linear module, with the gradient of its input: what the module makes of unit vectors are its columns"
     @staticmethod
@@ -497,6 +501,7 @@ def _passing_gradients(lm):
     finally:
         for h in hooks: h.remove()
 
+# %% ../nbs/11_output_tracing.ipynb #08ac77f6
 def attribute(
     lm:LM, # model
     batch:dict, # corrupted prompts, from `lm.encode`

@@ -430,3 +430,29 @@ def test_attribution_by_token_adds_up(tiny):
     np.testing.assert_allclose(by_layer, raw["mlp"].sum(2).mean((0, 1)), atol=1e-5)
     with pytest.raises(Refusal, match="unknown kind"): attribution_grid(lm, facts, "resid")
     with pytest.raises(Refusal, match="unknown corruption"): attribution_patching(lm, facts, "zap")
+
+
+# ---- the common beginning
+
+def test_equal_beginnings_are_read_once(tiny):
+    lm, shot = tiny("llama"), "Fact: sport of baseball\nFact: {} plays the sport of"
+    prompts = [shot.format(s) for s in ("dog", "player", "league", "sport")]
+    batch, rows = lm.encode(prompts), []
+    watch = lm.hf.get_input_embeddings().register_forward_pre_hook(lambda m, args: rows.append(len(args[0])))
+    rest, past = tracing.shared_prefix(lm, batch, -5)
+    assert rows == [1] and {len(layer.keys) for layer in past.layers} == {4}
+    padded = lm.encode([*prompts, "dog plays the sport of"])
+    _, more = tracing.shared_prefix(lm, padded, -5)
+    assert rows == [1, 2]
+    watch.remove()
+    torch.testing.assert_close(record(lm, rest, past=past).logits, record(lm, batch).logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(record(lm, tracing._rest(padded, padded["input_ids"].shape[1] - 5), past=more).logits, record(lm, padded).logits, rtol=0, atol=1e-5)
+
+
+def test_rows_of_keys_are_joined_as_by_selection(tiny):
+    lm, rows = tiny("qwen3"), torch.tensor([2, 0, 0, 1])
+    rest, past = tracing.shared_prefix(lm, lm.encode(["dog plays the sport of", "player plays the sport of", "league plays the sport of"]), -3)
+    new = torch.randn(4, *past.layers[0].keys.shape[1:2], 3, past.layers[0].keys.shape[3])
+    for layer in past.layers:
+        keys, values = tracing._Rows(layer, rows).update(new, -new)
+        assert torch.equal(keys, torch.cat([layer.keys[rows], new], 2)) and torch.equal(values, torch.cat([layer.values[rows], -new], 2))
