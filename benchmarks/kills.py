@@ -8,12 +8,12 @@ A round is one kill. Its stage is drawn first, then how it is killed, then a mom
 
 - tree: the command, its worker and the kernel at once, as when the power goes
 - cli: the command alone; the next one starts while the orphans may still be at work
-- worker, kernel: one of the two; the command ends by itself and says so
+- worker, kernel: one of the two; the command ends by itself and says so (a kernel that dies while it starts is replaced, and the run goes on)
 - write: the tree, at the instant at which a file of the run folder is begun, filled, or put in its place
 
 After every kill each finished artefact is remembered (its time and its bytes): it may never be made again. No file may
 contradict its sidecar, no JSON may be torn. At the end of a life every result must have the bytes of a run that was
-never killed. A round takes 12 to 18 seconds on one core, most of it the start of a kernel: 200 take 40 to 60 minutes.
+never killed. A round takes 10 to 40 seconds on one core, most of it the start of a kernel.
 With `--minutes 9` it stops after nine minutes and the same command goes on from there, until results/kills.json is written."""
 import argparse, ctypes, json, os, random, select, shutil, signal, struct, subprocess, sys, time
 from collections import Counter
@@ -223,7 +223,7 @@ def strike(
     if kind == "tree" or not there.get(kind): end_tree(process); return "tree"
     end(there[kind])
     try: process.wait(60) # told that its worker is gone, it ends
-    except subprocess.TimeoutExpired: end_tree(process); return "stuck"
+    except subprocess.TimeoutExpired: end_tree(process); return "kernel replaced" if kind == "kernel" else "stuck"
     return kind
 
 def one_round(
@@ -247,7 +247,9 @@ def remade(
     after:dict, # later
 ) -> list[str]: # finished artefacts that were touched since
     "What was lost"
-    return [f for f, was in before.items() if tuple(after.get(f, ())) != tuple(was) and f.split("/")[-1] not in ("edit.safetensors", "metrics.parquet")]
+    unfinished = () if "notebooks/20_finetuning.ipynb" in before else ("edit.json", "training.parquet") # an edit is whole with its tensors, which go last
+    spared = ("edit.safetensors", "metrics.parquet", *unfinished)
+    return [f for f, was in before.items() if tuple(after.get(f, ())) != tuple(was) and f.split("/")[-1] not in spared]
 
 def new_life() -> dict: # what is known of a life so far
     "Nothing yet"

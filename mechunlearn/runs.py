@@ -311,6 +311,13 @@ def out_of_memory_kills() -> int: # 0 where the system does not say
     return found
 
 # %% ../nbs/40_runs.ipynb #400029
+def _with_kernel(run, tries=3):
+    "Call again if the kernel does not come up: many that start at once may be given one port"
+    for left in reversed(range(tries)):
+        try: return run()
+        except RuntimeError as e:
+            if not left or "before replying" not in str(e): raise
+
 def execute(
     stage:Stage, # what to run
     job:Job, # for which model and task
@@ -325,8 +332,8 @@ def execute(
     hook = ["--IPKernelApp.ignore_cwd=True", "--HistoryManager.enabled=False"]
     if bar: hook.append(f"--IPKernelApp.exec_lines=from mechunlearn.runs import relay; relay({str(bar)!r})")
     kills = out_of_memory_kills()
-    try: papermill.execute_notebook(nb, str(tmp), job.parameters, kernel_name="python3", progress_bar=False,
-                                        start_timeout=600, extra_arguments=hook)
+    try: _with_kernel(lambda: papermill.execute_notebook(nb, str(tmp), job.parameters, kernel_name="python3", progress_bar=False,
+                                                         start_timeout=600, extra_arguments=hook))
     except Exception as e:
         if tmp.exists(): os.replace(tmp, failed)
         name, text = getattr(e, "ename", type(e).__name__), getattr(e, "evalue", str(e))

@@ -400,3 +400,21 @@ def test_a_cache_that_cannot_be_written_or_read_does_not_matter(tmp_path):
     kept = tmp_path / "a.json"
     store.make(kept, {}, lambda: [1]); kept.write_text("x")
     assert store.make(kept, {}, lambda: [2], optional=True) == [2] and store.load_json(kept) == [2]
+
+
+def test_a_kernel_that_does_not_come_up_is_asked_again():
+    from mechunlearn.runs import _with_kernel
+    calls = []
+    def run():
+        calls.append(1)
+        if len(calls) < 3: raise RuntimeError("Kernel died before replying to kernel_info")
+        return "done"
+    assert _with_kernel(run) == "done" and len(calls) == 3
+    def never(): calls.append(1); raise RuntimeError("Kernel died before replying to kernel_info")
+    calls.clear()
+    with pytest.raises(RuntimeError): _with_kernel(never)
+    assert len(calls) == 3
+    def other(): calls.append(1); raise RuntimeError("something else")
+    calls.clear()
+    with pytest.raises(RuntimeError): _with_kernel(other)
+    assert len(calls) == 1
