@@ -16,6 +16,12 @@ def no_images(monkeypatch):
     monkeypatch.setattr(r, "_image", lambda fig, alt: f'<img alt="{r.html.escape(alt, quote=True)}">')
 
 
+@pytest.fixture
+def short_page(monkeypatch):
+    "A report without figures"
+    monkeypatch.setattr(r, "SECTIONS", {k: r.SECTIONS[k] for k in ("What was done", "Results", "Not available")})
+
+
 def leave_notes(run, notes=WHY):
     (run/"notes").mkdir()
     for stage, found in notes.items(): (run/f"notes/{stage}.json").write_text(json.dumps(found))
@@ -24,12 +30,12 @@ def leave_notes(run, notes=WHY):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    return leave_notes(synthetic_run(tmp_path_factory.mktemp("small")/"run", ("flu", "late"), seeds=(0,), n=6))
+    return leave_notes(synthetic_run(tmp_path_factory.mktemp("small")/"run", ("flu", "late"), seeds=(0,), n=4))
 
 
 # asked for, and not available
 
-def test_what_could_not_be_made_has_a_row_everywhere(small, capsys):
+def test_what_could_not_be_made_has_a_row_everywhere(small, capsys, short_page):
     why = WHY["localization"]["flu-path"]
     cli.show_run(small, cli.read(["report"]))
     out = capsys.readouterr().out
@@ -45,7 +51,7 @@ def test_what_could_not_be_made_has_a_row_everywhere(small, capsys):
 
 
 @pytest.mark.parametrize("show,argv", [(cli.show_run, ["report", "--json"]), (cli.show_scorecard, ["attack", "--json"]), (cli.show_localizations, ["localize", "--json"])])
-def test_json_has_a_line_for_it(small, capsys, show, argv):
+def test_json_has_a_line_for_it(small, capsys, show, argv, short_page):
     show(small, cli.read(argv))
     lines = [json.loads(l) for l in capsys.readouterr().out.splitlines()]
     assert {"localization": "flu-path", "note": WHY["localization"]["flu-path"]} in lines and {"stage": "probing", "what": "probing", "note": WHY["probing"]["probing"]} in lines
@@ -220,7 +226,7 @@ def test_an_unforeseen_error_is_one_line_and_a_file(error, monkeypatch, capsys):
 
 def test_a_terminal_of_ascii_and_a_closed_pipe(small, tmp_path):
     run = shutil.copytree(small, tmp_path/"runs/run")
-    code = "import sys; from mechunlearn import cli, report; report._image = lambda *a: ''; sys.exit(cli.main())"
+    code = "import sys; from mechunlearn import cli, report; report.page = lambda f: ''; sys.exit(cli.main())"
     p = cli.subprocess.run([cli.sys.executable, "-c", code, "report", str(run)], env={**cli.os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True)
     assert p.returncode == 0 and b"^" in p.stdout and p.stdout.isascii() and b"Traceback" not in p.stderr
     p = cli.subprocess.run(f"{cli.sys.executable} -m mechunlearn.cli status {tmp_path/'runs'} | true; exit ${{PIPESTATUS[0]}}", shell=True, executable="/bin/bash", capture_output=True)
@@ -234,12 +240,13 @@ SMALL = ["run.json", "jobs/all/job.json", "first_seed.json", "notes/localization
          "late/seed0/edit.json", "late/seed0/evaluation.parquet", "late/seed0/training.parquet", "late/seed0/edit.safetensors", "scores/probing.parquet", "notebooks/10_probing.ipynb.meta.json"]
 
 @pytest.fixture(scope="module")
-def whole(small, tmp_path_factory):
-    "Two runs with every kind of file"
+def whole(tmp_path_factory):
+    "Two small runs with every kind of file"
     from mechunlearn.runs import STANDARD, Part, make_job
     out = tmp_path_factory.mktemp("whole")
+    small = leave_notes(synthetic_run(out/"b", ("late",), seeds=(0,), n=3, stages=("maps", "localizations", "training", "standard")))
     for name in ("a", "b"):
-        run = shutil.copytree(small, out/name)
+        run = small if name == "b" else shutil.copytree(small, out/name)
         job = make_job("organism", "sports-athlete-editing", {"forget_size": 6}, ["flu", "late"], [0], {"draws": 1}).model_copy(update={"run_dir": str(run)})
         (run/"jobs/all").mkdir(parents=True); (run/"notebooks").mkdir()
         (run/"jobs/all/job.json").write_text(Part(job=job, label="all", stages=STANDARD).model_dump_json())
