@@ -290,13 +290,14 @@ def _resampled(sums, counts):
     return (drawn*means).sum(1)/np.maximum(drawn.sum(1), 1)
 
 # %% ../nbs/41_report.ipynb #410039
-def _estimate(values, clusters, facts, proportion):
-    "Mean of the cluster means, number of different facts, interval (nan if a mean has none: one fact, or equal values)"
+def _estimate(values, clusters, facts, proportion, share=False):
+    "Mean of the cluster means, number of different facts, interval; of one fact or equal values Wilson's if they are shares, else none"
     values, (_, c), (names, f) = np.asarray(values, float), *(np.unique(np.asarray(x), return_inverse=True) for x in (clusters, facts))
     sums, counts, n = *(np.zeros((c.max() + 1, len(names)), "float32") for _ in "sc"), len(names)
     np.add.at(sums, (c, f), values); np.add.at(counts, (c, f), 1)
     mean = float(np.mean(np.bincount(c, values)/np.bincount(c)))
-    if not proportion and (n < 2 or np.ptp(values) == 0): return mean, n, np.nan, np.nan # nothing varies, so nothing can be said of how far it would
+    if not proportion and (n < 2 or np.ptp(values) == 0): # resampling would give an interval of width zero
+        return mean, n, *(wilson(float(np.clip(mean, 0, 1))*n, n) if share else (np.nan, np.nan))
     lo, hi = wilson(float(np.clip(mean, 0, 1))*n, n) if proportion else (mean, mean)
     if not proportion or len(sums) > 1:
         b = np.quantile(_resampled(sums, counts), [.025, .975])
@@ -329,7 +330,7 @@ def _rows(facts, column, pooled):
     places, keys = _groups(facts, ["localization", "seed"] + _WHERE)
     values, clusters = facts[column].to_numpy(float), facts.cluster.to_numpy() if pooled else np.zeros(len(facts))
     ids = facts.fact.to_numpy()
-    found = [_estimate(values[p], clusters[p], ids[p], measure == "top1") for p in places]
+    found = [_estimate(values[p], clusters[p], ids[p], measure == "top1", measure != "loss") for p in places]
     shown = np.where((keys.evaluation == "latent") & (measure == "top1"), "accuracy", measure)
     return keys.assign(answer=answer, measure=shown).join(pd.DataFrame(found, columns=["value", "n", "ci_low", "ci_high"]))
 

@@ -91,13 +91,15 @@ def test_a_report_of_what_there_is(small, tmp_path, lack):
     r.results_text(r.results_table(found.metrics, "prob"), found.gone); r.scorecard_text(found.card, gone=found.gone); r.say_scorecard(found.card, found.broken)
 
 
-def test_one_fact_and_equal_values_have_no_interval():
+def test_one_fact_and_equal_values_are_not_certain():
     one = pd.DataFrame({"fact": ["a"], "top1_truth": [1.], "prob_truth": [.7]}).assign(localization="flu", draw=0, seed=0, group="forget", format="completion", evaluation="standard", truth="x")
-    m = r.summarise(one).query("seed == -1").set_index("measure")
-    assert m.ci_low.isna()["prob"] and m.ci_low["top1"] < .3 and m.ci_high["top1"] == 1 # Wilson's interval of one fact is wide, not none
-    assert "0.30 [no interval]" in r.results_text(r.results_table(r.summarise(one), "prob"))
-    same = pd.concat([one.assign(fact=f, prob_truth=.9) for f in "abcd"])
-    assert r.summarise(same).query("measure == 'prob'").ci_high.isna().all()
+    text = one.assign(group="text", format="text", loss=2., truth=None)
+    m = r.summarise(pd.concat([one, text])).query("seed == -1").set_index("measure")
+    assert all(m.ci_low[k] < .3 and m.ci_high[k] > .9 for k in ("top1", "prob")) and m.ci_low.isna()["loss"]
+    assert "2.00 [no interval]" in r.results_text(r.results_table(r.summarise(pd.concat([one, text]))))
+    same = pd.concat([one.assign(fact=f, prob_truth=.9) for f in "abcd"] + [text.assign(fact=f) for f in "ab"])
+    m = r.summarise(same).query("seed == -1").set_index("measure")
+    assert m.ci_low["prob"] < .8 < .9 < m.ci_high["prob"] and m.ci_high.isna()["loss"]
 
 
 def test_a_difference_in_every_fact_still_counts():
