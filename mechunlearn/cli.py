@@ -513,12 +513,12 @@ def report(args):
 def sweep(args):
     "learning rates and weights of the forget loss for a model and task, chosen on dev facts"
     from mechunlearn import finetuning as F, models, store, tasks
-    from mechunlearn.localization import EmptyFLU, Evidence, NoExtraction, localize
+    from mechunlearn.localization import Evidence, localize
     from mechunlearn.runs import lock
     job = job_of(args)
     _can_sweep(job)
     if args.dry_run: return _dry_sweep(job, args)
-    how = {k: v for k in ("device", "dtype", "device_map", "revision") if (v := job.settings.get(k))}
+    how = {k: v for k in ("device", "dtype", "device_map", "revision", "base", "bos") if (v := job.settings.get(k))}
     with lock(job.run_dir):
         lm = models.load(job.model, **how)
         task, folder = tasks.make_task(job.task, lm, **job.options, seed=job.seeds[0]), Path(job.run_dir)
@@ -530,7 +530,7 @@ def sweep(args):
             evidence, where = Evidence(lm, task, progress=not args.quiet), []
             for name in job.localizations:
                 try: where.append(localize(lm, task, name, evidence=evidence))
-                except (EmptyFLU, NoExtraction, store.Unavailable) as e: print(f"{name}  not available: {e}", file=sys.stderr)
+                except store.Unavailable as e: print(f"{name}  not available: {e}", file=sys.stderr)
             if not where: raise Refusal("none of these localizations is available: there is nothing to sweep")
             return F.sweep(lm, task, where, lrs, job.seeds, injects, not args.quiet, **training)
         table = store.make(folder/"sweep.parquet", causes, made, args.recompute == "all")
@@ -596,7 +596,7 @@ def export(args):
     try: saved = F.load_edit(folder)
     except (ValueError, KeyError, TypeError): raise Broken(folder/"edit.json", "it describes no edit that this version knows") from None
     if out.exists() and not (out.is_dir() and not any(out.iterdir())): raise Refusal(f"{out} is not empty: name a new folder")
-    how = {k: v for k in ("dtype", "revision") if (v := job.settings.get(k))}
+    how = {k: v for k in ("dtype", "revision", "base", "bos") if (v := job.settings.get(k))}
     print(F.export(models.load(job.model, device="cpu", **how), saved, args.out, args.delta))
     return code
 

@@ -199,6 +199,7 @@ class Settings(BaseModel, extra="forbid"):
     device_map: Annotated[str, AfterValidator(_spread)]|None = None # "auto" spreads the model over the GPUs
     quantize: Literal["8bit", "4bit"]|None = None
     revision: str|None = None      # of a hub model
+    base: str|None = None          # of an adapter, instead of the model that it names
     bos: bool|None = None          # a beginning-of-sequence token before every prompt; default: as the tokenizer does
     batch_size: Whole|None = Field(None, ge=1)   # prompts a forward
     edited: str|None = None        # folder of a model edited elsewhere, for the localization edited@...
@@ -970,14 +971,15 @@ def skeleton(
     with loading(job.model):
         folder, commit = (Path(source), None) if revision else snapshot(source, job.settings.get("revision"))
         tok = read_tokenizer(source, commit) if not is_adapter(folder) or (folder/"tokenizer_config.json").is_file() else None
-        if is_adapter(folder): source, commit = _base(folder)
+        if is_adapter(folder): source, commit = _base(folder, job.settings.get("base"))
         hf = skeleton(configuration(source, commit))
         hf.hf_device_map = {"": "meta"} # or it would be moved to a real device
         return wrap(hf, tok or read_tokenizer(source, commit), name, revision or commit, job.settings.get("bos"))
 
-def _base(folder):
+def _base(folder, base):
     "The model under an adapter, and its revision"
     from mechunlearn.models import locate
+    if base: return locate(base)[0], None
     about = read_json(folder/"adapter_config.json", dict)
     if not about.get("base_model_name_or_path"): raise ValueError("it is an adapter that names no base")
     return locate(about["base_model_name_or_path"])[0], about.get("revision")

@@ -233,7 +233,7 @@ def command(tmp_path, stages, *argv):
         import sys
         from mechunlearn import cli, runs
         runs.STANDARD = tuple(runs.Stage(*s) for s in {[tuple(s) for s in stages]!r})
-        runs.check_job, cli.show_run = lambda job: None, lambda folder, args: print("finished", folder)
+        cli.ready, cli.show_run = lambda job, args: None, lambda folder, args: print("finished", folder)
         sys.exit(cli.main(sys.argv[1:]))"""))
     return [sys.executable, str(script), "run", "--model", "m", "--forget-size", "1", "--out", str(tmp_path / "out"), *argv]
 

@@ -459,14 +459,16 @@ def test_atoms_cover_the_union_once():
 def test_open_answers_over_the_whole_vocabulary(llama):
     fact = make_task(CF, llama, forget_size=1).forget[0]
     two, three = (fact.model_copy(update={"edit": w}) for w in (" footballers", " footballerser"))
-    got = answer(llama, completions([two, three, fact.model_copy(update={"edit": None})]))
+    facts = [two, three, fact.model_copy(update={"edit": None})]
+    got, whole = answer(llama, completions([f.model_copy(update={"whole": False}) for f in facts])), answer(llama, completions(facts))
     def after(*more): return llama.hf(torch.tensor([llama.ids([fact.prompt])[0] + list(more)])).logits[0, -1].softmax(-1)
     truth, (a, b), (_, c, d) = llama.token_id(fact.answer), llama.pieces(two.edit), llama.pieces(three.edit)
     assert got.prob_truth.tolist() == got.full_truth.tolist() == pytest.approx([after()[truth].item()] * 3, rel=1e-4)
     assert got.prob_edit.tolist() == pytest.approx([after()[a].item()] * 2 + [np.nan], rel=1e-4, nan_ok=True)
     assert got.full_edit[:2].tolist() == pytest.approx([(after()[a] * after(a)[b]).item(), (after()[a] * after(a)[c] * after(a, c)[d]).item()], rel=1e-4)
+    assert whole.prob_edit[:2].tolist() == whole.full_edit[:2].tolist() == pytest.approx(got.full_edit[:2].tolist(), rel=1e-4)
     as_truth = answer(llama, completions([fact.model_copy(update={"answer": two.edit})])).iloc[0]
-    assert (as_truth.full_truth, as_truth.prob_truth) == pytest.approx((got.full_edit[0], got.prob_edit[0]), rel=1e-4)
+    assert as_truth.full_truth == as_truth.prob_truth == pytest.approx(got.full_edit[0], rel=1e-4)
 
 
 def test_what_is_asked():
