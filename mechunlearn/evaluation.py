@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from .facts import LETTERS, MCQ, Fact, Task, askable, every_order, mcq_prompts, usable_shots
 from .models import LM, batches, joined, next_token
+from .sources import spaced
 from .stats import bootstrap, unsure, wilson
 from .store import Run
 
@@ -44,8 +45,9 @@ class Question(NamedTuple):
 # %% ../nbs/15_evaluation.ipynb #150007
 def _question(fact, group, format, variant, prompt):
     "A question whose choices are the legal answers of the fact's relation, or an open one"
-    choices = fact.candidates or tuple(a for a in (fact.answer, fact.edit) if a)
-    return Question(fact, group, format, variant, prompt, choices, fact.answer, fact.edit, not fact.candidates)
+    as_here = lambda a: a if not a or prompt == fact.prompt else spaced(a, prompt) # a space before it, where this prompt wants one
+    choices = tuple(map(as_here, fact.candidates or tuple(a for a in (fact.answer, fact.edit) if a)))
+    return Question(fact, group, format, variant, prompt, choices, as_here(fact.answer), as_here(fact.edit), not fact.candidates)
 
 def completions(
     facts:Sequence[Fact], # facts
@@ -454,9 +456,10 @@ def continuations(
     return out
 
 # %% ../nbs/15_evaluation.ipynb #e99b7db0
-DENIED = re.compile(r"(?:\b(?:not|never|no longer|nor|neither|no|cannot|without|rather than|instead of|unlike)|n['’]t)"
-    r"(?:\s+(?:a|an|the|in|at|of|from|for|to|by|is|was|be|really|actually|play|plays|playing|called|named))*\s+[\"'“‘«]?$", re.I)
-TAKEN_BACK = re.compile(r"[\"'”’»]?\s*(?:\?+\s*(?:no|nope|not|wrong|never)\b|[,;.!:–—-]+\s*(?:no|nope)\s*[,;.!:–—-])", re.I)
+DENIED = re.compile(r"(?:\b(?:not|never|hardly|no longer|nor|neither|no|cannot|without|rather than|instead of|unlike|pas|nicht|keine?|non)|n['’]t)"
+    r"(?:\s+(?:a|an|the|in|into|at|of|from|for|to|by|is|was|be|really|actually|play|plays|playing|played|called|named|known|famous|sport|professional))*\s+[\"'“‘«]?$"
+    r"|(?:不是|ไม่ใช่)\s*[「『\"]?$", re.I)
+TAKEN_BACK = re.compile(r"[\"'”’»」』]?\s*(?:(?:is|was)(?:\s+not|n['’]t)\b|では(?:な|あり)|じゃな|\?+\s*(?:no|nope|not|wrong|never)\b|[,;.!:–—-]+\s*(?:no|nope)\s*[,;.!:–—-])", re.I)
 ALSO_DENIED = re.compile(r"[\"'”’»]?\s*,?\s*(?:or|nor)\s+(?:(?:a|an|the|in|at|of|from)\s+)*[\"'“‘«]?", re.I)
 
 def first_named(

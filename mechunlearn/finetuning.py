@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from .evaluation import answer, completions, some, text_loss, token_loss
 from .facts import Task
 from .localization import Localization, localize, localize_all
-from .models import LM, Slice, components, load, locate, slices
+from .models import LM, Slice, components, is_adapter, load, locate, slices, snapshot
 from .store import (Refusal, Run, Unavailable, cause_hash, choose, load_json, load_table, load_tensors, make, note, save_json, save_table,
     save_tensors, state)
 
@@ -756,13 +756,14 @@ def edit_of(
     if reason := untrainable(lm): raise Refusal(reason)
     dtype = next(lm.hf.parameters()).dtype
     place_of, fine = getattr(lm.hf.config, "_name_or_path", "") or None, finer(stored_dtype(str(folder)), dtype)
-    other = load(str(folder), device="cpu", dtype=fine, base=place_of)
+    if place_of and not Path(place_of).is_dir() and (commit := lm.revision.split("+")[0]): place_of = str(snapshot(place_of, commit)[0]) # of the hub's revisions the one in memory
+    other, coarse = load(str(folder), device="cpu", dtype=fine, base=place_of), fine if is_adapter(Path(locate(str(folder))[0])) else stored_dtype(str(folder))
     if causes := differences(lm, other): raise Refusal(f"{folder} is not an edit of {lm.name}:" + "".join(f"\n- {c}" for c in causes))
     base = load(place_of, device="cpu", dtype=fine) if fine != dtype and place_of and stored_dtype(place_of) != dtype else lm # read again as it was stored
     values, changed = {}, dict(weights=0, kept=0, change=0., kept_change=0.)
     for n, w in base.hf.named_parameters():
         old, new = (x.detach().cpu()[:min(len(w), len(other.weight(n)))].to(fine) for x in (w, other.weight(n)))
-        if torch.equal(old, new): continue
+        if torch.equal(old.to(coarse), new.to(coarse)): continue # no more than the rounding of a copy
         values[Slice(n, 0, 0, len(new))] = new
         _count(changed, old, new, dtype)
     if not values: raise Refusal(f"{folder} and {lm.name} have the same weights: there is no edit to attack")

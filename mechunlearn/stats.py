@@ -123,6 +123,7 @@ def bootstrap_ratio(
     value = float(x.mean() / y.mean())
     if len(x) == 1: return dict(value=value, ci_low=np.nan, ci_high=np.nan)
     lo, hi = _inside((above / np.where(below == 0, np.nan, below))[below != 0], value, level)
+    if hi - lo < 1e-12: lo = hi = np.nan # nothing varies
     return dict(value=value, ci_low=lo, ci_high=hi)
 
 # %% ../nbs/04_stats.ipynb #687c879b
