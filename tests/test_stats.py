@@ -103,7 +103,7 @@ def test_ratio_of_two_means():
     x, y = np.r_[np.ones(5), np.zeros(15)], np.ones(20)
     r = bootstrap_ratio(x, y)
     assert r["value"] == .25 and (r["ci_low"], r["ci_high"]) == pytest.approx(bootstrap(x), abs=.03)
-    assert bootstrap_ratio(y, y) == dict(value=1., ci_low=1., ci_high=1.)
+    assert (r := bootstrap_ratio(y, y))["value"] == 1. and np.isnan([r["ci_low"], r["ci_high"]]).all() # nothing varies
     assert all(np.isnan(v) for v in bootstrap_ratio(x, 0 * y).values()) and all(np.isnan(v) for v in bootstrap_ratio([], []).values())
     with pytest.raises(ValueError): bootstrap_ratio([1.], [1., 2.])
 
