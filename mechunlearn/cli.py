@@ -198,22 +198,20 @@ def no_rates(
     job, # a Job
 ) -> list[str]: # localizations that have no learning rate
     "What cannot be trained yet"
-    from mechunlearn.finetuning import learning_rate
+    from mechunlearn.finetuning import missing_rates
     from mechunlearn.models import locate
     if "lr" in job.settings: return []
-    own, asked = Path(job.run_dir)/"learning_rates.csv", (locate(job.model)[1], job.task, job.options.get("forget_size") or 64)
-    return [l for l in trained_in(job) if not any(_has(learning_rate, *asked, l, t) for t in _rate_tables(own))]
+    own, size = _own_rates(Path(job.run_dir)/"learning_rates.csv"), job.options.get("forget_size") or 64
+    return list(missing_rates(locate(job.model)[1], job.task, size, trained_in(job), own))
 
-def _rate_tables(own):
-    "The table of a run's own sweep, and the committed one (None)"
+def _own_rates(file):
+    "The table of a run's own sweep, if it has one"
     import pandas as pd
-    try: return [pd.read_csv(own), None] if own.exists() else [None]
-    except ValueError: raise Refusal(f"{own} is no table of learning rates: delete it, or run `mechunlearn sweep` again") from None
-
-def _has(fn, *args):
-    "Whether a look-up finds something"
-    with suppress(Refusal, AttributeError, KeyError): return bool(fn(*args))
-    return False
+    if not file.exists(): return None
+    with suppress(ValueError):
+        table = pd.read_csv(file)
+        if {"model", "task", "forget_size", "localization", "lr", "inject", "source"} <= set(table): return table
+    raise Refusal(f"{file} is no table of learning rates: delete it, or run `mechunlearn sweep` again")
 
 # %% ../nbs/50_cli.ipynb #c18a0003
 def groups_of(
@@ -245,10 +243,9 @@ def ready(
     args, # parsed options
 ):
     "Refuse, before any model is loaded, what would fail later"
+    from mechunlearn.finetuning import can_train
     from mechunlearn.runs import check_job
-    train = [] if args.command == "localize" else trained_in(job)
-    if train and (bits := job.settings.get("quantize")):
-        raise Refusal(f"quantized weights ({bits}) cannot be trained: edit the model in --dtype bfloat16; `mechunlearn localize` works with --quantize")
+    if args.command != "localize" and trained_in(job) and (why := can_train(job.settings)): raise Refusal(why)
     if job.settings.get("edited") and trained_in(job) == job.localizations: raise Refusal("edited: none of the localizations is edited@...; `mechunlearn attack --base A --edited B` asks a model edited elsewhere")
     if not args.dry_run: check_device(job.settings.get("device"))
     check_job(job)
