@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['RECORD', 'CHUNK', 'FORMATS', 'MAX_FACTS', 'OPEN', 'OPEN_MAX', 'HELD_OUT', 'HELD_OUT_MAX', 'MEASURES', 'SHOTS',
            'GREEDY', 'DENIED', 'TAKEN_BACK', 'ALSO_DENIED', 'Question', 'completions', 'paraphrases', 'neighborhood',
-           'multiple_choice', 'as_records', 'whole_answers', 'answer', 'hidden_states', 'unembed', 'token_loss',
-           'text_loss', 'asked_of', 'some', 'questionnaire', 'evaluate', 'interval', 'summarise', 'plot_accuracy',
-           'hard_choice', 'letter_logprobs', 'letter_priors', 'answer_letters', 'asked_in_attacks', 'shown_shots',
-           'harden', 'hardened_metrics', 'plot_hardened', 'continuations', 'first_named', 'generate_answers', 'speak',
+           'multiple_choice', 'as_records', 'whole_answers', 'answer', 'hidden_states', 'token_loss', 'text_loss',
+           'asked_of', 'some', 'questionnaire', 'evaluate', 'interval', 'summarise', 'plot_accuracy', 'hard_choice',
+           'letter_logprobs', 'letter_priors', 'answer_letters', 'asked_in_attacks', 'shown_shots', 'harden',
+           'hardened_metrics', 'plot_hardened', 'continuations', 'first_named', 'generate_answers', 'speak',
            'run_evaluation']
 
 # %% ../nbs/15_evaluation.ipynb #150002
@@ -170,16 +170,6 @@ def hidden_states(
     own = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
     return functional_call(base, own, (), dict(batch, use_cache=False)).last_hidden_state
 
-def unembed(
-    lm:LM, # model
-    hidden:Float[Tensor, "*batch d_model"], # of `hidden_states`
-    weights:Mapping[str, Tensor]={}, # as there
-) -> Float[Tensor, "*batch vocab"]: # logits
-    "The unembedding, soft-capped as in the model"
-    head, cap = lm.hf.get_output_embeddings(), getattr(lm.hf.config, "final_logit_softcapping", None)
-    logits = functional_call(head, {"weight": w for name, w in weights.items() if lm.weight(name) is head.weight}, (hidden,))
-    return (logits / cap).tanh() * cap if cap else logits
-
 # %% ../nbs/15_evaluation.ipynb #150021a
 def token_loss(
     lm:LM, # as it is now, with adapters or without
@@ -189,7 +179,7 @@ def token_loss(
     "Next-token loss at each position; nothing is asked of padding"
     hidden, n = hidden_states(lm, batch, weights), batch["input_ids"].shape[1]
     step = max(1, CHUNK // (len(hidden) * lm.hf.get_output_embeddings().weight.shape[0]))
-    part = lambda h, t: cross_entropy((l := unembed(lm, h, weights)).float().transpose(1, 2), t.to(l.device), reduction="none")
+    part = lambda h, t: cross_entropy((l := lm.unembed(h, weights)).float().transpose(1, 2), t.to(l.device), reduction="none")
     if step < n and torch.is_grad_enabled(): part = partial(checkpoint, part, use_reentrant=False, preserve_rng_state=False)
     targets = batch["input_ids"].roll(-1, 1) # the last position predicts nothing and is dropped
     loss = torch.cat([part(hidden[:, k:k + step].contiguous(), targets[:, k:k + step]) for k in range(0, n, step)], 1)[:, :-1]

@@ -8,7 +8,7 @@ __all__ = ['LLAMA', 'FAMILIES', 'TOP', 'DATA', 'DECIDES', 'LARGEST', 'UNSPACED',
            'packaged', 'sha256', 'verify', 'is_packaged', 'folder_revision', 'weights_hash', 'why', 'damaged',
            'loading', 'locate', 'snapshot', 'configuration', 'skeleton', 'check_complete', 'not_finite', 'check_finite',
            'as_dtype', 'quiet_loading', 'only_errors', 'read_tokenizer', 'read_weights', 'Files', 'read_model',
-           'is_adapter', 'merge_adapter', 'read_adapter', 'check_size', 'load', 'quantization', 'Unlocatable',
+           'is_adapter', 'merge_adapter', 'read_adapter', 'check_held', 'load', 'quantization', 'Unlocatable',
            'wordlike', 'joined', 'compounded', 'occurrence', 'span', 'unlocatable', 'batches', 'next_token', 'resid_at',
            'Component', 'components', 'Slice', 'cut', 'neurons', 'slices', 'merge_slices', 'n_params']
 
@@ -19,11 +19,12 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Iterator, NamedTuple
+from typing import Iterator, Mapping, NamedTuple
 from fastcore.basics import patch
 from jaxtyping import Float, Int
 from nnsight import TransformersModel
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import cached_file
 from .store import Refusal, choose
@@ -221,9 +222,11 @@ def opening(
 @patch
 def unembed(self:LM,
     hidden:Float[Tensor, "*batch d_model"], # what the final norm gives
+    weights:Mapping[str, Tensor]={}, # matrices that stand in for the model's own, by parameter name
 ) -> Float[Tensor, "*batch vocab"]: # logits, soft-capped as in the model; differentiable
-    "The unembedding in plain PyTorch, with Gemma-2's soft cap."
-    logits, cap = self.hf.get_output_embeddings()(hidden), getattr(self.hf.config, "final_logit_softcapping", None)
+    "The unembedding, with Gemma-2's soft cap."
+    head, cap = self.hf.get_output_embeddings(), getattr(self.hf.config, "final_logit_softcapping", None)
+    logits = functional_call(head, {"weight": w for name, w in weights.items() if self.weight(name) is head.weight}, (hidden,))
     return (logits / cap).tanh() * cap if cap else logits
 
 # %% ../nbs/00_models.ipynb #000023
@@ -486,7 +489,7 @@ def read_model(
         if is_adapter(folder): return read_adapter(model, folder, commit, rev, base, device, dtype, device_map, quantize)
         config = configuration(source, commit)
         n = skeleton(config).num_parameters()
-        if rev: check_size(folder, n)
+        if rev: check_held(folder, n)
         dtype = as_dtype(dtype or ("float32" if n < 1e8 else "bfloat16"))
         device_map = device_map or {"": device or ("cuda" if torch.cuda.is_available() else "cpu")}
         tok = read_tokenizer(source, commit)
@@ -545,7 +548,7 @@ def read_adapter(
     return Files(merge_adapter(found.hf, folder), read_tokenizer(str(folder)) if has_words else found.tok, Path(model).expanduser().resolve().name, both + plus)
 
 # %% ../nbs/00_models.ipynb #00008e
-def check_size(
+def check_held(
     folder:Path, # a model folder
     n:int, # parameters, by its configuration
 ):
