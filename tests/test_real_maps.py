@@ -1,5 +1,6 @@
 "Maps of the athletes' table with real tokenizers, whose names have two to six pieces."
 import os
+from collections import Counter
 from pathlib import Path
 import pytest
 from mechunlearn import tracing
@@ -29,9 +30,10 @@ def test_the_map_by_token_has_facts(athletes, name, size, tmp_path):
     cases = tracing._alike(lm, task)
     shapes = {(len(lm.ids([c.fact.prompt])[0]), c.span) for c in cases}
     pool = {f.id for f in (*task.localize_on, *task.dev_retain)}
-    traced = {c.fact.id for c in swap_cases(lm, task.localize_on, tracing._pool(task))}
+    paired = swap_cases(lm, task.localize_on, tracing._pool(task))
+    traced, layouts = {c.fact.id for c in paired}, Counter((len(lm.ids([c.fact.prompt])[0]), c.span) for c in paired)
     assert len(shapes) == 1 and {c.other.id for c in cases} <= pool and {c.fact.id for c in cases} <= traced
-    assert len(cases) >= (GRID_FACTS if size == 64 else 5) and all(c.other.answer != c.fact.answer for c in cases)
+    assert len(cases) == min(GRID_FACTS, max(layouts.values())) >= (GRID_FACTS if size == 64 else GRID_LEAST) and all(c.other.answer != c.fact.answer for c in cases)
     run = Run(tmp_path, lm.name, lm.revision, task.name, {})
     grid = token_map(lm, lambda seed: task, run, progress=False)
     assert (grid.n == len(cases)).all() and (grid.groupby("kind").size() == lm.n_layers * -cases[0].span[0]).all()
