@@ -178,7 +178,8 @@ def plan(
         drawn.append(dict(stage=stage, kind=kind, moment=moment, write=rng.randint(1, writes[stage]), event=rng.choice([BEGUN, FILLED, PLACED])))
     rng.shuffle(drawn)
     lives = [drawn[i:i + PER_LIFE] for i in range(0, rounds, PER_LIFE)]
-    return [sorted(life, key=lambda d: STAGES.index(d["stage"])) for life in lives]
+    early = lambda d: (STAGES.index(d["stage"]), d["write"] if d["kind"] == "write" else 0, d["moment"]) # what may let its stage end comes last
+    return [sorted(life, key=early) for life in lives]
 
 def reach(
     process:subprocess.Popen, # the command
