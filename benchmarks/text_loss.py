@@ -16,7 +16,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 from localization import LINES, Peak, processor, say, timed
-from mechunlearn.evaluation import token_loss
+from mechunlearn.questions import token_loss
 from mechunlearn.finetuning import masters, matrices
 from mechunlearn.localization import build
 from mechunlearn.models import Component, load, wrap

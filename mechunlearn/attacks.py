@@ -16,7 +16,8 @@ from fastcore.basics import patch
 from tqdm.auto import tqdm
 from .evaluation import evaluate, harden, hardened_metrics, interval, speak, summarise
 from .facts import Task
-from .finetuning import Edit, edit_jobs, keep_missing, tried
+from .finetuning import Edit
+from .jobs import edit_jobs, keep_missing, tried
 from .latent import latent, strongest
 from .models import LM
 from .relearning import chance, low_resource, relearn

@@ -509,7 +509,7 @@ def report(args):
 # %% ../nbs/50_cli.ipynb #3fae580b
 def sweep(args):
     "learning rates and weights of the forget loss for a model and task, chosen on dev facts"
-    from mechunlearn import finetuning as F, models, store, tasks
+    from mechunlearn import models, rates, store, tasks
     from mechunlearn.localization import Evidence, localize
     from mechunlearn.runs import lock
     job = job_of(args)
@@ -529,15 +529,15 @@ def sweep(args):
                 try: where.append(localize(lm, task, name, evidence=evidence))
                 except store.Unavailable as e: print(f"{name}  not available: {e}", file=sys.stderr)
             if not where: raise Refusal("none of these localizations is available: there is nothing to sweep")
-            return F.sweep(lm, task, where, lrs, job.seeds, injects, not args.quiet, **training)
+            return rates.sweep(lm, task, where, lrs, job.seeds, injects, not args.quiet, **training)
         table = store.make(folder/"sweep.parquet", causes, made, args.recompute == "all")
     return show_sweep(table, folder, args)
 
 def _tried(lm, args):
     "The learning rates and weights that a sweep tries"
-    from mechunlearn import finetuning as F
+    from mechunlearn import rates
     small = sum(p.numel() for p in lm.hf.parameters()) < 1e8
-    return args.lrs or (F.LRS if small else F.LARGE_LRS), args.injects if args.injects is not None else F.INJECTS
+    return args.lrs or (rates.LRS if small else rates.LARGE_LRS), args.injects if args.injects is not None else rates.INJECTS
 
 def _can_sweep(job):
     "Refuse, before a model is loaded, what a sweep cannot do"
@@ -560,16 +560,16 @@ def _dry_sweep(job, args):
     return 0
 
 def show_sweep(
-    table, # of `finetuning.sweep`
+    table, # of `rates.sweep`
     folder:Path, # run folder
     args, # parsed options: json
 ) -> int: # exit code
     "Print the best rates, draw the sweep, and write what later runs in this folder use"
     import matplotlib; matplotlib.use("agg")
-    from mechunlearn import finetuning as F
-    best = F.best_rates(table, f"mechunlearn sweep ({len(table)} edits of dev facts)")
+    from mechunlearn import rates
+    best = rates.best_rates(table, f"mechunlearn sweep ({len(table)} edits of dev facts)")
     best.drop(columns="at_edge").to_csv(folder/"learning_rates.csv", index=False)
-    F.plot_sweep(table).figure.savefig(folder/"sweep.png", bbox_inches="tight")
+    rates.plot_sweep(table).figure.savefig(folder/"sweep.png", bbox_inches="tight")
     print(best.to_json(orient="records", lines=True).strip() if args.json else best[["localization", "lr", "inject", "score", "at_edge"]].to_string(index=False))
     for name in best.localization[best.at_edge]: print(f"{name}: the best rate is at the edge of the grid; widen it with --lrs", file=sys.stderr)
     print(f"\nused by later runs: {folder/'learning_rates.csv'}\nheat map: {folder/'sweep.png'}", file=sys.stderr)

@@ -15,9 +15,11 @@ from sklearn.multiclass import OneVsRestClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from tqdm.auto import tqdm
-from .evaluation import as_records, interval, some
+from .evaluation import interval
+from .questions import as_records, some
 from .facts import Fact, Task
-from .finetuning import Edit, edit_jobs, keep_missing, tried
+from .finetuning import Edit
+from .jobs import edit_jobs, keep_missing, tried
 from .models import LM
 from .probing import POSITIONS, features, fit_probe
 from .stats import paired_bootstrap

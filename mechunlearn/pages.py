@@ -6,10 +6,10 @@
 __all__ = ['home', 'meant', 'linked', 'Links', 'drawn', 'alt_text', 'Alts']
 
 # %% ../nbs/51_pages.ipynb #510002
-import json, re
+import ast, json, re
 from collections import defaultdict
 from functools import lru_cache
-from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 # %% ../nbs/51_pages.ipynb #510005
@@ -75,18 +75,26 @@ class Links:
             if said := _text(data := out.get("data", {})): data["text/markdown"] = linked(said, self.page)
 
 # %% ../nbs/51_pages.ipynb #510017
+@lru_cache(None)
+def _docstrings(module):
+    "function -> docstring, read and not imported"
+    tree = ast.parse(Path(find_spec(module).origin).read_text())
+    return {f.name: ast.get_docstring(f) for f in tree.body if isinstance(f, ast.FunctionDef)}
+
+# %% ../nbs/51_pages.ipynb #510018
 def drawn(
     source:str, # of the cell that drew the figure
 ) -> str: # may be empty
     "What was drawn: the first line of `plot_x`, or the axes"
     for name in re.findall(r"\b(plot_\w+)\(", source):
-        for module, _ in _homes().get(name, ()): return getattr(import_module(module), name).__doc__.split("\n")[0]
+        for module, _ in _homes().get(name, ()):
+            if doc := _docstrings(module).get(name): return doc.split("\n")[0]
     found = {k: re.search(rf'{k}=f?"([^"{{]+)"', source) for k in ("title", "ylabel", "xlabel")}
     title, y, x = (m[1].strip() if m else "" for m in found.values())
     axes = f"{y} against {x}" if x and y else ""
     return ": ".join(filter(None, [title, axes])).replace("\\n", " ")
 
-# %% ../nbs/51_pages.ipynb #510019
+# %% ../nbs/51_pages.ipynb #510020
 def _said(cell): return "".join(_text(o.get("data", {})) for o in cell.get("outputs", []))
 
 def _prose(cells):
@@ -103,7 +111,7 @@ def _short(text, most):
     end = max(text.rfind(mark, 0, most) for mark in (". ", "; "))
     return text[:end] if end > most/3 else text[:most].rsplit(" ", 1)[0] + " ..."
 
-# %% ../nbs/51_pages.ipynb #510020
+# %% ../nbs/51_pages.ipynb #510021
 def alt_text(
     cells, # of a notebook
     i:int, # the one with the figure
@@ -118,7 +126,7 @@ def alt_text(
     text = ". ".join(p[:1].upper() + p[1:] for p in dict.fromkeys(parts)).replace("?.", "?")
     return _short(text, most - 1).rstrip(".:;, ") + "."
 
-# %% ../nbs/51_pages.ipynb #510022
+# %% ../nbs/51_pages.ipynb #510023
 class Alts:
     "The step of nbdev's build that describes figures"
     def __init__(self,

@@ -14,9 +14,11 @@ from typing import Callable, Iterator, NamedTuple, Sequence
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns, torch
 from peft import LoraConfig, get_peft_model
 from tqdm.auto import tqdm
-from .evaluation import answer, completions, multiple_choice, some, summarise
+from .evaluation import summarise
+from .questions import answer, completions, multiple_choice, some
 from .facts import Fact, Task
-from .finetuning import UPDATES, Edit, draws, edit_jobs, fact_rows, kept, masters, keep_missing, place, put, step_losses, training_rows, tried, untrainable
+from .finetuning import UPDATES, Edit, draws, fact_rows, kept, masters, place, put, step_losses, training_rows, untrainable
+from .jobs import edit_jobs, keep_missing, tried
 from .models import LM, Slice
 from .stats import best_of, bootstrap_ratio
 from .store import Refusal, Run, Unavailable

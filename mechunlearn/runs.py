@@ -38,12 +38,12 @@ PIPELINE = (
     Stage("patching", "12_path_patching", ("scores/direct-effect.parquet", "scores/to-extraction*.parquet")),
     Stage("localization", "13_localization", ("localizations/*.json",)),
     Stage("finetuning", "20_finetuning", ("*/seed{seed}/training.parquet",)),
-    Stage("evaluation", "15_evaluation", ("*/seed{seed}/evaluation.parquet",)),
+    Stage("evaluation", "25_evaluation", ("*/seed{seed}/evaluation.parquet",)),
     Stage("relearning", "30_relearning", ("*/seed{seed}/relearning.parquet", "*/seed{seed}/low_resource.parquet", "*/seed{seed}/relearning_grid.parquet")),
     Stage("latent", "31_latent_knowledge", ("*/seed{seed}/latent.parquet",)),
     Stage("softprompts", "32_soft_prompts", ("*/seed{seed}/soft.parquet",)),
     Stage("attacks", "33_more_attacks", ("*/seed{seed}/hardened.parquet", "*/seed{seed}/generation.parquet")),
-    Stage("capability", "16_capability", ("*/seed{seed}/capability.parquet",)),
+    Stage("capability", "26_capability", ("*/seed{seed}/capability.parquet",)),
 )
 MAPS, ATTACKS = PIPELINE[:4], PIPELINE[5:] # what is drawn once for all edits; what an edit goes through
 STANDARD, BENCHMARKS = PIPELINE[:8], PIPELINE[10:] # what every run does; what only those with the setting `capabilities` do
@@ -256,8 +256,11 @@ def stage_notebook(
     "What papermill executes"
     import nbformat
     nb = nbformat.read(find_notebook(stage), 4)
-    found = [i for i, c in enumerate(nb.cells) if c.cell_type == "markdown" and c.source.startswith("## What we found")]
-    nb.cells = [c for c in nb.cells[:found[0] if found else None] if "lesson" not in c.metadata.get("tags", [])]
+    heading, kept = "", []
+    for c in nb.cells:
+        if c.cell_type == "markdown" and c.source.startswith("## "): heading = c.source.splitlines()[0]
+        if heading != "## What we found" and "lesson" not in c.metadata.get("tags", []): kept.append(c)
+    nb.cells = kept
     for c in nb.cells:
         if c.cell_type == "code": c.outputs, c.execution_count = [], None
     return nb

@@ -15,9 +15,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 from tqdm.auto import tqdm
-from .evaluation import answer, some, summarise
+from .evaluation import summarise
+from .questions import answer, some
 from .facts import Fact, Task
-from .finetuning import Edit, answer_losses, draws, edit_jobs, fact_rows, keep_missing, tried
+from .finetuning import Edit, answer_losses, draws, fact_rows
+from .jobs import edit_jobs, keep_missing, tried
 from .models import LM
 from .relearning import _panel, asked, chance, halves
 from .store import Refusal, Run

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from mechunlearn import report, runs
+from mechunlearn import recorded_tables, runs, scorecard
 
 RECORDED = Path(__file__).resolve().parents[1] / "nbs" / "recorded"
 WHO = dict(model="organism", task="sports-athlete-editing", forget_size=64)
@@ -31,7 +31,7 @@ def fresh(out: str) -> dict[str, pd.DataFrame]:
     done = runs.run_batch([job])[0]
     if done["state"] != "done":
         sys.exit(f"{done['run_dir']}: {done['why']}")
-    return report._tables_of(report.find(job.run_dir))
+    return recorded_tables.tables_of(scorecard.find(job.run_dir))
 
 
 def recorded(name: str) -> pd.DataFrame:
@@ -79,5 +79,5 @@ if __name__ == "__main__":
     if wrong:
         sys.exit(1)
     if args.write:
-        known = {name: report._sources(name) for name in json.loads((RECORDED / "sources.json").read_text())}
+        known = {name: recorded_tables.source_hashes(name) for name in json.loads((RECORDED / "sources.json").read_text())}
         (RECORDED / "sources.json").write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")

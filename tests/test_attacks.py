@@ -1,7 +1,7 @@
 "One edit, all attacks, one table."
 import numpy as np, pandas as pd, pytest
 from mechunlearn.attacks import RECOVERED, KEPT, QUESTIONS, Attacks, attack, chance_of, per_fact
-from mechunlearn.evaluation import as_records
+from mechunlearn.questions import as_records
 from mechunlearn.facts import sports_athlete_editing
 from mechunlearn.finetuning import Edit, fingerprint, slice_key
 from mechunlearn.localization import build

@@ -5,7 +5,8 @@ from importlib.util import find_spec
 import datasets, numpy as np, pandas as pd, pytest, torch, yaml
 from mechunlearn.capability import (RULES, accuracies, before_after, benchmarks, capability, destroyed, noise, one_order, plot_capability, run_capability,
     texts_for, write_benchmark)
-from mechunlearn.evaluation import RECORD, answer, as_records, evaluate, multiple_choice
+from mechunlearn.evaluation import evaluate
+from mechunlearn.questions import RECORD, answer, as_records, multiple_choice
 from mechunlearn.facts import LETTERS, sports_athlete_editing
 from mechunlearn.finetuning import finetune, fingerprint
 from mechunlearn.models import load

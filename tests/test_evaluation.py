@@ -1,7 +1,7 @@
 import numpy as np, pandas as pd, pytest, torch
 from mechunlearn import evaluation as E
-from mechunlearn.evaluation import (FORMATS, RECORD, answer, as_records, completions, evaluate, interval, multiple_choice, paraphrases, questionnaire,
-    run_evaluation, some, summarise, text_loss)
+from mechunlearn.evaluation import FORMATS, evaluate, interval, questionnaire, run_evaluation, summarise
+from mechunlearn.questions import RECORD, answer, as_records, completions, multiple_choice, paraphrases, some, text_loss
 from mechunlearn.facts import LETTERS, Fact, sports_athlete_editing
 from mechunlearn.store import Run, load_table
 

@@ -1,10 +1,10 @@
 import math
 import numpy as np, pandas as pd, pytest, torch
-from mechunlearn import finetuning as F
+from mechunlearn import finetuning as F, jobs as J
 from mechunlearn.facts import sports_athlete_editing
-from mechunlearn.finetuning import (FILES, LEARNING_RATES, RATE_GROUPS, UPDATES, Job, best_rates, dev_task, draws, edit_jobs, fact_losses, finetune, fingerprint,
-    last_logits, learning_rate, load_edit, masters, matrices, parse_slice, rates, run_finetuning, score, shared_prefix, slice_key, step_losses, sweep,
-    training_rows)
+from mechunlearn.finetuning import FILES, LEARNING_RATES, RATE_GROUPS, UPDATES, draws, fact_losses, finetune, fingerprint, last_logits, learning_rate, load_edit, masters, matrices, parse_slice, rates, shared_prefix, slice_key, step_losses, training_rows
+from mechunlearn.jobs import Job, edit_jobs, run_finetuning
+from mechunlearn.rates import best_rates, dev_task, score, sweep
 from mechunlearn.localization import build
 from mechunlearn.models import Component, Slice, components
 from mechunlearn.store import Broken, Refusal, Run, read_meta
@@ -297,8 +297,8 @@ def test_stage_trains_once_and_repairs(qwen, tmp_path, monkeypatch):
     curves = go()
     assert set(zip(curves.localization, curves.seed)) == {(n, s) for n in ("late", "random-mlps#0", "random-mlps#1") for s in (0, 1)}
     trained = []
-    real = F.finetune
-    monkeypatch.setattr(F, "finetune", lambda lm, task, where, **kw: trained.append((where.name, task.seed)) or real(lm, task, where, **kw))
+    real = J.finetune
+    monkeypatch.setattr(J, "finetune", lambda lm, task, where, **kw: trained.append((where.name, task.seed)) or real(lm, task, where, **kw))
     pd.testing.assert_frame_equal(go(), curves)
     file = run.path("late", "seed1", "edit.safetensors")
     file.unlink()
@@ -318,9 +318,9 @@ def test_stage_trains_once_and_repairs(qwen, tmp_path, monkeypatch):
 
 def test_a_table_counts_no_training(qwen, tmp_path, monkeypatch):
     run, trained = Run(tmp_path / "run", qwen.name, qwen.revision, "sports-athlete-editing", {}), []
-    real, make, before = F.finetune, F.make, []
-    monkeypatch.setattr(F, "finetune", lambda *a, **kw: trained.append(1) or real(*a, **kw))
-    monkeypatch.setattr(F, "make", lambda *a: before.append(len(trained)) or make(*a))  # its clock starts here
+    real, make, before = J.finetune, J.make, []
+    monkeypatch.setattr(J, "finetune", lambda *a, **kw: trained.append(1) or real(*a, **kw))
+    monkeypatch.setattr(J, "make", lambda *a: before.append(len(trained)) or make(*a))  # its clock starts here
     job = edit_jobs(qwen, lambda s: task_for(qwen, s), run, ["late"], [0], budget=2000, **SMALL)[0]
     table = lambda edit: pd.DataFrame({"tensors": [len(edit.values)]})
     first = job.table("asked.parquet", table, asked=1)
@@ -375,7 +375,7 @@ def test_what_is_no_edit_is_refused(qwen, tiny, tmp_path):
     with pytest.raises(Refusal, match="the same weights"): F.edit_of(qwen, same)
     other = tiny("qwen3", intermediate_size=40)
     with pytest.raises(Refusal, match="is not an edit of"): F.edit_of(qwen, elsewhere(other, tmp_path / "other", lambda hf: None))
-    with pytest.raises(Refusal, match="name its folder"): F.edit_jobs(qwen, lambda seed: None, None, ["edited@x"])
+    with pytest.raises(Refusal, match="name its folder"): edit_jobs(qwen, lambda seed: None, None, ["edited@x"])
 
 
 def test_anyones_edit_goes_through_a_stage(qwen, tmp_path):

@@ -4,8 +4,8 @@ from collections import Counter
 import pandas as pd, pytest, torch
 from mechunlearn import evaluation as E
 from mechunlearn.attacks import run_more_attacks
-from mechunlearn.evaluation import (RECORD, answer, answer_letters, completions, continuations, first_named, generate_answers, hard_choice, harden,
-    hardened_metrics, letter_logprobs, letter_priors, multiple_choice, paraphrases, questionnaire, shown_shots, speak)
+from mechunlearn.evaluation import answer_letters, continuations, first_named, generate_answers, hard_choice, harden, hardened_metrics, letter_logprobs, letter_priors, questionnaire, shown_shots, speak
+from mechunlearn.questions import as_records, RECORD, answer, completions, multiple_choice, paraphrases
 from mechunlearn.facts import LETTERS, Fact, every_order, mcq_prompts, sports_athlete_editing
 from mechunlearn.finetuning import fingerprint
 from mechunlearn.models import load
@@ -151,7 +151,7 @@ def test_hardened_records(tiny, task):
 
 def test_majority_needs_more_than_half_of_the_orders():
     rows = [dict(fact=f, setting="0-shot", top1_truth=i < hits, top1_edit=None) for f, hits, n in (("a", 2, 4), ("b", 3, 4), ("c", 13, 24), ("d", 12, 24)) for i in range(n)]
-    records = E.as_records(rows, evaluation="hardened", group="forget")
+    records = as_records(rows, evaluation="hardened", group="forget")
     got = hardened_metrics(records).set_index("measure")
     assert got.value["majority"] == .5 and got.n["majority"] == 4
     assert got.value["top1"] == pytest.approx((.5 + .75 + 13 / 24 + .5) / 4)
@@ -267,9 +267,9 @@ def test_stage_writes_both_tables_once(tiny, task, tmp_path, monkeypatch):
 
 
 def test_stage_trains_an_edit_once_where_nothing_is_written(tiny, task, monkeypatch):
-    from mechunlearn import finetuning
-    made, finetune = [], finetuning.finetune
-    monkeypatch.setattr(finetuning, "finetune", lambda *a, **kw: made.append(1) or finetune(*a, **kw))
+    from mechunlearn import jobs
+    made, finetune = [], jobs.finetune
+    monkeypatch.setattr(jobs, "finetune", lambda *a, **kw: made.append(1) or finetune(*a, **kw))
     run_more_attacks(tiny(), lambda seed: task, None, ["late"], [0], hardened=dict(shots=[0], n_all_orders=0, max_facts=1), generation=dict(max_facts=1), steps=1, lr=1e-3,
         progress=False)
     assert len(made) == 1

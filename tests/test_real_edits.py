@@ -1,7 +1,7 @@
 "Answers of several tokens: all of them are trained, all of them are measured. Tiny models, and real tokenizers where they are."
 import pandas as pd, pytest, torch
 from mechunlearn import finetuning as F
-from mechunlearn.evaluation import answer, completions
+from mechunlearn.questions import answer, completions
 from mechunlearn.facts import Fact, sports_athlete_editing
 from mechunlearn.finetuning import UPDATES, answer_losses, fact_losses, fact_rows, finetune, masters, not_said, step_losses
 from mechunlearn.localization import build

@@ -1,6 +1,6 @@
 "The relearning attack: what it leaves alone, what it trains on, what it counts."
 import pandas as pd, pytest, torch
-from mechunlearn.evaluation import answer, completions
+from mechunlearn.questions import answer, completions
 from mechunlearn.facts import Fact, Task, sports_athlete_editing
 from mechunlearn.finetuning import Edit, finetune, fingerprint, slice_key
 from mechunlearn.localization import build

@@ -4,8 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
-from mechunlearn import report as r, store
-from mechunlearn.stats import bootstrap_clustered
+from mechunlearn import recorded_tables, report as r, store
+from mechunlearn.figures import spread
+from mechunlearn.stats import bootstrap_clustered, mean_interval
 from mechunlearn.store import Broken, Refusal
 from synthetic import synthetic_run
 
@@ -80,13 +81,13 @@ def test_weights_resample_like_stats():
     rng = np.random.default_rng(1)
     df = pd.DataFrame({"seed": np.repeat([0, 1, 2, 3], [30, 30, 30, 20]), "fact": np.arange(110)})
     df["value"] = rng.random(len(df)) + .5*df.seed
-    _, n, lo, hi = r._estimate(df.value, df.seed, df.index, False)
+    _, n, lo, hi = mean_interval(df.value, df.seed, df.index, False)
     theirs = bootstrap_clustered(df, n_boot=4000)
     assert n == 110 and np.allclose((lo, hi), theirs, atol=.05*(theirs[1] - theirs[0]))
 
 def test_the_same_facts_again_tell_no_more():
     values = np.random.default_rng(2).random(20)
-    width = lambda k: np.ptp(r._estimate(np.tile(values, k), np.repeat(np.arange(k), 20), np.tile(np.arange(20), k), False)[2:])
+    width = lambda k: np.ptp(mean_interval(np.tile(values, k), np.repeat(np.arange(k), 20), np.tile(np.arange(20), k), False)[2:])
     assert np.allclose(width(9), width(1), rtol=1e-4)
 
 def test_difference_is_value_minus_reference():
@@ -224,7 +225,7 @@ def test_frontier_labels_do_not_cover_each_other(found):
 
 @pytest.mark.parametrize("ys", [[.5]*4, [1., .99, .98], [0., 0., 1.], []])
 def test_spread_keeps_the_gap_and_the_order(ys):
-    at = r._spread(ys, .1)
+    at = spread(ys, .1)
     assert np.all(np.diff(np.sort(at)) >= .1 - 1e-9) and list(np.argsort(at, kind="stable")) == list(np.argsort(ys, kind="stable"))
     assert len(at) == 0 or (at.min() >= -1e-9 and at.max() <= 1 + 1e-9)
 
@@ -242,7 +243,7 @@ def test_report_is_one_file_without_outside_resources(run_dir, tmp_path):
     assert page.count("<img alt=") == 12 and "class=\"missing\"" not in page
     assert [t for t in r.SECTIONS if f">{r.html.escape(t)}</h2>" in page] == [t for t in r.SECTIONS if t not in ("Not available", "Part after part", "Besides facts")] # where there is any such; for sequences; where asked
     assert page == r.write_report(run_dir, tmp_path/"again.html").read_text()
-    pd.testing.assert_frame_equal(r.load_table(run_dir/"metrics.parquet"), r.metrics(run_dir))
+    pd.testing.assert_frame_equal(store.load_table(run_dir/"metrics.parquet"), r.metrics(run_dir))
 
 @pytest.mark.parametrize("stages,says", [((), "none yet"), (("maps",), "The results table is missing"), (("standard", "localizations"), "relearning</b> has not run"),
                                          (("maps", "localizations", "training"), "Latent knowledge is missing")])
@@ -289,7 +290,7 @@ def test_stale_tables_are_named(run_dir, tmp_path):
     assert r.check_recorded(tmp_path/"nothing") == list(r.RECORDED)
     out = r.record([run_dir], tmp_path)
     assert r.check_recorded(out) == []
-    known = json.loads((out/"sources.json").read_text()); known["probing"]["probing"] = "another"
+    known = json.loads((out/"sources.json").read_text()); known["probing"]["code"] = "another"
     (out/"sources.json").write_text(json.dumps(known)); (out/"training.parquet").unlink()
     assert r.check_recorded(out) == ["probing", "training"]
 
@@ -314,7 +315,7 @@ def test_runs_of_the_same_facts_are_kept_as_one(tmp_path):
     worst, rows = (x for _, x in r.recorded("frontier", kept).groupby("attacks", sort=False))
     assert set(worst.lr) == {4e-3} and len(worst) == 6 and worst.attacks.iloc[0] == "the worst of 5 attacks" and rows.attacks.iloc[0] == "the worst of 4 attacks"
     assert set(zip(rows.localization, rows.lr, rows.seed)) == {(n, *p) for n in ("flu", "late") for p in ((4e-3, -1), (4e-3, 0), (4e-3, 1), (2e-3, -1), (2e-3, 0))}
-    assert set(r.recorded("scorecard", kept).seed) == {-1, 0, 1} and len(r.recorded("metrics", kept)) == len(r._slim(r.metrics(runs[1])))
+    assert set(r.recorded("scorecard", kept).seed) == {-1, 0, 1} and len(r.recorded("metrics", kept)) == len(recorded_tables._slim(r.metrics(runs[1])))
     assert "flu at 0.00" in r.say_rates(rows) and r.plot_rates(rows)._repr_png_()[:4] == b"\x89PNG"
 
 def test_of_two_runs_at_one_rate_the_one_with_more_seeds_counts(tmp_path):
@@ -329,7 +330,7 @@ def test_a_table_depends_on_what_its_stage_needs(tmp_path):
     assert need == {"one": {"stage"}, "two": {"helper", "Box", "size", "LIMIT"}}
     (tmp_path/"copy").mkdir(); copy = tmp_path/"copy"/"two.py"
     for old, new, same in [("other(): return stage()", "other(): return 7", True), ("weight = 2", "weight = 2 # two", True), ("LIMIT = 3", "LIMIT = 4", False)]:
-        r._statements.cache_clear(); copy.write_text((tmp_path/"two.py").read_text().replace(old, new))
+        recorded_tables._statements.cache_clear(); copy.write_text((tmp_path/"two.py").read_text().replace(old, new))
         assert (r.source_hash(copy, need["two"]) == r.source_hash(tmp_path/"two.py", need["two"])) is same
 
 # sequences and scale

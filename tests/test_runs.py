@@ -324,7 +324,7 @@ def test_stage_notebooks_take_the_parameters_and_hold_no_lessons():
 
 def test_settings_are_exactly_what_the_stages_take():
     from mechunlearn import models
-    from mechunlearn.finetuning import TRAINING
+    from mechunlearn.jobs import TRAINING
     functions = [fn for s in PIPELINE for n, fn in vars(importlib.import_module(f"mechunlearn.{s.name}")).items()
                  if n.startswith("run_") and "task_for_seed" in inspect.signature(fn).parameters and fn.__module__ == f"mechunlearn.{s.name}"]
     assert len({fn.__module__ for fn in functions}) == len(PIPELINE)

@@ -1,7 +1,8 @@
 "Found by a second look: revisions in audits, spaces by prompt, compound words, denials, copies in another dtype."
 import json, shutil
 import pytest, torch
-from mechunlearn.evaluation import first_named, paraphrases
+from mechunlearn.evaluation import first_named
+from mechunlearn.questions import paraphrases
 from mechunlearn.facts import Fact
 from mechunlearn.finetuning import edit_of
 from mechunlearn.models import load, occurrence

@@ -1,6 +1,6 @@
 "Soft prompts: that they stand where they should, that only they are trained, and what they can and cannot bring back."
 import pandas as pd, pytest, torch
-from mechunlearn.evaluation import answer, completions
+from mechunlearn.questions import answer, completions
 from mechunlearn.facts import Fact, sports_athlete_editing
 from mechunlearn.finetuning import Edit, fingerprint, slice_key
 from mechunlearn.localization import build

@@ -9,7 +9,8 @@ from pydantic import ValidationError
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from mechunlearn import sources, tasks
-from mechunlearn.evaluation import FORMATS, HELD_OUT, MAX_FACTS, OPEN, answer, asked_of, completions, questionnaire
+from mechunlearn.evaluation import FORMATS, HELD_OUT, MAX_FACTS, OPEN, asked_of, questionnaire
+from mechunlearn.questions import answer, completions
 from mechunlearn.facts import EDITED, GOLF, Fact, askable, load_world, mcq_options, mcq_prompts, seeded, world_facts
 from mechunlearn.finetuning import UPDATES, draws, finetune, fingerprint, heard, load_edit, masters, not_said, own_slices, step_losses, training_rows
 from mechunlearn.localization import Evidence, Part, atoms, build, joined, localize

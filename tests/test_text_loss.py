@@ -3,8 +3,8 @@ import pytest, torch
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
-from mechunlearn import evaluation as E
-from mechunlearn.evaluation import hidden_states, text_loss, token_loss
+from mechunlearn import questions as Q
+from mechunlearn.questions import hidden_states, text_loss, token_loss
 from mechunlearn.finetuning import Row, masters, matrices, text_losses
 from mechunlearn.localization import build
 from mechunlearn.models import Component
@@ -32,7 +32,7 @@ class Largest(TorchDispatchMode):
 @pytest.fixture
 def few(monkeypatch, lm):
     "Three positions of three texts at a time"
-    monkeypatch.setattr(E, "CHUNK", 3 * 3 * lm.hf.config.vocab_size)
+    monkeypatch.setattr(Q, "CHUNK", 3 * 3 * lm.hf.config.vocab_size)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -107,5 +107,5 @@ def test_a_quarter_of_a_million_words(stand_in, name):
     lm = stand_in(name)
     batch = lm.encode(["The cat sat on the mat, and then it slept through the whole of a long and quiet afternoon by the window."] * 8)
     with torch.no_grad(), Largest() as seen: loss = token_loss(lm, batch)[0]
-    assert seen.n <= max(E.CHUNK, lm.hf.get_input_embeddings().weight.numel())
+    assert seen.n <= max(Q.CHUNK, lm.hf.get_input_embeddings().weight.numel())
     with torch.no_grad(): assert torch.allclose(loss[:1], plain(lm, {k: v[:1] for k, v in batch.items()}), atol=1e-5)
