@@ -103,9 +103,14 @@ def outside(text: str) -> str:
 
 
 def built_pages_are_right() -> None:
+    from mechunlearn.pages import opening
+
     pages = {p: nbformat.read(p, 4).cells for p in sorted((ROOT / "_proc").glob("*.ipynb"))}
     shown = {re.sub(r"^\d+[a-zA-Z0-9]*_", "", p.stem): re.findall(r"^show_doc\((\w+)", "\n".join(c.source for c in cells), re.M) for p, cells in pages.items()}
     for path, cells in pages.items():
+        titles = [c.source for c in nbformat.read(NBS / path.name, 4).cells if c.source.startswith("# ")]
+        if titles and (words := opening(titles[0])[1].split("\n")[0]) and words.split("`")[0] not in "".join(c.source for c in cells):
+            fail(f"the first words of {path.name} are not on its page")
         for cell in cells:
             texts = [cell.source] if cell.cell_type == "markdown" else ["".join(o.get("data", {}).get("text/markdown", "")) for o in cell.outputs]
             if any(re.search(r"\]\((http|\w+\.html)", block) for text in texts for block in re.findall(r"^```.*?^```", text, re.M | re.S)):

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from mechunlearn._modidx import d
-from mechunlearn.pages import alt_text, home, linked, meant
+from mechunlearn.pages import alt_text, home, linked, meant, opening
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = {p.name: nbformat.read(p, 4).cells for p in sorted((ROOT / "nbs").glob("*.ipynb"))}
@@ -67,6 +67,14 @@ def test_code_headings_and_links_stay_as_they_are(text):
 def test_a_name_links_without_the_published_address():
     assert linked("`Task`") == "[`Task`](facts.html#task)"
     assert not any(SETTINGS["DEFAULT"]["doc_host"] in prose(cells) for cells in NOTEBOOKS.values())
+
+
+@pytest.mark.parametrize("source, parts", [
+    ("# Store\n\n> What lasts\n\nFiles.", ("# Store\n\n> What lasts", "Files.")),
+    ("# Store\n\n> What\n> lasts\n\nFiles.", ("# Store\n\n> What\n> lasts", "Files.")),
+    ("# Store\n\nFiles.", ("# Store", "Files.")), ("# Store", ("# Store", "")), ("Files.", ("Files.", ""))])
+def test_the_first_words_of_a_page_are_parted_from_its_title(source, parts):
+    assert opening(source) == parts
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS)
