@@ -112,7 +112,7 @@ def built_pages_are_right() -> None:
         if titles and (words := opening(titles[0])[1].split("\n")[0]) and words.split("`")[0] not in "".join(c.source for c in cells):
             fail(f"the first words of {path.name} are not on its page")
         for cell in cells:
-            texts = [cell.source] if cell.cell_type == "markdown" else ["".join(o.get("data", {}).get("text/markdown", "")) for o in cell.outputs]
+            texts = [cell.source] if cell.cell_type == "markdown" else ["".join(o.get("data", {}).get("text/markdown", "")) for o in cell.get("outputs", [])]
             if any(re.search(r"\]\((http|\w+\.html)", block) for text in texts for block in re.findall(r"^```.*?^```", text, re.M | re.S)):
                 fail(f"a code block of {path.name} holds a Markdown link")
             for page, anchor in re.findall(r"\]\((\w+)\.html#([\w.]+)\)", outside("\n\n".join(texts))):
