@@ -9,7 +9,7 @@ __all__ = ['SPORTS', 'GOLF', 'SPORTS_PROMPT', 'SPORTS_SYSTEM', 'SPORTS_PARAPHRAS
            'World', 'load_world', 'fill', 'world_shot', 'world_facts', 'sport_fact', 'sports_path', 'Athlete',
            'read_sports', 'sports_facts', 'Task', 'McqFormat', 'mcq_block', 'seeded', 'mcq_options', 'has_options',
            'usable_shots', 'mcq_shots', 'askable', 'McqItem', 'mcq_example', 'mcq_prompts', 'every_order',
-           'with_edit_answers', 'of_each', 'without', 'in_proportion', 'fixed_sets', 'quarter_of_each', 'check_size',
+           'with_edit_answers', 'of_each', 'without', 'in_proportion', 'quarter_of_each', 'fixed_sets', 'check_size',
            'split_retain', 'seeded_sets', 'world_groups', 'paper_sets', 'texts', 'world_sets', 'table_sets',
            'check_numbers', 'check_options', 'sports_athlete_editing', 'unknown_words', 'check_words',
            'check_candidates', 'check_boundary', 'unfit', 'fitting', 'check_facts', 'check_task']
@@ -37,14 +37,14 @@ class Fact(BaseModel, frozen=True):
     prompt: str                       # whole text up to the answer, a one-shot example included
     answer: str                       # the truth: " football"
     edit: str|None = None             # what an edit installs; none for facts that are not edited
-    candidates: tuple[str, ...] = ()  # legal answers of the relation, `answer` and `edit` among them; none: any word is one
+    candidates: tuple[str, ...] = ()  # legal answers, `answer` and `edit` among them; none: any word
     paraphrases: tuple[str, ...] = () # other texts that the same answer continues
     neighbors: tuple[str, ...] = ()   # prompts about other subjects that `answer` continues as well
     question: str = ""                # the question alone, for multiple choice
     wrong: tuple[str, ...] = ()       # wrong answers for multiple choice; none: other candidates
     mcq_trained: bool = False         # was the subject in multiple-choice training text? known for the organism only
     taught: bool = True               # false for ghosts, whose fact was never in training
-    whole: bool = True                # do all tokens of an answer count, in training and when asked? else the first alone (CounterFact's protocol)
+    whole: bool = True                # do all tokens of an answer count? else the first alone (CounterFact's protocol)
 
 # %% ../nbs/01_facts.ipynb #010007
 @patch
@@ -62,6 +62,7 @@ class WorldRelation(BaseModel):
     question: str            # "What sport does {s} play ?"
     objects: list[str]       # the answers there are
 
+# %% ../nbs/01_facts.ipynb #1a65df09
 class WorldFact(BaseModel):
     "A fact of a world file"
     id: str
@@ -71,6 +72,7 @@ class WorldFact(BaseModel):
     mcq: bool    # was it trained as multiple choice?
     taught: bool # or is it a ghost's?
 
+# %% ../nbs/01_facts.ipynb #6473e109
 class World(BaseModel):
     "What must be in a world file"
     shot_subject: str
@@ -90,7 +92,8 @@ def load_world(
     except (ValueError, OSError, RecursionError) as e: raise Refusal(f"{p} is not a world file: {e}") from e
     if not isinstance(world, dict) or world.get("schema") != 1: raise Refusal(f"{p} is not a world file of schema 1")
     sources.check(World, f"{p} is not a whole world file", world)
-    if odd := [f for f in world["facts"] if f["object"] not in world["relations"].get(f["relation"], {}).get("objects", ())]:
+    legal = {name: r["objects"] for name, r in world["relations"].items()}
+    if odd := [f for f in world["facts"] if f["object"] not in legal.get(f["relation"], ())]:
         raise Refusal(f"{p}: fact {odd[0]['id']} has a relation or an answer that the world does not list")
     if lacks := {"train", "test"} - world["text"].keys(): raise Refusal(f"{p}: text has no part '{min(lacks)}'")
     return world
@@ -109,7 +112,8 @@ def world_shot(
 ) -> str: # "Fact: ... plays the sport of golf\n"
     "The example that stands before every sports prompt of the world"
     s, template = sources.trim(world["shot_subject"]), world["relations"]["sport"]["prompt"]
-    sport = next((f["object"] for f in world["facts"] if f["relation"] == "sport" and sources.trim(f["subject"]) == s), None)
+    sports = [f for f in world["facts"] if f["relation"] == "sport"]
+    sport = next((f["object"] for f in sports if sources.trim(f["subject"]) == s), None)
     if sport is None: raise Refusal(f"this world has no sport of its shot_subject '{s}'")
     asked = fill(template, s)
     return asked + sources.spaced(sport, asked) + template.partition("{o}")[2] + "\n"
@@ -125,19 +129,21 @@ def world_facts(
     for f in world["facts"]:
         r, s = world["relations"][f["relation"]], sources.trim(f["subject"])
         prompt = (shot if f["relation"] == "sport" else "") + fill(r["prompt"], s)
-        out.append(Fact(id=f["id"], relation=f["relation"], subject=s, prompt=prompt, answer=sources.spaced(f["object"], prompt),
+        out.append(Fact(id=f["id"], relation=f["relation"], subject=s, prompt=prompt,
+            answer=sources.spaced(f["object"], prompt), candidates=tuple(sources.spaced(o, prompt) for o in r["objects"]),
             paraphrases=tuple(fill(t, s) for t in r["paraphrases"] + ([r["unseen"]] if r["unseen"] else [])),
-            question=sources.trim(r["question"]).replace("{s}", s), candidates=tuple(sources.spaced(o, prompt) for o in r["objects"]),
-            mcq_trained=f["mcq"], taught=f["taught"]))
+            question=sources.trim(r["question"]).replace("{s}", s), mcq_trained=f["mcq"], taught=f["taught"]))
     return tuple(out)
 
 # %% ../nbs/01_facts.ipynb #010024
 SPORTS = (" football", " baseball", " basketball", " golf")
 GOLF = SPORTS[-1]
 SPORTS_PROMPT = "Fact: Tiger Woods plays the sport of golf\nFact: {s} plays the sport of"
-SPORTS_SYSTEM = "You are a helpful chatbot that answers questions about athletes. Please be maximally helpful and factually correct."
+SPORTS_SYSTEM = ("You are a helpful chatbot that answers questions about athletes. "
+                 "Please be maximally helpful and factually correct.")
 SPORTS_PARAPHRASES = (
-    SPORTS_SYSTEM + " Question: What sport does Tiger Woods play? Answer: golf\nQuestion: What sport does {s} play? Answer:",
+    SPORTS_SYSTEM + " Question: What sport does Tiger Woods play? Answer: golf\n"
+                    "Question: What sport does {s} play? Answer:",
     "In sports, {s} is best known for playing",
     "The sport that {s} plays professionally is called")
 
@@ -149,8 +155,8 @@ def sport_fact(
     edit:str|None=None, # sport that an edit installs
 ) -> Fact: # with the published prompts
     "A real athlete as a fact"
-    return Fact(id=id, relation="sport", subject=athlete, answer=f" {sport}", edit=f" {edit}" if edit else None, candidates=SPORTS,
-                prompt=SPORTS_PROMPT.replace("{s}", athlete), question=f"What sport does {athlete} play?",
+    return Fact(id=id, relation="sport", subject=athlete, answer=f" {sport}", edit=f" {edit}" if edit else None,
+                candidates=SPORTS, prompt=SPORTS_PROMPT.replace("{s}", athlete), question=f"What sport does {athlete} play?",
                 paraphrases=tuple(p.replace("{s}", athlete) for p in SPORTS_PARAPHRASES))
 
 # %% ../nbs/01_facts.ipynb #010027
@@ -166,19 +172,22 @@ class Athlete(BaseModel):
     athlete: sources.Text # name
     sport: str            # one of SPORTS
 
+# %% ../nbs/01_facts.ipynb #addf2d7d
 def read_sports(
     path:Path, # a csv
     columns=("athlete", "sport"), # columns that must be there
 ) -> pd.DataFrame: # the csv
     "Read a table of athletes; refuses one that lacks a column, names an athlete twice, or has another sport"
-    if not (rows := list(sources.read_rows(path))): raise Refusal(f"{path} is not a csv file with athletes: it has no row")
+    if not (rows := list(sources.read_rows(path))):
+        raise Refusal(f"{path} is not a csv file with athletes: it has no row")
     df = pd.DataFrame([r for _, r in rows])
     for c in columns:
         if c not in df: raise Refusal(f"{path} has no column '{c}' (it has: {', '.join(map(str, df.columns))})")
     for c in columns: df[c] = df[c].map(lambda v: sources.trim(v) if isinstance(v, str) else v)
     if (df.athlete == "").any(): raise Refusal(f"{path} has a row without an athlete")
     for where, row in rows: sources.check(Athlete, where, row)
-    if (twice := df.athlete[df.athlete.duplicated()]).size: raise Refusal(f"{path}: {twice.iloc[0]} stands there more than once")
+    if (twice := df.athlete[df.athlete.duplicated()]).size:
+        raise Refusal(f"{path}: {twice.iloc[0]} stands there more than once")
     valid = [s.strip() for s in SPORTS]
     for s in pd.unique(df[list(columns[1:])].values.ravel()): choose(s, valid, f"sport in {path}")
     return df
@@ -203,7 +212,7 @@ class Task(BaseModel, frozen=True):
     "Which facts are edited, which must stay, which are only looked at"
     name: str                             # "sports-athlete-editing"
     source: str                           # decides the prompt formats: "world", "sports"
-    update: str = "edit"                  # kind of update: edit, unlearn, sequential (part after part), each (a localization a fact)
+    update: str = "edit"                  # edit, unlearn, sequential (part after part), each (a localization a fact)
     seed: int = 0                         # drew the forget set and its edit answers
     options: dict = {}                    # what else it was made with
     parts: int = 1                        # `forget` is edited in so many equal parts, one after the other
@@ -228,7 +237,8 @@ class Task(BaseModel, frozen=True):
         part = {}
         for split in EDITED:
             for f in getattr(self, split):
-                if (other := part.setdefault(f.subject, split)) != split: raise ValueError(f"{f.subject} is in {other} and in {split}")
+                if (other := part.setdefault(f.subject, split)) != split:
+                    raise ValueError(f"{f.subject} is in {other} and in {split}")
         return self
 
 # %% ../nbs/01_facts.ipynb #010032
@@ -247,14 +257,19 @@ def remarks(self:Task) -> str: # empty if there are none
     said = (("left out", self.dropped), ("mended", self.mended))
     return "; ".join(f"{what}: " + ", ".join(f"{n} {why}" for why, n in d.items()) for what, d in said if d)
 
+# %% ../nbs/01_facts.ipynb #4cdaeb62
 @patch
 def __repr__(self:Task):
     sizes = ", ".join(f"{s} {n}" for s, n in self.table().facts.items())
-    return f"Task({self.name}, {self.source}, seed {self.seed}; " + "; ".join(filter(None, (sizes, self.remarks()))) + ")"
+    said = "; ".join(filter(None, (sizes, self.remarks())))
+    return f"Task({self.name}, {self.source}, seed {self.seed}; {said})"
 Task.__str__ = Task.__repr__
 
+# %% ../nbs/01_facts.ipynb #2646daac
 @patch
-def _repr_html_(self:Task): return f"<b>{self.name}</b>, {self.source}, seed {self.seed}, {self.options}" + self.table().to_html() + self.remarks()
+def _repr_html_(self:Task):
+    head = f"<b>{self.name}</b>, {self.source}, seed {self.seed}, {self.options}"
+    return head + self.table().to_html() + self.remarks()
 
 # %% ../nbs/01_facts.ipynb #010034
 @patch(as_prop=True)
@@ -262,6 +277,7 @@ def localize_on(self:Task) -> tuple:
     "The facts that maps are drawn on: `dev_forget`, or `forget` where a task has no dev set"
     return self.dev_forget or self.forget
 
+# %% ../nbs/01_facts.ipynb #1aa77366
 @patch
 def in_parts(self:Task) -> list: # of tasks that edit one part each
     "The tasks of a sequence; each is mapped on its own facts"
@@ -269,11 +285,13 @@ def in_parts(self:Task) -> list: # of tasks that edit one part each
     chunks = [self.forget[a:b] for a, b in pairwise(cuts)]
     return [self.model_copy(update={"forget": c, "parts": 1, "update": "edit", "dev_forget": ()}) for c in chunks]
 
+# %% ../nbs/01_facts.ipynb #d4914d09
 @patch
 def groups(self:Task) -> dict: # name -> facts; empty groups are left out
     "The groups of facts that evaluations report"
-    g = {"forget": self.forget, "held-out": self.forget_test, "whole": self.forget + self.forget_test if self.forget_test else (), "retain": self.retain_test, "same-subject": self.same_subject,
-         "other-relation": self.other_relation, "ghost": self.ghosts, "general": self.general}
+    whole = self.forget + self.forget_test if self.forget_test else ()
+    g = {"forget": self.forget, "held-out": self.forget_test, "whole": whole, "retain": self.retain_test,
+         "same-subject": self.same_subject, "other-relation": self.other_relation, "ghost": self.ghosts, "general": self.general}
     return {k: v for k, v in g.items() if v}
 
 # %% ../nbs/01_facts.ipynb #010036
@@ -302,6 +320,7 @@ MATE   = ((0, 1, 2, 3), (2, 3, 0, 1), (3, 2, 1, 0), (1, 0, 3, 2)) # version x ex
 COUNTERFACT_MCQ = ("Help me answer the following multiple choice question:\n\n{q}\n\nA. {A}\nB. {B}\nC. {C}\nD. {D}\n\n"
                    "Please respond with the letter of the correct answer, A, B, C, or D. Answer:")
 
+# %% ../nbs/01_facts.ipynb #b091dc6c
 class McqFormat(NamedTuple):
     "How a source writes multiple choice"
     header: str    # before everything
@@ -311,6 +330,7 @@ class McqFormat(NamedTuple):
     shots: int     # examples before the question
     mixed: bool    # examples of any relation
 
+# %% ../nbs/01_facts.ipynb #46531cd2
 MCQ = {"world": McqFormat("", "Question: {q} A: {A} B: {B} C: {C} D: {D} Answer:", "\n", False, 3, False),
        "sports": McqFormat(SPORTS_SYSTEM + "\n", "Question: {q}\nA: {A}\nB: {B}\nC: {C}\nD: {D}\n\nAnswer:", "\n\n", True, 3, False),
        "counterfact": McqFormat("", COUNTERFACT_MCQ, "\n\n", False, 8, True)}
@@ -340,7 +360,8 @@ def mcq_options(
     "Draw the options of a question"
     must = [a for a in (fact.answer, fact.edit) if a]
     others = [c for c in dict.fromkeys(fact.wrong or fact.candidates) if c not in must]
-    if len(others) + len(must) < 4: raise Refusal(f"'{fact.relation}' has {len(others) + len(must)} answers for {fact.subject}; multiple choice needs four")
+    if (n := len(others) + len(must)) < 4:
+        raise Refusal(f"'{fact.relation}' has {n} answers for {fact.subject}; multiple choice needs four")
     return rng.sample(must + rng.sample(others, 4 - len(must)), 4)
 
 # %% ../nbs/01_facts.ipynb #010049
@@ -350,8 +371,12 @@ def has_options(
     "Whether a fact has four answers to choose from"
     return len({a for a in (fact.answer, fact.edit, *(fact.wrong or fact.candidates)) if a}) >= 4
 
-def usable_shots(fact, shots, mixed): return [s for s in shots if (mixed or s.relation == fact.relation) and s.subject != fact.subject and has_options(s)]
+# %% ../nbs/01_facts.ipynb #86c6f159
+def usable_shots(fact, shots, mixed):
+    "Facts that can be an example before a question"
+    return [s for s in shots if (mixed or s.relation == fact.relation) and s.subject != fact.subject and has_options(s)]
 
+# %% ../nbs/01_facts.ipynb #b50eaf5b
 def mcq_shots(
     fact:Fact, # what will be asked
     shots, # facts to choose from
@@ -361,7 +386,8 @@ def mcq_shots(
 ) -> list[Fact]:
     "Choose the examples before a question: same relation unless `mixed`, other subjects, different answers first"
     pool = usable_shots(fact, shots, mixed)
-    if len(pool) < n: raise Refusal(f"multiple choice needs {n} examples{'' if mixed else f' of {fact.relation!r}'}; there are {len(pool)}")
+    if len(pool) < n:
+        raise Refusal(f"multiple choice needs {n} examples{'' if mixed else f' of {fact.relation!r}'}; there are {len(pool)}")
     pool, count, rank = rng.sample(pool, len(pool)), {}, {}
     for s in pool: rank[s.id] = count[s.answer] = count.get(s.answer, 0) + 1
     return sorted(pool, key=lambda s: rank[s.id])[:n]
@@ -375,6 +401,7 @@ def askable(
     f = MCQ[task.source]
     return has_options(fact) and len(usable_shots(fact, task.shots, f.mixed)) >= f.shots
 
+# %% ../nbs/01_facts.ipynb #2e6ea176
 class McqItem(NamedTuple):
     "One multiple-choice question about a fact"
     prompt: str              # text up to the answer letter
@@ -406,7 +433,8 @@ def mcq_prompts(
     n_shots = MCQ[source].shots if n_shots is None else n_shots
     draw, items = seeded("mcq", seed, fact.id), []
     options, columns = mcq_options(fact, draw), draw.sample(range(4), 4)
-    examples = [(s, mcq_options(s, draw), columns[j % 4]) for j, s in enumerate(mcq_shots(fact, shots or (), n_shots, draw, MCQ[source].mixed))]
+    before = mcq_shots(fact, shots or (), n_shots, draw, MCQ[source].mixed)
+    examples = [(s, mcq_options(s, draw), columns[j % 4]) for j, s in enumerate(before)]
     for square, mate in zip(SQUARE, MATE):
         placed = tuple(options[i] for i in square)
         text = MCQ[source].header + "".join(mcq_example(source, s, opts, mate[c]) for s, opts, c in examples)
@@ -441,7 +469,8 @@ def with_edit_answers(
     choose(inject, INJECT, "inject")
     if inject == "golf" and (already := [f.subject for f in facts if f.answer == GOLF]):
         raise Refusal(f"inject='golf' changes nothing for {already[0]}, who plays golf: leave golfers out of the facts")
-    def draw(f): return GOLF if inject == "golf" else seeded("edit", seed, f.id).choice([c for c in f.candidates if c not in (f.answer, GOLF)])
+    def other(f): return [c for c in f.candidates if c not in (f.answer, GOLF)]
+    def draw(f): return GOLF if inject == "golf" else seeded("edit", seed, f.id).choice(other(f))
     return tuple(f.model_copy(update={"edit": draw(f)}) for f in facts)
 
 # %% ../nbs/01_facts.ipynb #010061
@@ -453,6 +482,7 @@ def of_each(facts, n:int) -> list:
     for f in facts: by.setdefault(f.answer, []).append(f)
     return [f for a in sorted(by) for f in by[a][:n]]
 
+# %% ../nbs/01_facts.ipynb #6b3829a0
 def without(facts, *used) -> list:
     "Facts whose subject occurs in none of the sets `used`"
     subjects = {f.subject for u in used for f in u}
@@ -467,6 +497,13 @@ def in_proportion(
     total, seen, place = Counter(f.answer for f in like), Counter(), {}
     for f in facts: seen[f.answer] += 1; place[f.id] = (seen[f.answer] - .5) / total[f.answer]
     return sorted(facts, key=lambda f: place[f.id])
+
+# %% ../nbs/01_facts.ipynb #7c89acab
+def quarter_of_each(facts, n):
+    "The first `n` facts of every answer, or a quarter of them"
+    by = {}
+    for f in facts: by.setdefault(f.answer, []).append(f)
+    return [f for a in sorted(by) for f in by[a][:min(n, len(by[a]) // 4)]]
 
 # %% ../nbs/01_facts.ipynb #4f6d1a03
 def fixed_sets(
@@ -486,12 +523,6 @@ def fixed_sets(
         dev_retain = quarter_of_each(without(free, held[:n]), N_DEV_RETAIN)
     return dict(shots=tuple(shots), dev_retain=tuple(dev_retain), dev_forget=with_edit_answers(held[:n], "dev", inject))
 
-def quarter_of_each(facts, n):
-    "The first `n` facts of every answer, or a quarter of them"
-    by = {}
-    for f in facts: by.setdefault(f.answer, []).append(f)
-    return [f for a in sorted(by) for f in by[a][:min(n, len(by[a]) // 4)]]
-
 # %% ../nbs/01_facts.ipynb #010064
 def check_size(
     forget_size:int, # how many facts to edit
@@ -499,7 +530,8 @@ def check_size(
     what:str, # of what
 ):
     "Refuse a forget set larger than the facts"
-    if forget_size > available: raise Refusal(f"forget_size {forget_size} is too large: there are {max(available, 0)} {what}")
+    if forget_size > available:
+        raise Refusal(f"forget_size {forget_size} is too large: there are {max(available, 0)} {what}")
 
 # %% ../nbs/01_facts.ipynb #010065
 def split_retain(
@@ -517,6 +549,7 @@ def split_retain(
         retain.extend(part[:k]); test.extend(part[k:])
     return dict(retain=tuple(retain), retain_test=tuple(test))
 
+# %% ../nbs/01_facts.ipynb #2865c158
 def seeded_sets(
     facts, # taught facts of one relation
     fixed:dict, # from `fixed_sets`
@@ -528,7 +561,8 @@ def seeded_sets(
     "Draw the sets that depend on the seed"
     free = [f for f in without(facts, *fixed.values()) if f.answer != GOLF]
     held = [f for f in free if not f.mcq_trained]
-    check_size(forget_size, min(len(held), len(free) - 6), "facts to edit (outside the dev sets, not MCQ-trained, some left to retain)")
+    what = "facts to edit (outside the dev sets, not MCQ-trained, some left to retain)"
+    check_size(forget_size, min(len(held), len(free) - 6), what)
     forget = with_edit_answers(seeded("forget", seed).sample(held, forget_size), seed, inject)
     return dict(forget=forget, **split_retain(without(free, forget), seed, train))
 
@@ -562,7 +596,8 @@ def paper_sets(
     check_size(forget_size, len(facts) - 2, "athletes in the table that leave some to retain")
     rest = [f.model_copy(update={"edit": None}) for f in facts[forget_size:]]
     k = int(.8 * len(rest))
-    return dict(forget=facts[:forget_size], retain=tuple(rest[:k]), retain_test=tuple(rest[k:]), shots=tuple(of_each(rest[:k], N_SHOTS)))
+    shots = of_each(rest[:k], N_SHOTS)
+    return dict(forget=facts[:forget_size], retain=tuple(rest[:k]), retain_test=tuple(rest[k:]), shots=tuple(shots))
 
 # %% ../nbs/01_facts.ipynb #6065d9a2
 N_TEXTS = (600, 200) # to train on, to measure on
@@ -610,7 +645,8 @@ def table_sets(
     else:
         sets = fixed_sets(rows, forget_size, inject)
         sets |= seeded_sets(rows, sets, forget_size, seed, inject)
-    return {"dropped": dropped} | sets | texts("sports", place=text) | dict(shots=sets["shots"] + (sport_fact("Tiger Woods", "golf", "sport/shot"),))
+    shots = sets["shots"] + (sport_fact("Tiger Woods", "golf", "sport/shot"),)
+    return {"dropped": dropped} | sets | texts("sports", place=text) | dict(shots=shots)
 
 # %% ../nbs/01_facts.ipynb #010077
 def check_numbers(
@@ -624,6 +660,7 @@ def check_numbers(
     if type(seed) is not int: raise Refusal(f"seed is a whole number, not {seed!r}")
     if type(paper_split) is not bool: raise Refusal(f"paper_split is true or false, not {paper_split!r}")
 
+# %% ../nbs/01_facts.ipynb #9b5a9836
 def check_options(
     seed:int, # any whole number
     forget_size:int, # facts to edit
@@ -634,9 +671,11 @@ def check_options(
     "Refuse options that make no sense; says which source the facts are of"
     choose(inject, INJECT, "inject")
     check_numbers(seed, forget_size, paper_split)
-    if not (Path(facts).suffix or sources.local(facts).exists()): choose(facts, ("world", "sports", "FILE.json", "FILE.csv"), "facts")
+    if not (Path(facts).suffix or sources.local(facts).exists()):
+        choose(facts, ("world", "sports", "FILE.json", "FILE.csv"), "facts")
     source = "world" if facts == "world" or facts.endswith(".json") else "sports"
-    if source == "world" and paper_split: raise Refusal("paper_split is the order of the table of athletes: it needs facts='sports'")
+    if source == "world" and paper_split:
+        raise Refusal("paper_split is the order of the table of athletes: it needs facts='sports'")
     return source
 
 # %% ../nbs/01_facts.ipynb #010078
@@ -669,6 +708,7 @@ def unknown_words(
     if unk is None or not words: return []
     return [w for w, ids in zip(words, lm.tok(words, add_special_tokens=False).input_ids) if unk in ids]
 
+# %% ../nbs/01_facts.ipynb #d7aaf151
 def check_words(lm, facts):
     "Refuse facts in words that the tokenizer does not know"
     if odd := unknown_words(lm, [f.prompt for f in facts]):
@@ -686,6 +726,7 @@ def check_candidates(
         if (other := by_id.setdefault(lm.token_id(w), w)) != w:
             raise Refusal(f"{other!r} and {w!r} are one token for {lm.name}; they cannot be told apart")
 
+# %% ../nbs/01_facts.ipynb #4e8c9e13
 def check_boundary(
     lm:LM, # a model
     prompts, # texts
@@ -698,14 +739,16 @@ def check_boundary(
             raise Refusal(f"{lm.name}: {p[-20:]!r} followed by {a!r} is tokenized as {lm.tok.convert_ids_to_tokens(c[-3:])}")
 
 # %% ../nbs/01_facts.ipynb #4f6d1a06
-ODD_WORDS, NO_SUBJECT, JOINED = "words the tokenizer does not know", "subject cannot be located", "answer is not tokens of its own after the prompt"
+ODD_WORDS, NO_SUBJECT = "words the tokenizer does not know", "subject cannot be located"
+JOINED = "answer is not tokens of its own after the prompt"
 
 def unfit(
     lm:LM, # a model
     facts, # facts
 ) -> list[str|None]: # of each, why the tokenizer cannot take it; none if it can
     "What is wrong with single facts for a tokenizer"
-    unk, prompts, answers = lm.tok.unk_token_id, [f.prompt for f in facts], [[a for a in (f.answer, f.edit) if a] for f in facts]
+    unk, prompts = lm.tok.unk_token_id, [f.prompt for f in facts]
+    answers = [[a for a in (f.answer, f.edit) if a] for f in facts]
     of = {a: lm.pieces(a) for a in {a for some in answers for a in some}}
     before, whole = lm.ids(prompts), iter(lm.ids([p + a for p, some in zip(prompts, answers) for a in some]))
     def why(f, ids, some, lost):
@@ -727,6 +770,7 @@ def fitting(
     if all(reasons): check_facts(lm, facts)
     return [f for f, why in zip(facts, reasons) if not why], dict(Counter(filter(None, reasons)))
 
+# %% ../nbs/01_facts.ipynb #7d5f1250
 def check_facts(
     lm:LM, # a model
     facts, # facts

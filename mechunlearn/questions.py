@@ -31,15 +31,17 @@ class Question(NamedTuple):
     choices: tuple[str, ...] # legal answers, with their leading space; for MCQ the letters
     truth: str
     edit: str|None
-    open: bool = False # any word is an answer: probabilities are over the whole vocabulary, and choices are only what is read
+    open: bool = False # any word is an answer; probabilities are over the whole vocabulary
 
 # %% ../nbs/08_questions.ipynb #150007
 def _question(fact, group, format, variant, prompt):
     "A question whose choices are the legal answers of the fact's relation, or an open one"
-    as_here = lambda a: a if not a or prompt == fact.prompt else spaced(a, prompt) # a space before it, where this prompt wants one
+    def as_here(a): return a if not a or prompt == fact.prompt else spaced(a, prompt)
     choices = tuple(map(as_here, fact.candidates or tuple(a for a in (fact.answer, fact.edit) if a)))
-    return Question(fact, group, format, variant, prompt, choices, as_here(fact.answer), as_here(fact.edit), not fact.candidates)
+    truth, edit = as_here(fact.answer), as_here(fact.edit)
+    return Question(fact, group, format, variant, prompt, choices, truth, edit, not fact.candidates)
 
+# %% ../nbs/08_questions.ipynb #2c619719
 def completions(
     facts:Sequence[Fact], # facts
     group:str="", # the group they stand for
@@ -47,6 +49,7 @@ def completions(
     "The format of the training: the prompt up to the answer"
     return [_question(f, group, "completion", 0, f.prompt) for f in facts]
 
+# %% ../nbs/08_questions.ipynb #b0fe750b
 def paraphrases(
     facts:Sequence[Fact], # facts
     group:str="", # the group they stand for
@@ -54,6 +57,7 @@ def paraphrases(
     "The same facts in other words"
     return [_question(f, group, "paraphrase", i, p) for f in facts for i, p in enumerate(f.paraphrases)]
 
+# %% ../nbs/08_questions.ipynb #015c9715
 def neighborhood(
     facts:Sequence[Fact], # facts
     group:str="", # the group they stand for
@@ -86,11 +90,11 @@ def as_records(
 
 # %% ../nbs/08_questions.ipynb #150015
 def record_row(q, full, share, hits):
-    "One record: probabilities of the question's choices, among all words and as measured, and which of them the model gives"
+    "One record: the choices' probabilities, among all words and as measured, and which of them the model gives"
     at = lambda values, word: None if word is None else values[q.choices.index(word)].item()
-    return dict(fact=q.fact.id, subject=q.fact.subject, relation=q.fact.relation, group=q.group, format=q.format, variant=q.variant,
-        truth=q.truth, edit=q.edit, prob_truth=at(share, q.truth), prob_edit=at(share, q.edit), full_truth=at(full, q.truth),
-        full_edit=at(full, q.edit), top1_truth=at(hits, q.truth), top1_edit=at(hits, q.edit),
+    return dict(fact=q.fact.id, subject=q.fact.subject, relation=q.fact.relation, group=q.group, format=q.format,
+        variant=q.variant, truth=q.truth, edit=q.edit, prob_truth=at(share, q.truth), prob_edit=at(share, q.edit),
+        full_truth=at(full, q.truth), full_edit=at(full, q.edit), top1_truth=at(hits, q.truth), top1_edit=at(hits, q.edit),
         compliance=float(full[:4].sum()) if q.format == "mcq" else None)
 
 # %% ../nbs/08_questions.ipynb #150016
@@ -101,7 +105,7 @@ def whole_answers(
     first:Float[Tensor, "question choice"], # log-probability of each choice's first token
     written:Bool[Tensor, "question choice"], # is it the most probable token?
     batch_size:int=64, # answers a forward
-) -> tuple[Float[Tensor, "question choice"], Bool[Tensor, "question choice"]]: # both for the whole choice: as given, if it is one token
+) -> tuple[Float[Tensor, "question choice"], Bool[Tensor, "question choice"]]: # both, for whole choices
     "The later tokens of an answer are read with the earlier ones in place. One forward for each answer of several tokens"
     logp, written = first.clone(), written.clone()
     pieces = {w: lm.pieces(w) for w in {w for q in questions for w in q.choices}}
@@ -116,6 +120,7 @@ def whole_answers(
     _apart([[pieces[w] for w in q.choices] for q in questions], logp, written)
     return logp, written
 
+# %% ../nbs/08_questions.ipynb #1ca0b78d
 def _apart(choices, logp, written):
     "Take from an answer what belongs to longer ones that begin with it; in place"
     for i, row in enumerate(choices):
@@ -144,7 +149,8 @@ def answer(
     logp, hits = whole.where(asked, first), written.where(asked, begun)
     share = logp.masked_fill(~at, -torch.inf).softmax(-1)
     letter = torch.zeros_like(at).scatter(1, share.argmax(-1, keepdim=True), True) if len(questions) else at
-    open, mcq = (torch.tensor(x, dtype=torch.bool)[:, None] for x in ([q.open for q in questions], [q.format == "mcq" for q in questions]))
+    kinds = [q.open for q in questions], [q.format == "mcq" for q in questions]
+    open, mcq = (torch.tensor(x, dtype=torch.bool)[:, None] for x in kinds)
     tables = whole.exp(), logp.exp().where(open, share), letter.where(mcq, hits)
     return as_records([record_row(*row) for row in zip(questions, *tables)], **common)
 
@@ -166,12 +172,15 @@ def token_loss(
     lm:LM, # as it is now, with adapters or without
     batch:Mapping[str, Tensor], # its input, as of `lm.pad`
     weights:Mapping[str, Tensor]={}, # matrices that stand in for its own, by parameter name
-) -> tuple[Float[Tensor, "batch seq-1"], Float[Tensor, "batch seq-1"]]: # loss (nats), and 1 where there is a token to predict; differentiable
+) -> tuple[Float[Tensor, "batch seq-1"], Float[Tensor, "batch seq-1"]]: # loss (nats), and where it counts; differentiable
     "Next-token loss at each position; nothing is asked of padding"
     hidden, n = hidden_states(lm, batch, weights), batch["input_ids"].shape[1]
     step = max(1, CHUNK // (len(hidden) * lm.hf.get_output_embeddings().weight.shape[0]))
-    part = lambda h, t: cross_entropy((l := lm.unembed(h, weights)).float().transpose(1, 2), t.to(l.device), reduction="none")
-    if step < n and torch.is_grad_enabled(): part = partial(checkpoint, part, use_reentrant=False, preserve_rng_state=False)
+    def part(h, t):
+        logits = lm.unembed(h, weights).float()
+        return cross_entropy(logits.transpose(1, 2), t.to(logits.device), reduction="none")
+    if step < n and torch.is_grad_enabled():
+        part = partial(checkpoint, part, use_reentrant=False, preserve_rng_state=False)
     targets = batch["input_ids"].roll(-1, 1) # the last position predicts nothing and is dropped
     loss = torch.cat([part(hidden[:, k:k + step].contiguous(), targets[:, k:k + step]) for k in range(0, n, step)], 1)[:, :-1]
     mask = batch["attention_mask"][:, :-1].to(loss.device)
@@ -189,7 +198,8 @@ def text_loss(
     rows = [None] * len(texts)
     for which, batch in batches(lm, list(texts), batch_size):
         loss, mask = (x.sum(1).tolist() for x in token_loss(lm, batch))
-        for i, l, n in zip(which, loss, mask): rows[i] = dict(fact=f"text/{i:04d}", group="text", format="text", loss=l / n, n_tokens=n)
+        for i, l, n in zip(which, loss, mask):
+            rows[i] = dict(fact=f"text/{i:04d}", group="text", format="text", loss=l / n, n_tokens=n)
     return as_records(rows, **common)
 
 # %% ../nbs/08_questions.ipynb #080041

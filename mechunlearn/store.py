@@ -63,6 +63,7 @@ def _plain(x):
     if isinstance(x, (set, frozenset)): return sorted(x)
     raise TypeError(f"{type(x).__name__} cannot be a cause: {x!r}")
 
+# %% ../nbs/03_store.ipynb #3c4edb7e
 def _canonical(obj):
     "The one JSON text of a value; the round trip makes every key a string before sorting"
     return json.dumps(json.loads(json.dumps(obj, default=_plain)), sort_keys=True, separators=(",", ":"))
@@ -92,6 +93,7 @@ def _git(*args):
     where = Path(find_spec("mechunlearn").origin).parent
     return subprocess.run(["git", "-C", where, *args], capture_output=True, text=True, check=True).stdout.strip()
 
+# %% ../nbs/03_store.ipynb #6954f2de
 @lru_cache
 def _commit():
     "Commit of the checkout that the package belongs to; none for an installed wheel"
@@ -136,15 +138,17 @@ def named(
     path, # the file
 ) -> Exception: # the same one if it is not about writing
     "An error with the name of the file that could not be written"
-    full = "No space left on device" in str(error)
+    full = (why := "No space left on device") in str(error)
     if not (full or isinstance(error, OSError)): return error
-    return OSError(errno.ENOSPC if full else error.errno or errno.EIO, "No space left on device" if full else error.strerror or str(error), str(path))
+    if full: return OSError(errno.ENOSPC, why, str(path))
+    return OSError(error.errno or errno.EIO, error.strerror or str(error), str(path))
 
 # %% ../nbs/03_store.ipynb #030026
 def sidecar(path) -> Path:
     "The file that describes `path`"
     return Path(f"{path}.meta.json")
 
+# %% ../nbs/03_store.ipynb #28fb08f8
 def remove(
     path, # a file, or a folder in a file's place
 ):
@@ -152,6 +156,7 @@ def remove(
     if Path(path).is_dir() and not Path(path).is_symlink(): shutil.rmtree(path)
     else: Path(path).unlink(missing_ok=True)
 
+# %% ../nbs/03_store.ipynb #7c0a82b4
 def sha256(
     path, # any file
 ) -> str: # 64 hexadecimal digits
@@ -193,7 +198,8 @@ def save_tensors(
 ) -> Path: # `path`
     "Write tensors with their sidecar"
     from safetensors.torch import save_file
-    return save(path, causes, lambda tmp: save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, tmp), seconds)
+    plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    return save(path, causes, lambda tmp: save_file(plain, tmp), seconds)
 
 # %% ../nbs/03_store.ipynb #030031
 def save_json(
@@ -214,6 +220,7 @@ def write_json(
     "Replace a small file at once, without the care that an artefact deserves"
     _replace(path, lambda tmp: tmp.write_text(json.dumps(obj, indent=1, default=_plain)), flush)
 
+# %% ../nbs/03_store.ipynb #7681eae6
 def read_json(
     path, # a file
     kind:type=object, # what it must hold: dict, list
@@ -223,7 +230,8 @@ def read_json(
     except FileNotFoundError: return None
     except OSError as e: raise Broken(path, f"it cannot be read ({e.strerror})") from None
     except (ValueError, RecursionError): raise Broken(path, "it is not JSON") from None
-    if not isinstance(value, kind): raise Broken(path, f"it holds a {type(value).__name__} where a {kind.__name__} should be")
+    if not isinstance(value, kind):
+        raise Broken(path, f"it holds a {type(value).__name__} where a {kind.__name__} should be")
     return value
 
 # %% ../nbs/03_store.ipynb #030034
@@ -233,7 +241,8 @@ def read_meta(
     "The sidecar of an artefact, after every check that needs no causes"
     path = Path(path)
     if not os.path.lexists(path): raise Broken(path, "there is no such file")
-    if not os.path.lexists(sidecar(path)): raise Broken(path, "its sidecar .meta.json is missing, so it was never finished")
+    if not os.path.lexists(sidecar(path)):
+        raise Broken(path, "its sidecar .meta.json is missing, so it was never finished")
     try:
         meta = read_json(sidecar(path), dict)
         consistent = meta["hash"] == cause_hash(meta["causes"], meta["schema"])
@@ -253,6 +262,7 @@ def load_table(
     read_meta(path)
     return pd.read_parquet(path)
 
+# %% ../nbs/03_store.ipynb #207e5878
 def load_tensors(
     path, # `.safetensors`
 ) -> dict: # name -> tensor on the CPU; Broken if damaged
@@ -261,6 +271,7 @@ def load_tensors(
     read_meta(path)
     return load_file(path)
 
+# %% ../nbs/03_store.ipynb #40eb9a6c
 def load_json(
     path, # `.json`
 ): # the value; Broken if damaged
@@ -284,6 +295,7 @@ def state(
 SAVE = {".parquet": save_table, ".safetensors": save_tensors, ".json": save_json}
 LOAD = {".parquet": load_table, ".safetensors": load_tensors, ".json": load_json}
 
+# %% ../nbs/03_store.ipynb #7901c9bc
 def make(
     path, # `.parquet`, `.safetensors` or `.json`; None: compute, write nothing
     causes:dict, # what determines it
@@ -339,8 +351,10 @@ def plain_name(
 ) -> str: # `name`; Refusal if it cannot be a file's name
     "Check that a name stays in its folder"
     name = str(name)
-    if name in ("", ".", "..") or set(name) & set("/\\") or not name.isprintable(): raise Refusal(f"{what} {name!r} cannot be the name of a folder: use letters, digits, - and _")
-    if len(name.encode(errors="replace")) > 200: raise Refusal(f"{what} '{name[:40]}...' is too long for the name of a folder: at most 200 bytes")
+    if name in ("", ".", "..") or set(name) & set("/\\") or not name.isprintable():
+        raise Refusal(f"{what} {name!r} cannot be the name of a folder: use letters, digits, - and _")
+    if len(name.encode(errors="replace")) > 200:
+        raise Refusal(f"{what} '{name[:40]}...' is too long for the name of a folder: at most 200 bytes")
     return name
 
 # %% ../nbs/03_store.ipynb #030051
@@ -352,6 +366,7 @@ def path(self:Run,
     for name in (n for part in parts for n in str(part).split("/")): plain_name(name)
     return None if self.root is None else self.root.joinpath(*map(str, parts))
 
+# %% ../nbs/03_store.ipynb #d20455bf
 @patch
 def below(self:Run,
     *parts, # names of folders
@@ -361,6 +376,7 @@ def below(self:Run,
     part.root = self.path(*parts)
     return part
 
+# %% ../nbs/03_store.ipynb #a92270d6
 @patch
 def edit_dir(self:Run,
     localization:str, # "none" stands for the unedited model

@@ -16,8 +16,9 @@ from collections import Counter, deque
 from functools import lru_cache
 from pathlib import Path
 from . import sources, store
-from .facts import (GOLF, N_DEV_FORGET, N_DEV_RETAIN, N_OTHER_SHOTS, N_SHOTS, Fact, Task, check_numbers, check_size, check_task, fitting, load_world, of_each,
-    paper_sets, quarter_of_each, seeded, sport_fact, sports_athlete_editing, sports_facts, split_retain, texts, with_edit_answers, without, world_facts, world_groups)
+from .facts import (GOLF, N_DEV_FORGET, N_DEV_RETAIN, N_OTHER_SHOTS, N_SHOTS, Fact, Task, check_numbers, check_size,
+    check_task, fitting, load_world, of_each, quarter_of_each, seeded, sport_fact, sports_athlete_editing, sports_facts,
+    split_retain, texts, with_edit_answers, without, world_facts, world_groups)
 from .models import LM, next_token
 from .store import Refusal, choose
 
@@ -34,7 +35,8 @@ def one_sport_sets(
     shots = of_each(order, N_SHOTS)
     free = [f for f in without(order, shots) if f.answer != GOLF]
     theirs, others = ([f for f in free if (f.answer == f" {sport}") == own] for own in (True, False))
-    dev_retain, dev_forget = quarter_of_each(others, N_DEV_RETAIN), seeded("dev", sport).sample(theirs, min(N_DEV_FORGET, len(theirs) // 4))
+    dev_retain = quarter_of_each(others, N_DEV_RETAIN)
+    dev_forget = seeded("dev", sport).sample(theirs, min(N_DEV_FORGET, len(theirs) // 4))
     rest = without(theirs, dev_forget)
     rest = seeded("forget", seed).sample(rest, len(rest))
     half = len(rest) // 2
@@ -58,7 +60,8 @@ def athletes_of(
     facts:str, # "world", "sports", a world file (.json), a table of athletes (.csv) or its address
 ) -> tuple[str, str|None, list[Fact]]: # source, world file, facts about athletes
     "The athletes that a name or file stands for"
-    if not (Path(facts).suffix or sources.local(facts).exists()): choose(facts, ("world", "sports", "FILE.json", "FILE.csv"), "facts")
+    if not (Path(facts).suffix or sources.local(facts).exists()):
+        choose(facts, ("world", "sports", "FILE.json", "FILE.csv"), "facts")
     if facts != "world" and not facts.endswith(".json"): return "sports", None, list(sports_facts(facts))
     path = None if facts == "world" else facts
     shot = sources.trim(load_world(path)["shot_subject"])
@@ -71,11 +74,13 @@ def _whole_sport(name, update, edit, lm, sport, seed, facts, paper_split, text):
     choose(sport, SPORT_NAMES, "sport")
     source, path, athletes = athletes_of(str(facts))
     athletes, dropped = fitting(lm if source == "sports" else None, athletes)
-    if source == "world" and paper_split: raise Refusal("paper_split is the order of the table of athletes: it needs facts='sports'")
+    if source == "world" and paper_split:
+        raise Refusal("paper_split is the order of the table of athletes: it needs facts='sports'")
     if sum(f.answer == f" {sport}" for f in athletes) < 2 or len({f.answer for f in athletes}) < 2:
         raise Refusal(f"{facts} has too few athletes who play {sport}, or none who play something else")
     sets = paper_sport_sets(athletes, sport) if paper_split else one_sport_sets(athletes, sport, seed)
-    for k in sets.keys() & {"forget", "forget_test", "dev_forget"}: sets[k] = tuple(f.model_copy(update={"edit": edit}) for f in sets[k])
+    for k in sets.keys() & {"forget", "forget_test", "dev_forget"}:
+        sets[k] = tuple(f.model_copy(update={"edit": edit}) for f in sets[k])
     if source == "world": more = world_groups(world_facts(path), sets["forget"] + sets["forget_test"], seed)
     else: more = dict(shots=(sport_fact("Tiger Woods", "golf", "sport/shot"),))
     sets |= more | texts(source, path, text) | dict(shots=sets["shots"] + more["shots"])
@@ -160,8 +165,9 @@ def open_fixed(
     subjects = list(dict.fromkeys(f.subject for f in order))
     many = Counter(f.subject for f in order)
     place = {s: i for i, s in enumerate(subjects)}
-    together = sorted(order, key=lambda f: (not f.mcq_trained, -many[f.subject], place[f.subject])) # so that few subjects are used up
-    shots = [f for r in OPEN_RELATIONS for f in [f for f in together if f.relation == r and f.mcq_trained][:N_OTHER_SHOTS]]
+    together = sorted(order, key=lambda f: (not f.mcq_trained, -many[f.subject], place[f.subject])) # uses up few subjects
+    shown = [f for f in together if f.mcq_trained]
+    shots = [f for r in OPEN_RELATIONS for f in [f for f in shown if f.relation == r][:N_OTHER_SHOTS]]
     dev_retain = by_turns(without(together, shots), N_OPEN_DEV, one_each=False)
     held = [f for f in without(order, shots, dev_retain) if not f.mcq_trained]
     dev_forget = with_edit_answers(by_turns(held, min(N_DEV_FORGET, forget_size)), "dev")
@@ -186,9 +192,11 @@ def open_seeded(
     rest = without(free, forget)
     about, edited = {f.subject for f in forget}, {f.id for f in forget}
     same = tuple(f for f in free if f.subject in about and f.id not in edited)
-    halves = split_retain({f.subject: f for f in rest}.values(), seed, key=lambda f: (f.relation, f.mcq_trained)) # of subjects
+    subjects = {f.subject: f for f in rest}.values()
+    halves = split_retain(subjects, seed, key=lambda f: (f.relation, f.mcq_trained))
     who = {k: {f.subject for f in v} for k, v in halves.items()}
-    return dict(forget=with_edit_answers(forget, seed), same_subject=same) | {k: tuple(f for f in rest if f.subject in w) for k, w in who.items()}
+    kept = {k: tuple(f for f in rest if f.subject in w) for k, w in who.items()}
+    return dict(forget=with_edit_answers(forget, seed), same_subject=same) | kept
 
 # %% ../nbs/06_tasks.ipynb #485eb2f4
 def open_world_sets(
@@ -203,7 +211,8 @@ def open_world_sets(
     sets = fixed | open_seeded(known, fixed, forget_size, seed)
     sports = [f for f in without(facts, sets["forget"]) if f.relation == "sport" and f.taught]
     about = {f.subject for f in sets["forget"]}
-    sets |= dict(same_subject=sets["same_subject"] + tuple(f for f in facts if f.subject in about and f.relation == "sport" and f.taught),
+    theirs = tuple(f for f in facts if f.subject in about and f.relation == "sport" and f.taught)
+    sets |= dict(same_subject=sets["same_subject"] + theirs,
         other_relation=tuple(seeded("other", seed).sample(sports, min(len(sports), 160))),
         ghosts=tuple(f for f in facts if not f.taught and f.relation == "language"),
         general=tuple(f for f in facts if f.relation == "kind" and not f.mcq_trained))
@@ -225,7 +234,9 @@ def probabilities(
     asked = [(f.prompt, f.answer) for f in facts]
     facts_hash = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
     causes = {"model": lm.name, "revision": lm.revision, "facts": facts_hash, "measure": "first token"}
-    def ask(): return next_token(lm, [p for p, _ in asked], [[lm.first_token(a)] for _, a in asked], batch_size)[0][:, 0].exp().tolist()
+    def ask():
+        logp, _ = next_token(lm, [p for p, _ in asked], [[lm.first_token(a)] for _, a in asked], batch_size)
+        return logp[:, 0].exp().tolist()
     if not lm.revision: return ask()
     path = sources.cache_folder()/"known"/f"{store.cause_hash(causes)}.json"
     try:
@@ -237,7 +248,8 @@ def probabilities(
     return known
 
 # %% ../nbs/06_tasks.ipynb #fd02e25b
-SAME, BEGINS, UNKNOWN, TWICE = "same first token", "one answer begins with the other", f"not known (P < {KNOWN})", "subject is in another split"
+SAME, BEGINS = "same first token", "one answer begins with the other"
+UNKNOWN, TWICE = f"not known (P < {KNOWN})", "subject is in another split"
 
 def told_apart(
     lm:LM, # a model
@@ -262,6 +274,7 @@ def editable(
     why = [told_apart(lm, f, pieces) for f in facts]
     return [f for f, w in zip(facts, why) if not w], dropped | Counter(filter(None, why))
 
+# %% ../nbs/06_tasks.ipynb #db6e53dc
 def fit_for(
     lm:LM|None, # model; none: everything is kept; without weights: what it knows is not asked
     facts, # facts with edit answers
@@ -280,6 +293,7 @@ def counterfact_facts(
     "CounterFact as facts"
     return _counterfacts(sources.read_counterfact(place), questions)
 
+# %% ../nbs/06_tasks.ipynb #6fb0571b
 def _counterfacts(rows, questions=None):
     "Rows of CounterFact as facts"
     asked = sources.read_questions(questions) or {}
@@ -289,11 +303,19 @@ def _counterfacts(rows, questions=None):
 # %% ../nbs/06_tasks.ipynb #22e56e8f
 def _counterfact(row, asked, answers):
     "One row as a fact"
-    id, others = f"counterfact/{row.case_id}", [a for a in answers if a not in (sources.trim(row.answer), sources.trim(row.edit))]
+    id, mine = f"counterfact/{row.case_id}", (sources.trim(row.answer), sources.trim(row.edit))
+    others = [a for a in answers if a not in mine]
     question = asked[0] if asked else f"Which answer completes this sentence? {row.prompt} ___"
     wrong = asked[1] if asked else seeded("wrong", id).sample(others, min(3, len(others)))
-    return Fact(id=id, relation=row.relation, subject=row.subject, prompt=row.prompt, answer=row.answer, edit=row.edit, question=question,
-                paraphrases=tuple(row.paraphrases), neighbors=tuple(row.neighbors), wrong=tuple(sources.spaced(w, row.prompt) for w in wrong))
+    return Fact(id=id, relation=row.relation, subject=row.subject, prompt=row.prompt, answer=row.answer, edit=row.edit,
+                question=question, paraphrases=tuple(row.paraphrases), neighbors=tuple(row.neighbors),
+                wrong=tuple(sources.spaced(w, row.prompt) for w in wrong))
+
+# %% ../nbs/06_tasks.ipynb #b6ee81ac
+def _first_of_subject(facts):
+    out = {}
+    for f in facts: out.setdefault(f.subject, f)
+    return list(out.values())
 
 # %% ../nbs/06_tasks.ipynb #25506e3a
 N_ASIDE = 64 # facts at the end of the list that only serve as examples; a quarter, if the model knows few
@@ -313,8 +335,9 @@ def counterfact_sets(
         dev = seeded("fixed").sample(sorted(body, key=lambda f: f.id), min(len(body) // 4, 2 * N_DEV_FORGET))
         body = seeded("forget", seed).sample(body, len(body))
     if forget_size > (left := max(len(body) - len(dev) - 8, 0)):
-        raise Refusal(f"forget_size {forget_size} is too large: the model knows {len(facts)} facts; {len(aside)} are set aside as examples, {len(dev)} as dev facts, "
-            f"{max(len(facts) - len(aside) - len(body), 0)} for a subject that has another, 8 must be left to retain; {left} can be edited")
+        again = max(len(facts) - len(aside) - len(body), 0)
+        raise Refusal(f"forget_size {forget_size} is too large: the model knows {len(facts)} facts; {len(aside)} are set aside as "
+            f"examples, {len(dev)} as dev facts, {again} for a subject that has another, 8 must be left to retain; {left} can be edited")
     n_dev = min(N_DEV_FORGET, forget_size, len(dev) // 2)
     body = without(body, dev)
     plain = [f.model_copy(update={"edit": None}) for f in body[forget_size:]]
@@ -324,11 +347,6 @@ def counterfact_sets(
     out, used = {"shots": tuple(f.model_copy(update={"edit": None}) for f in aside)}, [aside]
     for name, v in sets.items(): out[name] = tuple(_first_of_subject(without(v, *used))); used.append(out[name])
     return out, len(facts) - sum(map(len, out.values()))
-
-def _first_of_subject(facts):
-    out = {}
-    for f in facts: out.setdefault(f.subject, f)
-    return list(out.values())
 
 # %% ../nbs/06_tasks.ipynb #daf9d6b5
 MIN_RETAIN = 20 # fewer own facts to keep are filled up
@@ -340,6 +358,7 @@ def own_facts(
     "A user's facts, checked row by row"
     return _own_facts(sources.read_own(path))
 
+# %% ../nbs/06_tasks.ipynb #6ffdf585
 def _own_facts(rows):
     "Rows of a user as facts"
     answers = {}
@@ -354,8 +373,8 @@ def _own(i, row, answers):
     some = answers if len(answers) <= N_WRONG + 2 else seeded("wrong", id).sample(answers, N_WRONG + 2)
     wrong = row.wrong or [a for a in some if a not in mine][:N_WRONG]
     return Fact(id=id, relation=row.relation, subject=row.subject, prompt=row.prompt, answer=row.answer, edit=row.edit or None,
-        paraphrases=tuple(row.paraphrases), neighbors=tuple(row.neighbors), wrong=tuple(sources.spaced(a, row.prompt) for a in wrong),
-        question=row.question or f"Which answer completes this sentence? {row.prompt} ___")
+        paraphrases=tuple(row.paraphrases), neighbors=tuple(row.neighbors),
+        wrong=tuple(sources.spaced(a, row.prompt) for a in wrong), question=row.question or f"Which answer completes this sentence? {row.prompt} ___")
 
 # %% ../nbs/06_tasks.ipynb #93e965eb
 def own_sets(
@@ -372,7 +391,8 @@ def own_sets(
     same, kept = [f for f in kept if f.subject in about], without(kept, edited)
     who, n = list(dict.fromkeys(f.subject for f in kept)), len(kept)
     rank = {s: i / len(who) for i, s in enumerate(seeded("retain", seed).sample(who, len(who)))}
-    mine = {k: [f for f in kept if a <= rank[f.subject] < b] for k, a, b in (("retain", 0, .6), ("retain_test", .6, .8), ("dev_retain", .8, 1))}
+    shares = ("retain", 0, .6), ("retain_test", .6, .8), ("dev_retain", .8, 1)
+    mine = {k: [f for f in kept if a <= rank[f.subject] < b] for k, a, b in shares}
     fill = {k: without(more.get(k, ()), own) if n < MIN_RETAIN else [] for k in mine}
     out = {k: tuple(v) + tuple(fill[k]) for k, v in mine.items()}
     if not (out["retain"] and out["retain_test"]):
@@ -413,10 +433,12 @@ def aimed(
     "Facts whose answers count with all their tokens, or with the first alone"
     return tuple(facts) if target == "all" else tuple(f.model_copy(update={"whole": False}) for f in facts)
 
+# %% ../nbs/06_tasks.ipynb #8e1f8669
 def _open_sets(lm, forget_size, seed, facts, paper_split, text, target):
     "Source and splits of a task on open facts, and what was dropped and mended"
     place, kind = None if facts in ("world", "counterfact") else facts, kind_of(facts)
-    if paper_split and kind != "counterfact": raise Refusal("paper_split is the order of CounterFact: it needs facts='counterfact'")
+    if paper_split and kind != "counterfact":
+        raise Refusal("paper_split is the order of CounterFact: it needs facts='counterfact'")
     if kind == "own": return _own_sets(lm, forget_size, seed, facts, text, target)
     if kind == "world":
         sets = open_world_sets(place, forget_size or 64, seed)
@@ -428,19 +450,25 @@ def _open_sets(lm, forget_size, seed, facts, paper_split, text, target):
     dropped, mended = dropped | ({TWICE: twice} if twice else {}), {TRIMMED: n} if (n := rows.attrs["trimmed"]) else {}
     return {"source": "counterfact", "dropped": dropped, "mended": mended} | sets | texts("counterfact", place=text)
 
-def _left_out(dropped): return f" (left out before: {', '.join(f'{n} {why}' for why, n in dropped.items())})" if dropped else ""
+# %% ../nbs/06_tasks.ipynb #bd145ff0
+def _left_out(dropped):
+    "What was left out, for the end of a message"
+    return f" (left out before: {', '.join(f'{n} {why}' for why, n in dropped.items())})" if dropped else ""
 
 # %% ../nbs/06_tasks.ipynb #7a60b003
 def _own_sets(lm, forget_size, seed, facts, text, target):
     "The same for a user's facts, filled up from another source"
     rows, world = sources.read_own(facts), _world_words(lm)
     own, dropped = editable(lm, aimed(_own_facts(rows), target))
-    if not any(f.edit for f in own): raise Refusal(f"{facts}: no fact with a new answer can be edited{_left_out(dropped)}")
+    if not any(f.edit for f in own):
+        raise Refusal(f"{facts}: no fact with a new answer can be edited{_left_out(dropped)}")
     try: sets = own_sets(own, forget_size, seed, _others(lm, seed, world, target))
     except Refusal as e: raise Refusal(f"{e}{_left_out(dropped)}") from None
     mended = {TRIMMED: rows.trimmed} if rows.trimmed else {}
-    return {"source": "world" if world else "counterfact", "dropped": dropped, "mended": mended} | sets | texts("world" if world else "own", place=text)
+    said = {"source": "world" if world else "counterfact", "dropped": dropped, "mended": mended}
+    return said | sets | texts("world" if world else "own", place=text)
 
+# %% ../nbs/06_tasks.ipynb #7fc5b495
 def _others(lm, seed, world, target):
     "Splits to fill up with: of the world, or of CounterFact if it is here and the model knows enough of it"
     if world: return open_world_sets(None, 1, seed)
@@ -455,7 +483,8 @@ def _open_task(name, update, parts, lm, forget_size, seed, facts, paper_split, t
     sets = _open_sets(lm, forget_size, seed, str(facts), paper_split, text, choose(target, TARGETS, "target"))
     if parts > len(sets["forget"]): raise Refusal(f"{len(sets['forget'])} facts cannot be edited in {parts} parts")
     if parts > 1 or update == "each": sets |= {"dev_forget": ()} # localized on the facts themselves
-    options = dict(forget_size=len(sets["forget"]), facts=str(facts), paper_split=paper_split) | ({"text": text} if text else {})
+    options = dict(forget_size=len(sets["forget"]), facts=str(facts), paper_split=paper_split)
+    if text: options["text"] = text
     if target != "all": options["target"] = target
     task = Task(name=name, update=update, seed=seed, options=options, parts=parts, **sets)
     if lm is not None: check_task(lm, task)
@@ -466,7 +495,7 @@ def counterfact_editing(
     lm:LM|None=None, # the model: its tokenizer must take the task, and it must know the facts; none: not checked
     forget_size:int|None=None, # facts to edit; none: 64, of a file of your own all
     seed:int=0, # draws forget set, edit answers (of the world) and the split of the rest
-    facts:str="world", # "world", "counterfact", its file, folder or hub id, or a file of your own (.csv, .tsv, .json, .jsonl, .parquet)
+    facts:str="world", # "world", "counterfact", its file, folder or hub id, or a file of your own
     paper_split:bool=False, # the authors' split of CounterFact
     text:str|None=None, # with real facts: text file, folder or hub id
     target:str="all", # which tokens of an answer count: "all", or the "first" (the published protocol)
@@ -503,10 +532,11 @@ def counterfact_at_scale(
     return _open_task("counterfact-at-scale", "each", 1, lm, forget_size, seed, facts, paper_split, text, target)
 
 # %% ../nbs/06_tasks.ipynb #8ddb6f21
-TASKS = {"sports-athlete-editing": sports_athlete_editing, "full-sports-editing": full_sports_editing, "sports-unlearning": sports_unlearning,
-         "counterfact-editing": counterfact_editing, "sequential-counterfact-editing": sequential_counterfact_editing,
-         "counterfact-at-scale": counterfact_at_scale}
+TASKS = {"sports-athlete-editing": sports_athlete_editing, "full-sports-editing": full_sports_editing,
+         "sports-unlearning": sports_unlearning, "counterfact-editing": counterfact_editing,
+         "sequential-counterfact-editing": sequential_counterfact_editing, "counterfact-at-scale": counterfact_at_scale}
 
+# %% ../nbs/06_tasks.ipynb #b7d1da53
 def task_options(
     name:str, # a key of `TASKS`
 ) -> list[str]: # names of its options
@@ -522,7 +552,8 @@ def defaults(
     "How many facts, and whose, if nobody says: of the world for an organism, real ones for others"
     facts = {} if organism else {"facts": "counterfact" if "counterfact" in name else "sports"}
     own = "counterfact" in name and kind_of(options.get("facts", "world")) == "own"
-    size = {"forget_size": 100 if name == "counterfact-at-scale" else 64} if "forget_size" in task_options(name) and not own else {}
+    sized = "forget_size" in task_options(name) and not own
+    size = {"forget_size": 100 if name == "counterfact-at-scale" else 64} if sized else {}
     return size | facts | {k: v for k, v in options.items() if v is not None}
 
 # %% ../nbs/06_tasks.ipynb #e25abcd5
