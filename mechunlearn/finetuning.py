@@ -7,8 +7,9 @@ __all__ = ['UPDATES', 'MAX_TOKENS', 'FILES', 'LEARNING_RATES', 'RATE_GROUPS', 'L
            'untrainable', 'masters', 'matrices', 'Update', 'not_said', 'Row', 'fact_rows', 'training_rows', 'draws',
            'shared_prefix', 'may_share', 'end_logits', 'last_logits', 'answer_losses', 'heard', 'fact_losses',
            'text_losses', 'step_losses', 'slice_key', 'parse_slice', 'Edit', 'put', 'kept', 'load_edit', 'Rate',
-           'learning_rate', 'rates', 'missing_rates', 'can_train', 'ask_parts', 'own_slices', 'finetune', 'fingerprint',
-           'plot_sequence', 'export', 'stored_dtype', 'finer', 'differences', 'edit_of', 'plot_curves']
+           'learning_rate', 'rates', 'missing_rates', 'can_train', 'ask_parts', 'own_slices', 'finetune',
+           'plot_training', 'say_training', 'fingerprint', 'parts_table', 'parts_text', 'plot_parts', 'say_parts',
+           'export', 'stored_dtype', 'finer', 'differences', 'edit_of']
 
 # %% ../nbs/20_finetuning.ipynb #200002
 import math
@@ -18,17 +19,21 @@ from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple, Sequence
-import matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns, torch
+import matplotlib as mpl, numpy as np, pandas as pd, torch
 from fastcore.basics import patch
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from safetensors import safe_open
 from torch import Tensor
 from torch.func import functional_call
 from tqdm.auto import tqdm
 from .facts import Task
+from .figures import FIGURE_STYLE, cell_text, figure, listed, look, ordered, printed
 from .localization import Localization
 from .models import LM, Slice, components, is_adapter, load, locate, slices, snapshot
 from .questions import answer, completions, some, token_loss
-from .store import Refusal, Run, cause_hash, choose, load_json, load_table, load_tensors, save_json, save_table, save_tensors
+from .store import (Refusal, Run, cause_hash, choose, load_json, load_table, load_tensors, save_json,
+    save_table, save_tensors)
 
 # %% ../nbs/20_finetuning.ipynb #200008
 def place(
@@ -38,13 +43,14 @@ def place(
     "Where a slice lies in the model's weights"
     return lm.weight(s.param).detach().narrow(s.dim, s.start, s.stop - s.start)
 
+# %% ../nbs/20_finetuning.ipynb #68343286
 def untrainable(
     lm:LM, # model
 ) -> str|None: # none: they can be changed
     "Why the weights of a model cannot be changed"
     if any(getattr(hook, "offload", False) for m in lm.hf.modules() for hook in _hooks(m)):
-        return (f"weights of {lm.name} are offloaded to CPU or disk (device_map): they cannot be trained or replaced there. Use more GPUs, or a smaller model; "
-            "a bfloat16 model needs 2 bytes a parameter")
+        return (f"weights of {lm.name} are offloaded to CPU or disk (device_map): they cannot be trained or replaced there. "
+            "Use more GPUs, or a smaller model; a bfloat16 model needs 2 bytes a parameter")
     odd = next((n for n, p in lm.hf.named_parameters() if not p.is_floating_point()), None)
     if odd: return f"{odd} is quantized ({lm.weight(odd).dtype}) and cannot be trained: load the model without quantize"
 
@@ -53,6 +59,7 @@ def _hooks(module):
     hook = getattr(module, "_hf_hook", None)
     return getattr(hook, "hooks", (hook,))
 
+# %% ../nbs/20_finetuning.ipynb #e5490d1c
 def masters(
     lm:LM, # its weights are only read
     slices:Sequence[Slice], # disjoint slices of its matrices
@@ -79,6 +86,7 @@ class Update(NamedTuple):
     word: Callable # fact -> the answer whose probability is trained
     loss: Callable # logits [n, vocab], token of that answer [n] -> losses [n]; for whole answers see `answer_losses`
 
+# %% ../nbs/20_finetuning.ipynb #c0d8f0aa
 def not_said(
     logits:Tensor, # [n, vocab]
     target:Tensor, # [n]
@@ -99,6 +107,7 @@ class Row(NamedTuple):
     target: int|None = None # first token of the answer; none for text
     rest: tuple[int, ...] = () # the answer's other tokens, if they are trained
 
+# %% ../nbs/20_finetuning.ipynb #9a52d95a
 def fact_rows(
     lm:LM, # tokenizes
     facts:Sequence, # facts of one term
@@ -144,6 +153,7 @@ def shared_prefix(
     columns = list(zip(*ids))[:-1]
     return next((i for i, c in enumerate(columns) if len(set(c)) > 1), len(columns))
 
+# %% ../nbs/20_finetuning.ipynb #cdcbb792
 def may_share(
     lm:LM, # model
 ) -> bool: # false in training where activations are made again on the way back, or where each row drops its own
@@ -151,6 +161,7 @@ def may_share(
     redo = lambda m: getattr(m, "gradient_checkpointing", False) or (isinstance(m, torch.nn.Dropout) and m.p > 0)
     return not (lm.hf.training and any(map(redo, lm.hf.modules())))
 
+# %% ../nbs/20_finetuning.ipynb #c127234b
 def end_logits(
     lm:LM, # model
     weights:dict[str, Tensor], # from `matrices`
@@ -160,12 +171,14 @@ def end_logits(
 ) -> Tensor: # [prompts, n, vocab], float32
     "Logits at the end of prompts, differentiable"
     run = lambda **batch: functional_call(lm.hf, weights, (), batch | dict(logits_to_keep=n))
-    if not (k := min(shared_prefix(ids), len(ids[0]) - n) if share and may_share(lm) else 0): return run(**lm.pad(ids), use_cache=False).logits[:, -n:].float()
+    k = min(shared_prefix(ids), len(ids[0]) - n) if share and may_share(lm) else 0
+    if not k: return run(**lm.pad(ids), use_cache=False).logits[:, -n:].float()
     ids = torch.tensor(ids, device=lm.device)
     cache = run(input_ids=ids[:1, :k], use_cache=True).past_key_values
     cache.batch_repeat_interleave(len(ids))
     return run(input_ids=ids[:, k:], past_key_values=cache).logits[:, -n:].float()
 
+# %% ../nbs/20_finetuning.ipynb #e10a26e6
 def last_logits(
     lm:LM, # model
     weights:dict[str, Tensor], # from `matrices`
@@ -210,6 +223,7 @@ class _Heard(torch.autograd.Function):
             else: grad[:, s.start:s.stop] = torch.einsum("bso,bsi->oi", g[rows], x[rows][..., s.start:s.stop])
         return g @ w, grad, None, None
 
+# %% ../nbs/20_finetuning.ipynb #ba8836d5
 @contextmanager
 def heard(
     lm:LM, # model
@@ -225,6 +239,7 @@ def heard(
     finally:
         for h in handles: h.remove()
 
+# %% ../nbs/20_finetuning.ipynb #d8635e2c
 def fact_losses(
     lm:LM, # model
     values:dict[Slice, Tensor], # masters
@@ -240,6 +255,7 @@ def fact_losses(
     if forget_loss is _said: return nll
     return torch.where(torch.tensor([r.term == "forget" for r in rows], device=logits.device), answer_losses(logits, answers, forget_loss), nll)
 
+# %% ../nbs/20_finetuning.ipynb #e26b5d41
 def text_losses(
     lm:LM, # model
     values:dict[Slice, Tensor], # masters
@@ -258,6 +274,7 @@ def _accumulate(losses, rows, weight, size):
         each += loss.tolist()
     return each
 
+# %% ../nbs/20_finetuning.ipynb #40c86a83
 def step_losses(
     lm:LM, # model
     values:dict[Slice, Tensor], # masters; gradients are added to theirs
@@ -281,6 +298,7 @@ def slice_key(s:Slice) -> str: # "param|dim|start|stop"
     "A slice as a name"
     return "|".join(map(str, s))
 
+# %% ../nbs/20_finetuning.ipynb #5f996bf9
 def parse_slice(
     key:str, # "param|dim|start|stop"
 ) -> Slice:
@@ -288,6 +306,7 @@ def parse_slice(
     param, *numbers = key.split("|")
     return Slice(param, *map(int, numbers))
 
+# %% ../nbs/20_finetuning.ipynb #feeeaaae
 @dataclass(repr=False)
 class Edit:
     "New values for the slices of a localization"
@@ -296,11 +315,15 @@ class Edit:
     curve: pd.DataFrame # step, lr, loss, forget, retain, text, grad_norm: losses before each step, in nats
     config: dict # model, revision, task, seed, lr, ...
     records: pd.DataFrame|None = None # of a sequence: what was measured after each part
-    def __repr__(self):
-        if self.curve.empty: return f"Edit({self.localization.name}, {sum(v.numel() for v in self.values.values()):,} parameters, trained elsewhere{self.rounded()})"
-        last = self.curve.iloc[-1]
-        return (f"Edit({self.localization.name}, {sum(v.numel() for v in self.values.values()):,} parameters, {len(self.curve)} steps: "
-            f"forget loss {self.curve.forget.iloc[0]:.2f} -> {last.forget:.3f}, retain {last.retain:.3f})")
+
+# %% ../nbs/20_finetuning.ipynb #33998369
+@patch
+def __repr__(self:Edit):
+    weights = f"{sum(v.numel() for v in self.values.values()):,} parameters"
+    if self.curve.empty: return f"Edit({self.localization.name}, {weights}, trained elsewhere{self.rounded()})"
+    first, last = self.curve.iloc[0], self.curve.iloc[-1]
+    return (f"Edit({self.localization.name}, {weights}, {len(self.curve)} steps: "
+            f"forget loss {first.forget:.2f} -> {last.forget:.3f}, retain {last.retain:.3f})")
 
 # %% ../nbs/20_finetuning.ipynb #200029a
 @patch
@@ -317,6 +340,7 @@ def _values(edit, lm):
     if reason := untrainable(lm): raise Refusal(reason)
     return {parse_slice(k): v for k, v in edit.values.items()}
 
+# %% ../nbs/20_finetuning.ipynb #a347cd5f
 def put(
     lm:LM, # changed
     values:dict[Slice, Tensor], # new values by slice
@@ -324,6 +348,7 @@ def put(
     "Write slices into the model"
     for s, v in values.items(): place(lm, s).copy_(v.detach())
 
+# %% ../nbs/20_finetuning.ipynb #c6f087c2
 @contextmanager
 def kept(
     weights:Sequence[Tensor], # parts of a model, from `place`
@@ -336,6 +361,7 @@ def kept(
     finally:
         for w, value in reversed(old): w.copy_(value)
 
+# %% ../nbs/20_finetuning.ipynb #ff1717b9
 @patch
 @contextmanager
 def applied(self:Edit,
@@ -362,13 +388,15 @@ def save(self:Edit,
     save_table(folder/"training.parquet", self.curve, causes)
     save_tensors(folder/"edit.safetensors", self.values, causes)
 
+# %% ../nbs/20_finetuning.ipynb #5e93a26a
 def load_edit(
     folder, # written by `Edit.save`
 ) -> Edit: # Broken if a file is damaged
     "Read an edit, verified"
-    values, curve, about = load_tensors(Path(folder)/"edit.safetensors"), load_table(Path(folder)/"training.parquet"), load_json(Path(folder)/"edit.json")
-    after = Path(folder)/"sequence.parquet"
-    return Edit(Localization.from_json(about["localization"]), values, curve, about["config"], load_table(after) if after.exists() else None)
+    folder = Path(folder)
+    values, curve, about = load_tensors(folder/"edit.safetensors"), load_table(folder/"training.parquet"), load_json(folder/"edit.json")
+    records = load_table(folder/"sequence.parquet") if (folder/"sequence.parquet").exists() else None
+    return Edit(Localization.from_json(about["localization"]), values, curve, about["config"], records)
 
 # %% ../nbs/20_finetuning.ipynb #200033
 LEARNING_RATES = files("mechunlearn")/"data"/"learning_rates.csv"
@@ -379,6 +407,7 @@ RATE_GROUPS = [ # the first of each was swept by the authors for the whole group
 
 LIKE = {"sequential-counterfact-editing": "counterfact-editing", "counterfact-at-scale": "counterfact-editing"} # tasks without dev facts
 
+# %% ../nbs/20_finetuning.ipynb #70e566bc
 class Rate(NamedTuple):
     "A learning rate and where it is from"
     lr: float
@@ -391,6 +420,7 @@ def _rank(row, name, group, size):
     far = 0. if math.isnan(row.forget_size) else abs(math.log(row.forget_size / size))
     return (row.localization != name, group.index(row.localization), far)
 
+# %% ../nbs/20_finetuning.ipynb #25788ca8
 def learning_rate(
     model:str, # hub id, folder name or packaged name
     task:str, # task name
@@ -404,8 +434,8 @@ def learning_rate(
     short = lambda m: m.rstrip("/").split("/")[-1].lower()
     rows = table[(table.model.map(short) == short(model)) & table.localization.isin(group)]
     rows = rows[rows.task == (task if (rows.task == task).any() else LIKE.get(task))]
-    if rows.empty: raise Refusal(f"no learning rate for {name} of {model} on {task}: give one (--set lr=...), or let a sweep find it: `mechunlearn run --sweep`, "
-        f"or `mechunlearn sweep --model {model} --task {task} --localizations {name}` before the run")
+    if rows.empty: raise Refusal(f"no learning rate for {name} of {model} on {task}: give one (--set lr=...), or let a sweep find it: "
+        f"`mechunlearn run --sweep`, or `mechunlearn sweep --model {model} --task {task} --localizations {name}` before the run")
     row = min(rows.itertuples(), key=lambda r: _rank(r, name, group, size))
     exact = row.localization == name and row.task == task and (math.isnan(row.forget_size) or row.forget_size == size)
     return Rate(float(row.lr), float(row.inject), row.source if exact else f"{row.localization}, {row.forget_size:g} facts ({row.source})")
@@ -442,14 +472,18 @@ def missing_rates(
     asked = [n for n in localizations if n != "none" and not n.startswith("edited@")]
     return {n: why for n in asked if (why := lacks(n))}
 
+# %% ../nbs/20_finetuning.ipynb #1a40ae24
 def can_train(
     settings:dict, # of a run: quantize, device_map, ...
 ) -> str|None: # none: it can
     "Why a model that is loaded with these settings cannot be edited"
-    if how := settings.get("quantize"): return f"a model in {how} cannot be edited: its weights are no numbers that a step could change. Leave out quantize; maps alone can be drawn with it"
+    if how := settings.get("quantize"):
+        return (f"a model in {how} cannot be edited: its weights are no numbers that a step could change. "
+            "Leave out quantize; maps alone can be drawn with it")
     places = settings.get("device_map")
     if isinstance(places, dict) and {"cpu", "disk"} & set(map(str, places.values())) and len(set(map(str, places.values()))) > 1:
-        return "a model partly offloaded to CPU or disk (device_map) cannot be edited: spread it over GPUs (device_map auto), or put all of it on the CPU (device cpu)"
+        return ("a model partly offloaded to CPU or disk (device_map) cannot be edited: spread it over GPUs (device_map auto), "
+            "or put all of it on the CPU (device cpu)")
 
 # %% ../nbs/20_finetuning.ipynb #200039
 def _guard(step, terms, norm, lr):
@@ -457,6 +491,7 @@ def _guard(step, terms, norm, lr):
     if all(map(math.isfinite, [terms["forget"], terms["retain"], norm])): return
     raise Refusal(f"training diverged at step {step} (forget loss {terms['forget']:.3g}, gradient norm {norm:.3g}): lower the learning rate (lr={lr:g})")
 
+# %% ../nbs/20_finetuning.ipynb #903b4c37
 def _train(lm, values, batches, steps, lr, update, inject, micro_batch, clip, progress, own=None):
     "The loop; one row of the curve a step"
     opt = torch.optim.AdamW(values.values(), lr=lr, weight_decay=0.)
@@ -477,9 +512,12 @@ def ask_parts(
     step:int, # parts trained so far
 ) -> pd.DataFrame: # records, `setting` is the part asked about
     "Completions of every part's facts, and of some retained ones"
-    groups = [(f"part {k + 1}", "forget", sub.forget) for k, sub in enumerate(task.in_parts())] + [("all parts", "retain", some(task.retain_test, 96))]
-    return pd.concat([answer(lm, completions(facts, group), evaluation="sequence", setting=part, step=step) for part, group, facts in groups], ignore_index=True)
+    groups = [(f"part {k + 1}", "forget", sub.forget) for k, sub in enumerate(task.in_parts())]
+    groups += [("all parts", "retain", some(task.retain_test, 96))]
+    ask = lambda part, group, facts: answer(lm, completions(facts, group), evaluation="sequence", setting=part, step=step)
+    return pd.concat([ask(*g) for g in groups], ignore_index=True)
 
+# %% ../nbs/20_finetuning.ipynb #f1b78dbc
 def _sequence(lm, task, where, steps, sizes, seed, between, **how):
     "Part after part; final values, curves, and what was measured after each part"
     if not where.parts: raise Refusal(f"{where.name} was not made for a sequence: localize(lm, task, ...) with this task gives a localization for each part")
@@ -495,6 +533,7 @@ def _sequence(lm, task, where, steps, sizes, seed, between, **how):
     curve = pd.concat(curves, ignore_index=True)
     return final, curve.assign(step=range(len(curve))), pd.concat(records, ignore_index=True)
 
+# %% ../nbs/20_finetuning.ipynb #6b9379a5
 def _inside(s, whole): return any((s.param, s.dim) == (w.param, w.dim) and w.start <= s.start and s.stop <= w.stop for w in whole)
 
 # %% ../nbs/20_finetuning.ipynb #6f1f154c
@@ -544,16 +583,38 @@ def finetune(
     return Edit(where, {slice_key(s): v.detach().cpu() for s, v in values.items()}, curve, config, records)
 
 # %% ../nbs/20_finetuning.ipynb #200043
+@mpl.rc_context(FIGURE_STYLE)
+def plot_training(
+    curves:pd.DataFrame, # localization, step, forget, retain, text: of `run_finetuning`, or of a finished run
+) -> Figure:
+    "Losses of every localization over the steps, mean over seeds and draws"
+    losses = [c for c in ("forget", "retain", "text") if c in curves]
+    fig, axes = figure(8, 2.9, 1, len(losses), squeeze=False)
+    for ax, c in zip(axes[0], losses):
+        for name, g in curves.groupby("localization"):
+            mean, l = g.groupby("step")[c].mean(), look(name)
+            ax.plot(mean.index, mean.clip(lower=1e-4), color=l["color"], ls=l["linestyle"], lw=1.2, label=name)
+        ax.set(title=f"{c} loss", xlabel="step", yscale="log" if c != "text" else "linear")
+        if c != "text": ax.yaxis.set_major_formatter("{x:g}"); ax.yaxis.set_minor_formatter(NullFormatter())
+    handles = dict(zip(*reversed(axes[0, 0].get_legend_handles_labels())))
+    fig.legend([handles[n] for n in ordered(handles)], ordered(handles), loc="outside lower center", ncols=5, frameon=False, fontsize=7.5)
+    return fig
+
+# %% ../nbs/20_finetuning.ipynb #f8184f50
+def say_training(
+    curves:pd.DataFrame, # see `plot_training`
+) -> str:
+    "Whether every edit was completed"
+    last = curves[curves.step == curves.step.max()].groupby("localization").forget.mean()
+    slow = [f"{n} ({last[n]:.2f})" for n in ordered(last.index) if last[n] > .1]
+    return (f"At the last step the forget loss, mean over seeds and draws, is at most {last.max():.3f} nats: the edits were completed." if not slow else
+            f"Not completed (forget loss above 0.1 nats at the last step): {listed(slow)}. They are judged as edits only partly made.")
+
+# %% ../nbs/20_finetuning.ipynb #3cb004e4
 @patch
-def plot(self:Edit,
-    ax=None, # matplotlib axes
-):
-    "The three losses over the steps"
-    ax = ax or plt.subplots(figsize=(6, 3))[1]
-    for term in ("forget", "retain", "text"): ax.plot(self.curve.step, self.curve[term], label=term)
-    ax.set(xlabel="step", ylabel="loss (nats)", yscale="log"); sns.despine(ax=ax)
-    ax.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(.5, 1))
-    return ax
+def plot(self:Edit) -> Figure:
+    "The losses of this edit over the steps"
+    return plot_training(self.curve.assign(localization=self.localization.name))
 
 # %% ../nbs/20_finetuning.ipynb #200053
 def fingerprint(
@@ -570,15 +631,57 @@ def fingerprint(
     return {name: digest(name, w) for name, w in lm.hf.named_parameters()}
 
 # %% ../nbs/20_finetuning.ipynb #13425c08
-def plot_sequence(
-    records:pd.DataFrame, # of a sequence (`Edit.records`), or of several with a column `localization`
-    column:str="top1_edit", # or top1_truth, prob_edit, prob_truth
-): # a seaborn grid
-    "Each part's facts after each part of the training; a band over facts (95 %, bootstrap)"
-    r = records[records.group == "forget"].assign(**{column: records[column].astype(float)})
-    by = dict(col="localization", col_wrap=4) if "localization" in r else {}
-    grid = sns.relplot(r, x="step", y=column, hue="setting", kind="line", marker="o", height=2.6, aspect=1.4, errorbar=("ci", 95), seed=0, **by)
-    return grid.set(xlabel="parts trained", xticks=sorted(r.step.unique()), ylim=(-.03, 1.03))
+def parts_table(
+    metrics:pd.DataFrame, # rows with intervals, from `summarise`
+    answer:str="edit", # or truth
+    measure:str="top1", # or prob
+) -> pd.DataFrame: # localization, part, when ('own training' | 'end'), value, ci_low, ci_high, n; empty unless it was a sequence
+    "Each part's facts right after the part was trained, and when all were"
+    m = metrics[(metrics.evaluation == "sequence") & (metrics.group == "forget") & (metrics.seed == -1)]
+    m = m[(m.answer == answer) & (m.measure == measure)].assign(part=lambda d: d.setting.str.extract(r"(\d+)", expand=False).astype(float))
+    chosen = [m[m.step == m.part].assign(when="own training"), m[m.step == m.step.max()].assign(when="end")]
+    return pd.concat(chosen)[["localization", "part", "when", "value", "ci_low", "ci_high", "n"]].astype({"part": int}).reset_index(drop=True)
+
+# %% ../nbs/20_finetuning.ipynb #5a1705d9
+def parts_text(
+    table:pd.DataFrame, # from `parts_table`
+) -> str: # a line a localization
+    "The same for a terminal: after its own training > at the end"
+    cell = table.assign(text=[cell_text(r.value, r.ci_low, r.ci_high) for r in table.itertuples()])
+    wide = cell.pivot(index=["localization", "part"], columns="when", values="text").reset_index()
+    wide["cell"] = wide["own training"] + " > " + wide["end"]
+    n = table.groupby("part").n.max()
+    out = wide.pivot(index="localization", columns="part", values="cell").rename(columns=lambda k: f"part {k} (n={n[k]})").rename_axis(columns=None)
+    return "Part after part: the edit answer after its own training > at the end\n" + out.reset_index().to_string(index=False)
+
+# %% ../nbs/20_finetuning.ipynb #f3c691e0
+@mpl.rc_context(FIGURE_STYLE)
+def plot_parts(
+    metrics:pd.DataFrame, # rows with intervals of a sequence, from `summarise`
+    answer:str="edit", # or truth
+) -> Figure:
+    "Each part's facts after each part of the training, one panel a localization; 95 % intervals"
+    m = metrics[(metrics.evaluation == "sequence") & (metrics.group == "forget") & (metrics.seed == -1)]
+    m = m[(m.answer == answer) & (m.measure == "top1")]
+    names = ordered(m.localization.unique())
+    fig, axes = figure(1 + 2.2*len(names), 2.6, 1, len(names), sharey=True, squeeze=False)
+    for ax, name in zip(axes[0], names):
+        for part, r in m[m.localization == name].groupby("setting"):
+            ax.plot(r.step.astype(int), r.value, marker="o", ms=3, label=part)
+            ax.fill_between(r.step.astype(int), r.ci_low, r.ci_high, alpha=.12, lw=0)
+        ax.set(title=printed(name), xlabel="parts trained", ylim=(-.03, 1.03))
+    axes[0, 0].set_ylabel(f"{answer} answer given")
+    axes[0, -1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return fig
+
+# %% ../nbs/20_finetuning.ipynb #2a3a33e9
+def say_parts(
+    table:pd.DataFrame, # from `parts_table`
+) -> str:
+    "What later parts did to earlier ones"
+    wide = table[table.part < table.part.max()].pivot(index=["localization", "part"], columns="when", values="value").groupby("localization").mean()
+    lost = (wide["own training"] - wide["end"])
+    return "Of what earlier parts had learned, later parts undid, on average over parts: " + ", ".join(f"{printed(n)} {v:.2f}" for n, v in lost.items()) + "."
 
 # %% ../nbs/20_finetuning.ipynb #38f668a4
 def export(
@@ -602,9 +705,11 @@ def export(
 
 # %% ../nbs/20_finetuning.ipynb #f547f5d0
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-SAME = ("model_type", "hidden_act", "hidden_activation", "rms_norm_eps", "rope_theta", "rope_parameters", "rope_scaling", "final_logit_softcapping",
-    "attn_logit_softcapping", "query_pre_attn_scalar", "sliding_window", "layer_types", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+SAME = ("model_type", "hidden_act", "hidden_activation", "rms_norm_eps", "rope_theta", "rope_parameters", "rope_scaling",
+    "final_logit_softcapping", "attn_logit_softcapping", "query_pre_attn_scalar", "sliding_window", "layer_types",
+    "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
 
+# %% ../nbs/20_finetuning.ipynb #044358e3
 def stored_dtype(
     model:str, # folder or hub id
 ) -> torch.dtype: # float32 where it cannot be told
@@ -616,6 +721,7 @@ def stored_dtype(
         if len(found) == 1: return found.pop()
     return torch.float32
 
+# %% ../nbs/20_finetuning.ipynb #fdef682a
 def finer(
     a:torch.dtype, # two floating point types
     b:torch.dtype,
@@ -641,12 +747,14 @@ def differences(
     odd += [f"{n} is {_size(tuple(w.shape))}, in {lm.name} {_size(None)}" for n, w in other.hf.named_parameters() if n not in shapes and not _tied(lm, other, n)]
     return out + odd[:4] + ([f"{len(odd) - 4} more weights differ in shape"] if len(odd) > 4 else [])
 
+# %% ../nbs/20_finetuning.ipynb #d0b3887b
 def _shape(lm, name):
     "Of a weight, if there is one of that name"
     with suppress(AttributeError): return tuple(lm.weight(name).shape)
 
 def _size(shape): return " x ".join(map(str, shape)) if shape else "absent"
 
+# %% ../nbs/20_finetuning.ipynb #107995e3
 def _tied(lm, other, name):
     "Whether a matrix that the base shares with its embeddings is equal to them in the other as well"
     with suppress(AttributeError):
@@ -683,8 +791,10 @@ def edit_of(
     if fine != dtype: about |= dict(survives=survives, dtype=_called(dtype))
     return Edit(where, {slice_key(s): v for s, v in values.items()}, pd.DataFrame(columns=["step", "forget", "retain"]), about)
 
+# %% ../nbs/20_finetuning.ipynb #b358f170
 def _called(dtype): return str(dtype).removeprefix("torch.")
 
+# %% ../nbs/20_finetuning.ipynb #51ce092f
 def _count(changed, old, new, dtype):
     "Add up how much of a change is left in a coarser dtype"
     a, b = old.to(dtype), new.to(dtype)
@@ -692,11 +802,3 @@ def _count(changed, old, new, dtype):
     changed["kept"] += int(((a != b) & (old != new)).sum())
     changed["change"] += float((new.double() - old.double()).square().sum())
     changed["kept_change"] += float((b.double() - a.double()).square().sum())
-
-# %% ../nbs/20_finetuning.ipynb #200069
-def plot_curves(
-    curves:pd.DataFrame, # of `run_finetuning`
-):
-    "The losses of several edits side by side; a band over seeds"
-    long = curves.drop(columns="loss").melt(["localization", "seed", "step"], ["forget", "retain", "text"], "term", "loss")
-    return sns.relplot(long, x="step", y="loss", hue="localization", col="term", kind="line", height=2.6, aspect=1.2, facet_kws=dict(sharey=False))

@@ -4,20 +4,23 @@
 
 # %% auto #0
 __all__ = ['N_TEXT', 'LRS', 'LARGE_LRS', 'INJECTS', 'SWEPT', 'dev_task', 'training_metrics', 'score', 'sweep', 'best_rates',
-           'plot_sweep']
+           'plot_sweep', 'say_sweep']
 
 # %% ../nbs/27_learning_rates.ipynb #270002
 import math
 from functools import partial
 from itertools import product
 from typing import Sequence
-import pandas as pd, seaborn as sns
+import matplotlib as mpl, pandas as pd, seaborn as sns
+from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 from .facts import Task
+from .figures import FIGURE_STYLE, figure, listed, ordered
 from .finetuning import finetune
 from .localization import Localization
 from .models import LM
 from .questions import answer, completions, text_loss
+from .stats import family
 from .store import Refusal
 
 # %% ../nbs/27_learning_rates.ipynb #200057
@@ -32,6 +35,7 @@ def dev_task(
     return task.model_copy(update=dict(forget=task.dev_forget, retain_test=task.dev_retain, dev_forget=(), dev_retain=(),
         text_train=task.text_train[n:], text_test=task.text_train[:n]))
 
+# %% ../nbs/27_learning_rates.ipynb #d2e99747
 def training_metrics(
     lm:LM, # as it is now
     task:Task, # from `dev_task`
@@ -42,6 +46,7 @@ def training_metrics(
     return dict(forget=forget.prob_truth.mean(), edit=forget.prob_edit.mean(), retain=retain.prob_truth.mean(),
         text=text_loss(lm, task.text_test).loss.mean() if task.text_test else 0.)
 
+# %% ../nbs/27_learning_rates.ipynb #974e8f2d
 def score(
     metrics:dict, # of the edited model
     base:dict, # of the unedited model
@@ -56,10 +61,11 @@ LARGE_LRS = (2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4) # published, for 7 to 9 B param
 INJECTS = (.1, .2, .5, 1., 2., 5.) # published weights of the forget loss
 SWEPT = ("flu", "causal-tracing", "nonlocalized") # published: the others take the rates of one of these
 
+# %% ../nbs/27_learning_rates.ipynb #4dd4b137
 def _trial(lm, task, base, where, lr, inject, seed, training):
     "One edit of a sweep; a diverged one has no score"
-    about = dict(model=lm.name, task=task.name, forget_size=task.options.get("forget_size", len(task.forget)), localization=where.name.split("#")[0], draw=where.draw, seed=seed,
-        lr=lr, inject=inject)
+    about = dict(model=lm.name, task=task.name, forget_size=task.options.get("forget_size", len(task.forget)),
+        localization=family(where.name), draw=where.draw, seed=seed, lr=lr, inject=inject)
     try: edit = finetune(lm, task, where, lr=lr, inject=inject, seed=seed, progress=False, **training)
     except Refusal as e:
         if "diverged" not in str(e): raise
@@ -84,7 +90,7 @@ def sweep(
     first = [_trial(lm, task, base, w, lr, 1., s, training) for w, lr, s in bar(list(product(localizations, lrs, seeds)), "learning rates")]
     best = best_rates(pd.DataFrame(first)).set_index("localization").lr if injects else {}
     trials = list(product(localizations, [i for i in injects if i != 1], seeds))
-    second = [_trial(lm, task, base, w, best[w.name.split("#")[0]], i, s, training) for w, i, s in bar(trials, "weights")] if trials else []
+    second = [_trial(lm, task, base, w, best[family(w.name)], i, s, training) for w, i, s in bar(trials, "weights")] if trials else []
     return pd.DataFrame(first + second)
 
 # %% ../nbs/27_learning_rates.ipynb #200060
@@ -100,15 +106,38 @@ def best_rates(
     return best.merge(edges, on=keys).assign(source=source, at_edge=lambda d: (d.lr == d["min"]) | (d.lr == d["max"])).drop(columns=["min", "max"])
 
 # %% ../nbs/27_learning_rates.ipynb #1f53dabd
-def plot_sweep(
-    table:pd.DataFrame, # of `sweep`
-    ax=None, # matplotlib axes
-):
-    "Mean score by learning rate and localization, and by weight of the forget loss at the best rate; 3 is perfect"
-    wide = table[table.inject == 1].pivot_table(index="localization", columns="lr", values="score", sort=False)
-    wide = wide.sort_index(axis=1).rename(columns="{:.2g}".format)
+def _grid(table):
+    "Localizations by rates, then by weights"
+    wide = table[table.inject == 1].pivot_table(index="localization", columns="lr", values="score").reindex(ordered(table.localization))
+    wide = wide.rename(columns="{:.2g}".format)
     more = table[table.groupby("localization").inject.transform("nunique").gt(1) & (table.inject != 1)]
-    if len(more): wide = wide.join(more.pivot_table(index="localization", columns="inject", values="score").rename(columns="x {:g}".format))
-    ax = sns.heatmap(wide, annot=True, fmt=".2f", vmin=1, vmax=3, cmap="viridis", cbar=False, ax=ax)
-    ax.set(xlabel="learning rate", ylabel="", title="(1 - forget) + edit + retain - text loss increase")
-    return ax
+    if more.empty: return wide
+    return wide.join(more.pivot_table(index="localization", columns="inject", values="score").rename(columns="x {:g}".format))
+
+# %% ../nbs/27_learning_rates.ipynb #709be872
+@mpl.rc_context(FIGURE_STYLE)
+def plot_sweep(
+    table:pd.DataFrame, # of `sweep`, of one task or several
+) -> Figure:
+    "Mean score by learning rate and localization, and by weight of the forget loss at the best rate; 3 is perfect"
+    grids = {f"{task}, {n} facts edited": _grid(t) for (task, n), t in table.groupby(["task", "forget_size"], sort=False)}
+    wide = sum(g.shape[1] for g in grids.values())
+    fig, axes = figure(1.6*len(grids) + .55*wide, .8 + .26*max(map(len, grids.values())), 1, len(grids), squeeze=False)
+    for ax, (title, g) in zip(axes[0], grids.items()):
+        sns.heatmap(g, annot=True, fmt=".2f", vmin=1, vmax=3, cmap="viridis", cbar=False, ax=ax, annot_kws={"size": 8})
+        ax.set(xlabel="learning rate", ylabel="", title=title)
+        ax.tick_params(length=0, rotation=0)
+    return fig
+
+# %% ../nbs/27_learning_rates.ipynb #53f43c09
+def say_sweep(
+    table:pd.DataFrame, # of `sweep`, of one task
+) -> str:
+    "The best rates, and how much a neighbouring one loses"
+    best = best_rates(table).set_index("localization")
+    mean = table[table.inject == 1].groupby(["localization", "lr"]).score.mean()
+    rate = [f"{n} {best.lr[n]:g} (score {best.score[n]:.2f})" for n in ordered(best.index)]
+    near = [best.score[n] - mean[n][[r for r in mean[n].index if .4 < r/best.lr[n] < 2.5]].min() for n in best.index]
+    edge = [n for n in ordered(best.index) if best.at_edge[n]]
+    text = f"The best rates are {listed(rate)}. Half or twice the best rate loses {min(near):.2f} to {max(near):.2f} of the score."
+    return text + (f" At the edge of the grid, so that a better rate may lie outside: {listed(edge)}." if edge else "")

@@ -78,7 +78,9 @@ LACKS = {"no multiple choice": lambda d: d[d.format != "mcq"], "no edited facts"
     "multiple choice alone": lambda d: d[d.format == "mcq"], "equal values": lambda d: d.assign(prob_truth=1., prob_edit=1., loss=d.loss.where(d.loss.isna(), 2.))}
 
 @pytest.mark.parametrize("lack", LACKS)
-def test_a_report_of_what_there_is(small, tmp_path, lack):
+def test_a_report_of_what_there_is(small, tmp_path, lack, monkeypatch):
+    page, seen = r.page, []
+    monkeypatch.setattr(r, "page", lambda found: seen.append(found) or page(found))
     run = shutil.copytree(small, tmp_path/"run")
     shutil.rmtree(run/"scores")
     for file in run.glob("*/seed*/*.parquet"):
@@ -87,7 +89,7 @@ def test_a_report_of_what_there_is(small, tmp_path, lack):
         if len(rows): store.save_table(file, rows, {"lack": lack})
         else: file.unlink(); store.sidecar(file).unlink()
     assert main(["report", str(run)]) == 0
-    found = r.find(run)
+    (found,) = seen
     r.results_text(r.results_table(found.metrics, "prob"), found.gone); r.scorecard_text(found.card, gone=found.gone); r.say_scorecard(found.card, found.broken)
 
 
