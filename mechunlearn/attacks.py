@@ -145,6 +145,7 @@ def _in_words(t):
 # %% ../nbs/33_more_attacks.ipynb #6964fba6
 class AttackTable(pd.DataFrame):
     "A data frame that shows itself with intervals; parts of it are plain ones"
+    def __init__(self, *args, **kwargs): super().__init__(*args, **kwargs) # the pages cannot show the signature of pandas
     @property
     def _constructor(self): return pd.DataFrame
     def __repr__(self): return _in_words(self).to_string()
