@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import DynamicCache
 from . import models, store
 from .facts import Task
@@ -280,6 +280,8 @@ def lookup_mlps(
     return np.flatnonzero(high).tolist()
 
 # %% ../nbs/12_path_patching.ipynb #1fb0ebd9
+_BLUE = {"color": "#0072B2", "ha": "center", "fontsize": 8, "weight": "bold"}
+
 @mpl.rc_context(FIGURE_STYLE)
 def plot_paths(
     direct:pd.DataFrame, # table of `direct_effect`
@@ -293,6 +295,7 @@ def plot_paths(
         ax.bar(t.layer, t.score, yerr=[t.score - t.ci_low, t.ci_high - t.score], color=colour, error_kw={"lw": .8}, capsize=2)
         ax.axhline(.02, color="#8C8C8C", lw=.8, ls=":")
         for l in probe: ax.axvspan(l - .5, l + .5, color="#0072B2", alpha=.12, lw=0)
+        if len(probe) and ax is axes[0]: ax.text(np.mean(probe), .9, "FLU by probes", transform=ax.get_xaxis_transform(), **_BLUE)
         ax.set(title=f"What MLPs say {where} (n = {t.n.iloc[0]})", xlabel="layer", ylabel="share of the answer")
     return fig
 

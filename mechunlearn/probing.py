@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from . import models, stats, store
 from .facts import Task
 from .figures import FIGURE_STYLE, figure, margin_labels, say

@@ -3,14 +3,15 @@ import json, random, sys
 from importlib.util import find_spec
 
 import datasets, numpy as np, pandas as pd, pytest, torch, yaml
-from mechunlearn.capability import (RULES, accuracies, before_after, benchmarks, capability, destroyed, noise, one_order, plot_capability, run_capability,
+from mechunlearn.capability import (RULES, accuracies, paired_changes, benchmarks, capability, destroyed, noise, one_order, plot_capability, run_capability,
     texts_for, write_benchmark)
 from mechunlearn.evaluation import evaluate
+from mechunlearn.jobs import labelled
 from mechunlearn.questions import RECORD, answer, as_records, multiple_choice
 from mechunlearn.facts import LETTERS, sports_athlete_editing
 from mechunlearn.finetuning import finetune, fingerprint
 from mechunlearn.models import load
-from mechunlearn.stats import mcnemar, wilson
+from mechunlearn.stats import mcnemar, wilson, summarise
 from mechunlearn.store import Refusal, Run
 
 harness = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install mechunlearn[capability]")
@@ -281,23 +282,23 @@ def table(values, group="retain", format="completion", column="top1_truth", eval
 
 def test_differences_are_paired():
     a, b = [1] * 8 + [0] * 2, [0] * 7 + [1] * 2 + [0]
-    t = before_after(table(a), table(b)).iloc[0]
+    t = paired_changes(table(a), table(b)).iloc[0]
     assert (t.before, t.after, t.n, t.test) == (.8, .2, 10, "McNemar") and t.difference == pytest.approx(-.6)
     assert t.p == mcnemar(a, b) and t.ci_low <= -.6 <= t.ci_high < 0
     losses = np.linspace(1, 5, 30)
-    t = before_after(table(losses, "text", "text", "loss"), table(losses + .1, "text", "text", "loss").sample(frac=1, random_state=0)).iloc[0]
+    t = paired_changes(table(losses, "text", "text", "loss"), table(losses + .1, "text", "text", "loss").sample(frac=1, random_state=0)).iloc[0]
     assert [t.difference, t.ci_low, t.ci_high] == pytest.approx([.1] * 3) and t.p < .01 and t.test == "sign flips"
 
 
 def test_only_what_both_were_asked_is_compared():
-    t = before_after(table([1, 1, 0, 1]), table([0, 0], first=2)).iloc[0]
+    t = paired_changes(table([1, 1, 0, 1]), table([0, 0], first=2)).iloc[0]
     assert (t.before, t.after, t.n) == (.5, 0, 2)
-    assert "no question in common" in refusal(before_after, table([1]), table([1], first=5))
+    assert "no question in common" in refusal(paired_changes, table([1]), table([1], first=5))
 
 
 def test_a_panel_for_each_measure(lm, task):
     r = capability(lm, task)
-    fig = plot_capability(pd.concat([r.assign(model="a"), r.assign(model="b")]))
+    fig = plot_capability(summarise(pd.concat([labelled(r, "a"), labelled(r, "b")])))
     assert [ax.get_xlabel() for ax in fig.axes] == ["right (top-1)", "probability on the letters", "text loss, nats a token"]
 
 

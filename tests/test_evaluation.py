@@ -1,8 +1,10 @@
 import numpy as np, pandas as pd, pytest, torch
 from mechunlearn import evaluation as E
-from mechunlearn.evaluation import FORMATS, evaluate, interval, questionnaire, run_evaluation, summarise
+from mechunlearn.evaluation import FORMATS, evaluate, questionnaire, run_evaluation
+from mechunlearn.jobs import labelled
 from mechunlearn.questions import RECORD, answer, as_records, completions, multiple_choice, paraphrases, some, text_loss
 from mechunlearn.facts import LETTERS, Fact, sports_athlete_editing
+from mechunlearn.stats import mean_interval, summarise
 from mechunlearn.store import Run, load_table
 
 FEW = {g: 2 for g in FORMATS if g != "text"}
@@ -115,34 +117,40 @@ def test_evaluate_asks_every_group_and_the_texts(small):
 
 # ---- summaries
 
-def made(**columns):
-    return as_records(pd.DataFrame(columns).to_dict("records"), evaluation="standard", group="forget", format="mcq")
+def rows(**columns):
+    "Pooled rows with intervals of some records."
+    records = as_records(pd.DataFrame(columns).to_dict("records"), evaluation="standard", group="forget", format="mcq")
+    return summarise(labelled(records)).query("seed == -1")
 
 
 def test_a_fact_counts_once_however_often_it_is_asked():
-    records = made(fact=["a", "a", "a", "a", "b"], top1_truth=[True, False, False, False, True])
-    row, = summarise(records).to_dict("records")
+    row, = rows(fact=["a", "a", "a", "a", "b"], top1_truth=[True, False, False, False, True]).to_dict("records")
     assert row["n"] == 2 and row["value"] == pytest.approx((.25 + 1) / 2) and row["measure"] == "top1" and row["answer"] == "truth"
 
 
 def test_summary_tells_steps_layers_and_missing_apart():
-    records = made(fact=["a", "b"] * 3, prob_truth=[0., 1, 1, 1, .5, .5], step=[0, 0, 5, 5, None, None])
-    got = summarise(records)
+    got = rows(fact=["a", "b"] * 3, prob_truth=[0., 1, 1, 1, .5, .5], step=[0, 0, 5, 5, None, None])
     assert got.value.tolist() == [.5, 1, .5] and got.step.isna().tolist() == [False, False, True]
-    assert summarise(records, by=["format"]).value.tolist() == [pytest.approx(2 / 3)]
 
 
 def test_what_no_row_has_is_not_a_metric():
-    got = summarise(made(fact=["a", "b"], prob_truth=[.2, .4], compliance=[.9, None]))
+    got = rows(fact=["a", "b"], prob_truth=[.2, .4], compliance=[.9, None])
     assert list(zip(got.measure, got.n)) == [("prob", 2), ("compliance", 1)] and got.answer.isna().tolist() == [False, True]
 
 
 @pytest.mark.parametrize("measure", ["top1", "prob", "loss"])
 @pytest.mark.parametrize("values", [[0.] * 5, [1.] * 5, [0., .25, 1.], [.5]])
 def test_intervals_hold_their_value(values, measure):
-    r = interval(pd.Series(values), measure)
+    n = len(values)
+    value, facts, low, high = mean_interval(values, [0] * n, range(n), measure == "top1", measure != "loss")
     none = measure == "loss" and len(set(values)) == 1                 # nothing to resample
-    assert r["n"] == len(values) and (np.isnan(r["ci_low"]) if none else r["ci_low"] <= r["value"] <= r["ci_high"])
+    assert facts == n and (np.isnan(low) if none else low <= value <= high)
+
+
+def test_labels_say_of_which_edit_records_are():
+    records = as_records([dict(fact="a", top1_truth=True)])
+    assert labelled(records, "random-mlps#2", 3)[["localization", "draw", "seed"]].values.tolist() == [["random-mlps", 2, 3]]
+    assert labelled(records)[["localization", "draw", "seed"]].values.tolist() == [["none", 0, 0]]
 
 
 # ---- the stage

@@ -4,10 +4,11 @@ from collections import Counter
 import pandas as pd, pytest, torch
 from mechunlearn import evaluation as E
 from mechunlearn.attacks import run_more_attacks
-from mechunlearn.evaluation import answer_letters, continuations, first_named, generate_answers, hard_choice, harden, hardened_metrics, letter_logprobs, letter_priors, questionnaire, shown_shots, speak
+from mechunlearn.evaluation import answer_letters, continuations, first_named, generate_answers, hard_choice, harden, letter_logprobs, letter_priors, questionnaire, shown_shots, speak, with_majority
 from mechunlearn.questions import as_records, RECORD, answer, completions, multiple_choice, paraphrases
 from mechunlearn.facts import LETTERS, Fact, every_order, mcq_prompts, sports_athlete_editing
 from mechunlearn.finetuning import fingerprint
+from mechunlearn.jobs import labelled
 from mechunlearn.models import load
 from mechunlearn.store import Run, load_table
 from mechunlearn.tasks import make_task
@@ -121,7 +122,7 @@ def test_a_letter_bias_decides_until_it_is_calibrated_away(organism, task):
     assert (raw.top1_truth.to_numpy() == [q.truth == " C" for q in questions]).all()
     assert calibrated.top1_truth.mean() > .9 and calibrated.prob_truth.mean() > .8
     assert raw.compliance.tolist() == calibrated.compliance.tolist()
-    metrics = hardened_metrics(records).set_index(["setting", "answer", "measure"]).value
+    metrics = with_majority(labelled(records)).query("seed == -1").set_index(["setting", "answer", "measure"]).value
     assert metrics["3-shot", "truth", "top1"] == .25 and metrics["3-shot", "truth", "majority"] == 0 and metrics["3-shot/calibrated", "truth", "majority"] > .8
 
 
@@ -143,7 +144,7 @@ def test_hardened_records(tiny, task):
     assert set(records.setting) == {"0-shot", "0-shot/calibrated", "2-shot", "2-shot/calibrated"} and set(records.group) == {"forget", "retain", "ghost"}
     assert len(records) == 4 * 3 * (24 + 2 * 4) and not records.duplicated(["fact", "group", "setting", "variant"]).any()
     assert records.query("group == 'ghost'").top1_edit.isna().all() and records.compliance.between(0, 1).all()
-    metrics = hardened_metrics(records)
+    metrics = with_majority(labelled(records))
     assert (metrics.n == 3).all() and {"top1", "prob", "compliance", "majority"} == set(metrics.measure)
     assert (metrics.ci_low <= metrics.value).all() and (metrics.value <= metrics.ci_high).all()
     assert set(metrics[metrics.answer == "edit"].group) == {"forget"}
@@ -152,7 +153,7 @@ def test_hardened_records(tiny, task):
 def test_majority_needs_more_than_half_of_the_orders():
     rows = [dict(fact=f, setting="0-shot", top1_truth=i < hits, top1_edit=None) for f, hits, n in (("a", 2, 4), ("b", 3, 4), ("c", 13, 24), ("d", 12, 24)) for i in range(n)]
     records = as_records(rows, evaluation="hardened", group="forget")
-    got = hardened_metrics(records).set_index("measure")
+    got = with_majority(labelled(records)).query("seed == -1").set_index("measure")
     assert got.value["majority"] == .5 and got.n["majority"] == 4
     assert got.value["top1"] == pytest.approx((.5 + .75 + 13 / 24 + .5) / 4)
 
@@ -160,7 +161,7 @@ def test_majority_needs_more_than_half_of_the_orders():
 def test_a_task_that_cannot_be_asked_in_this_way_has_no_records(tiny, task):
     bare = task.model_copy(update=dict(shots=()))
     with pytest.warns(UserWarning, match="0 solved examples"): records = harden(tiny(), bare, max_facts=2)
-    assert list(records) == list(RECORD) and not len(records) and not len(hardened_metrics(records))
+    assert list(records) == list(RECORD) and not len(records)
 
 
 # ---- words in a text

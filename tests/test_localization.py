@@ -167,9 +167,9 @@ def test_fixed_ones(lm):
     ev = evidence(lm)
     made = {n: localize(lm, task(), n, evidence=ev) for n in ("late", "all-mlps", "nonlocalized")}
     assert not any(l.matched for l in made.values()) and all(l.budget is None for l in made.values())
-    trained = {s.param for s in made["nonlocalized"].slices}
-    assert trained == {n for n, p in lm.hf.named_parameters() if n.endswith("_proj.weight")}
-    assert made["nonlocalized"].n_params == sum(lm.weight(n).numel() for n in trained)
+    every = {s.param for s in made["nonlocalized"].slices}
+    assert every == {n for n, p in lm.hf.named_parameters() if n.endswith("_proj.weight")}
+    assert made["nonlocalized"].n_params == sum(lm.weight(n).numel() for n in every)
     assert overlap(made["late"], made["nonlocalized"]) == overlap(made["all-mlps"], made["nonlocalized"]) == 1
     layers = trained(made).set_index("localization")
     assert layers.loc["nonlocalized", "layer"].tolist() == [0, 1, 2] and layers.loc["late", "layer"] == 2
