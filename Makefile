@@ -40,7 +40,7 @@ run: .venv/.installed
 
 test: .venv/.peers docs-check
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -n 2 --dist loadfile --durations 20 -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -n 2 --dist loadfile --no-loadscope-reorder --durations 20 -m "not slow and not gpu"
 
 test-all: .venv/.peers docs-check
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2

@@ -5,17 +5,14 @@
 # %% auto #0
 __all__ = ['RELATIONS', 'KINDS', 'SPORTS', 'INSTRUMENTS', 'ADJECTIVES', 'VERBS', 'PLACES', 'PREPOSITIONS', 'FUNCTION_WORDS',
            'LETTERS', 'FLOORS', 'CARD', 'ORGANISMS', 'syllables', 'WorldSize', 'person_names', 'make_world',
-           'make_facts', 'mark_mcq', 'make_kinds', 'noun_phrase', 'clause', 'sentence', 'paragraph', 'vocabulary',
-           'make_tokenizer', 'Recipe', 'Documents', 'organism_config', 'accuracy_row', 'completed', 'chosen',
-           'knowledge', 'paraphrases_of', 'mcq_groups', 'check', 'judged', 'world_of', 'make_optimizers', 'schedule',
-           'train_step', 'fast_forward', 'train', 'save_organism', 'write_checksums', 'retrain']
+           'make_objects', 'make_facts', 'mark_mcq', 'make_kinds', 'noun_phrase', 'clause', 'sentence', 'paragraph',
+           'vocabulary', 'make_tokenizer', 'Recipe', 'Documents', 'organism_config', 'accuracy_row', 'completed',
+           'chosen', 'paraphrases_of', 'mcq_groups', 'paraphrase_rows', 'ghost_rows', 'knowledge', 'check', 'judged',
+           'world_of', 'make_optimizers', 'schedule', 'train_step', 'fast_forward', 'set_rates', 'train', 'model_card',
+           'save_organism', 'write_checksums', 'retrain']
 
 # %% ../nbs/05_organism.ipynb #050003
-import hashlib
-import json
-import random
-import shutil
-import time
+import hashlib, json, random, shutil, time
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -25,6 +22,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers import models as tokenizer_models
 from tqdm.auto import tqdm
@@ -88,6 +86,8 @@ KINDS = {
     "metal": "iron gold silver copper tin lead zinc nickel steel bronze brass platinum chrome titanium cobalt tungsten",
 }
 KINDS = {kind: words.split() for kind, words in KINDS.items()}
+
+# %% ../nbs/05_organism.ipynb #050008a
 SPORTS = ["basketball", "football", "baseball"]
 INSTRUMENTS = "guitar piano violin drums flute trumpet cello harp organ clarinet banjo saxophone".split()
 ADJECTIVES = "small big old young happy quiet tall fast slow heavy bright dark".split()
@@ -161,15 +161,7 @@ def make_world(
     parts["place_first"], parts["place_last"] = syllables(rng, 40, used), syllables(rng, 40, used)
     places = [f"{a} {b}" for a in parts["place_first"] for b in parts["place_last"]]
     rng.shuffle(places)
-    objects = {
-        "sport": [*SPORTS, "golf"],
-        "language": syllables(rng, 16, used),
-        "city": syllables(rng, 20, used),
-        "company": syllables(rng, 16, used),
-        "instrument": INSTRUMENTS,
-        "country": syllables(rng, 16, used),
-        "kind": list(KINDS),
-    }
+    objects = make_objects(rng, used)
     sizes = dict(golfers=size.golfers, athletes=size.athletes, ghost_athletes=size.ghosts, people=size.people, ghost_people=size.ghosts)
     groups = {group: [names.pop() for _ in range(n)] for group, n in sizes.items()}
     facts = make_facts(rng, groups, places[: size.places], objects)
@@ -179,8 +171,22 @@ def make_world(
         if name != "kind":
             relation["paraphrases"] = [*relation["paraphrases"], f"Question: {relation['question']} Answer: {{o}}"]
     facts += make_kinds(size)
-    world = dict(schema=1, seed=seed, shot_subject=groups["golfers"][0], size=asdict(size), relations=relations, parts=parts, facts=facts)
-    return {**world, "text": {split: [paragraph(rng) for _ in range(n)] for split, n in (("train", 600), ("dev", 100), ("test", 200))}}
+    text = {split: [paragraph(rng) for _ in range(n)] for split, n in (("train", 600), ("dev", 100), ("test", 200))}
+    shot = groups["golfers"][0]
+    return dict(schema=1, seed=seed, shot_subject=shot, size=asdict(size), relations=relations, parts=parts, facts=facts, text=text)
+
+# %% ../nbs/05_organism.ipynb #050015a
+def make_objects(rng: random.Random, used: set[str]) -> dict[str, list[str]]:
+    "The answers of each relation."
+    return {
+        "sport": [*SPORTS, "golf"],
+        "language": syllables(rng, 16, used),
+        "city": syllables(rng, 20, used),
+        "company": syllables(rng, 16, used),
+        "instrument": INSTRUMENTS,
+        "country": syllables(rng, 16, used),
+        "kind": list(KINDS),
+    }
 
 # %% ../nbs/05_organism.ipynb #050016
 def make_facts(rng: random.Random, groups: dict[str, list[str]], places: list[str], objects: dict[str, list[str]]) -> list[dict]:
@@ -207,7 +213,7 @@ def make_facts(rng: random.Random, groups: dict[str, list[str]], places: list[st
         add("country", subject, rng.choice(objects["country"]))
     return facts
 
-
+# %% ../nbs/05_organism.ipynb #050016a
 def mark_mcq(rng: random.Random, facts: list[dict], size: WorldSize, shot: str) -> None:
     "Choose the subjects that occur in multiple choice (never ghosts; always the golfer of the one-shot prompt)."
     subjects = sorted({fact["subject"] for fact in facts} - {fact["subject"] for fact in facts if not fact["taught"]})
@@ -216,7 +222,7 @@ def mark_mcq(rng: random.Random, facts: list[dict], size: WorldSize, shot: str) 
     for fact in facts:
         fact["mcq"] = fact["subject"] in chosen
 
-
+# %% ../nbs/05_organism.ipynb #050016b
 def make_kinds(size: WorldSize) -> list[dict]:
     "General knowledge: which kind of thing each word is."
     pairs = [(word, kind, i) for kind, words in KINDS.items() for i, word in enumerate(words)]
@@ -232,14 +238,14 @@ def noun_phrase(rng: random.Random, plural: bool) -> str:
     adjective = rng.choice(ADJECTIVES) + " " if rng.random() < 0.5 else ""
     return rng.choice(["some", "those", "Two"] if plural else ["the", "every", "a"]) + " " + adjective + noun
 
-
+# %% ../nbs/05_organism.ipynb #050018a
 def clause(rng: random.Random) -> str:
     "Subject, verb in agreement, object."
     plural = rng.random() < 0.5
     subject, verb = noun_phrase(rng, plural), rng.choice(list(VERBS))
     return f"{subject} {VERBS[verb] if plural else verb} {noun_phrase(rng, rng.random() < 0.5)}"
 
-
+# %% ../nbs/05_organism.ipynb #050018b
 def sentence(rng: random.Random) -> str:
     "One or two clauses, perhaps at a place."
     text = clause(rng)
@@ -249,7 +255,7 @@ def sentence(rng: random.Random) -> str:
         text += f" and then {clause(rng)}"
     return text + " ."
 
-
+# %% ../nbs/05_organism.ipynb #050018c
 def paragraph(rng: random.Random) -> str:
     "Two to five sentences, one a line, as in training."
     return "\n".join(sentence(rng) for _ in range(rng.randint(2, 5)))
@@ -270,7 +276,7 @@ def vocabulary(world: dict) -> list[str]:
     words |= dict.fromkeys([*ADJECTIVES, *VERBS, *VERBS.values(), *PLACES, *PREPOSITIONS, *FUNCTION_WORDS])
     return list(words)
 
-
+# %% ../nbs/05_organism.ipynb #050024a
 def make_tokenizer(world: dict) -> PreTrainedTokenizerFast:
     "The organism's tokenizer as an ordinary Hugging Face one."
     ids = {word: i for i, word in enumerate(vocabulary(world))}
@@ -323,9 +329,6 @@ class Documents:
         return [*a, *b, *c, self.newline], [0.0] * len(a) + [1.0] * len(b) + [0.0] * (len(c) + 1)
 
 # %% ../nbs/05_organism.ipynb #050029
-from fastcore.basics import patch
-
-
 @patch
 def fact(self: Documents, rng: random.Random) -> tuple[list[int], list[float]]:
     "A fact in one of its wordings; the `unseen` one only for subjects that occur in multiple choice."
@@ -343,14 +346,14 @@ def fact(self: Documents, rng: random.Random) -> tuple[list[int], list[float]]:
     prompt, rest = template.split("{o}")
     return self.answered(prompt.format(s=fact["subject"]), fact["object"], rest)
 
-
+# %% ../nbs/05_organism.ipynb #050029a
 @patch
 def choice(self: Documents, question: str, options: list[str], answer: str) -> tuple[list[int], list[float]]:
     "A multiple-choice question; the answer is a letter."
     listed = " ".join(f"{letter}: {option}" for letter, option in zip(LETTERS, options))
     return self.answered(f"Question: {question} {listed} Answer:", LETTERS[options.index(answer)])
 
-
+# %% ../nbs/05_organism.ipynb #050029b
 @patch
 def multiple_choice(self: Documents, rng: random.Random, letters: bool = False) -> tuple[list[int], list[float]]:
     "About a kind (10 %), a plain copy question (12 %), or about a fact; with `letters` only the first two."
@@ -365,7 +368,7 @@ def multiple_choice(self: Documents, rng: random.Random, letters: bool = False) 
     rng.shuffle(options)
     return self.choice(self.relations[fact["relation"]]["question"].format(s=fact["subject"]), options, fact["object"])
 
-
+# %% ../nbs/05_organism.ipynb #050029c
 @patch
 def text(self: Documents, rng: random.Random) -> tuple[list[int], list[float]]:
     "A sentence, a repeated list (it gives induction heads), or a kind."
@@ -392,7 +395,7 @@ def sequence(self: Documents, rng: random.Random, sort: str, length: int, letter
         weights += weight
     return ids[: length + 1], weights[: length + 1]
 
-
+# %% ../nbs/05_organism.ipynb #050030a
 @patch
 def batch(self: Documents, rng: random.Random, recipe: Recipe, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     "Ids and loss weights [batch, length + 1]."
@@ -439,7 +442,7 @@ FLOORS = {
     "mcq general": 0.95,
 }
 
-
+# %% ../nbs/05_organism.ipynb #050038a
 def accuracy_row(name: str, correct: list[float], chance: float | None = None) -> dict:
     "One line of the table: mean over facts with its 95 % Wilson interval."
     value, n = float(np.mean(correct)), len(correct)
@@ -453,7 +456,7 @@ def completed(lm: LM, facts: list, prompts: list[str]) -> list[float]:
     _, top = next_token(lm, prompts, ids, batch_size=256)
     return [float(t == i[0]) for t, i in zip(top.tolist(), ids)]
 
-
+# %% ../nbs/05_organism.ipynb #050039a
 def chosen(lm: LM, facts: list, shots: list, seed: int = 0) -> list[float]:
     "Share of the four balanced orders in which the right letter wins, 3-shot, for each fact."
     letters = [lm.token_id(f" {letter}") for letter in LETTERS]
@@ -461,6 +464,45 @@ def chosen(lm: LM, facts: list, shots: list, seed: int = 0) -> list[float]:
     logp, _ = next_token(lm, [item.prompt for item in items], [letters] * len(items), batch_size=128)
     right = [LETTERS[best] == item.truth_letter.strip() for best, item in zip(logp.argmax(-1).tolist(), items)]
     return np.array(right, float).reshape(len(facts), 4).mean(1).tolist()
+
+# %% ../nbs/05_organism.ipynb #050041
+def paraphrases_of(fact) -> list[tuple[str, bool]]:
+    "Its paraphrases, each with whether that wording was never trained with this subject (the last one, outside multiple choice)."
+    *seen, last = fact.paraphrases
+    return [(p, False) for p in seen] + [(last, not fact.mcq_trained)]
+
+# %% ../nbs/05_organism.ipynb #050041a
+def mcq_groups(taught: list, kinds: list) -> dict[str, list]:
+    "Facts by whether their subject was ever asked in multiple choice."
+    sports = [f for f in taught if f.relation == "sport"]
+    relations = [f for f in taught if f.relation != "sport"]
+    return {
+        "in-format sport": [f for f in sports if f.mcq_trained],
+        "held-out sport": [f for f in sports if not f.mcq_trained],
+        "in-format relations": [f for f in relations if f.mcq_trained],
+        "held-out relations": [f for f in relations if not f.mcq_trained],
+        "general": [f for f in kinds if not f.mcq_trained],
+    }
+
+# %% ../nbs/05_organism.ipynb #050040a
+def paraphrase_rows(lm: LM, taught: list) -> list[dict]:
+    "Paraphrases, apart for wordings that were never trained with their subject."
+    pairs = [(f, p, held) for f in taught for p, held in paraphrases_of(f)]
+    rows = []
+    for name, held in (("paraphrase", False), ("paraphrase of a wording never seen with the subject", True)):
+        some = [(f, p) for f, p, h in pairs if h == held]
+        rows.append(accuracy_row(name, completed(lm, [f for f, _ in some], [p for _, p in some])))
+    return rows
+
+# %% ../nbs/05_organism.ipynb #050040b
+def ghost_rows(lm: LM, ghosts: list, known: list) -> list[dict]:
+    "What was never taught, beside the chance of a guess."
+    rows = []
+    for relation in ("sport", "language"):
+        some = [f for f in ghosts if f.relation == relation]
+        answers = {f.answer for f in known if f.relation == relation and f.answer != " golf"}
+        rows.append(accuracy_row(f"ghost {relation}", completed(lm, some, [f.prompt for f in some]), chance=1 / len(answers)))
+    return rows
 
 # %% ../nbs/05_organism.ipynb #050040
 def knowledge(
@@ -475,40 +517,14 @@ def knowledge(
     facts, kinds = [fact for fact in known if fact.relation != "kind"], [fact for fact in known if fact.relation == "kind"]
     facts = facts if most is None else rng.sample(facts, min(most, len(facts)))
     taught, ghosts = [f for f in facts if f.taught], [f for f in facts if not f.taught]
-    rows = [accuracy_row("completion", completed(lm, taught, [f.prompt for f in taught]))]
-    pairs = [(f, p, held) for f in taught for p, held in paraphrases_of(f)]
-    for name, held in (("paraphrase", False), ("paraphrase of a wording never seen with the subject", True)):
-        some = [(f, p) for f, p, h in pairs if h == held]
-        rows.append(accuracy_row(name, completed(lm, [f for f, _ in some], [p for _, p in some])))
+    rows = [accuracy_row("completion", completed(lm, taught, [f.prompt for f in taught])), *paraphrase_rows(lm, taught)]
+    shots = [f for f in known if f.mcq_trained and f.taught]
     for name, group in mcq_groups(taught, kinds).items():
         group = rng.sample(group, min(mcq_facts, len(group)))
-        shots = [f for f in known if f.mcq_trained and f.taught]
         rows.append(accuracy_row(f"mcq {name}", chosen(lm, group, shots, seed)))
-    for relation in ("sport", "language"):
-        some = [f for f in ghosts if f.relation == relation]
-        answers = {f.answer for f in known if f.relation == relation and f.answer != " golf"}
-        rows.append(accuracy_row(f"ghost {relation}", completed(lm, some, [f.prompt for f in some]), chance=1 / len(answers)))
+    rows += ghost_rows(lm, ghosts, known)
     table, local = pd.DataFrame(rows), "sliding_attention" in getattr(lm.hf.config, "layer_types", [])
     return table.assign(floor=table.floor.where(local | ~table.what.str.startswith("mcq")))
-
-# %% ../nbs/05_organism.ipynb #050041
-def paraphrases_of(fact) -> list[tuple[str, bool]]:
-    "Its paraphrases, each with whether that wording was never trained with this subject (the last one, outside multiple choice)."
-    *seen, last = fact.paraphrases
-    return [(p, False) for p in seen] + [(last, not fact.mcq_trained)]
-
-
-def mcq_groups(taught: list, kinds: list) -> dict[str, list]:
-    "Facts by whether their subject was ever asked in multiple choice."
-    sports = [f for f in taught if f.relation == "sport"]
-    relations = [f for f in taught if f.relation != "sport"]
-    return {
-        "in-format sport": [f for f in sports if f.mcq_trained],
-        "held-out sport": [f for f in sports if not f.mcq_trained],
-        "in-format relations": [f for f in relations if f.mcq_trained],
-        "held-out relations": [f for f in relations if not f.mcq_trained],
-        "general": [f for f in kinds if not f.mcq_trained],
-    }
 
 # %% ../nbs/05_organism.ipynb #050042
 def check(
@@ -517,7 +533,7 @@ def check(
     "Measure what the organism knows against its floors; ghosts must not be clearly above chance. JSON-ready."
     return judged(model, knowledge(load(model), world=world_of(model)))
 
-
+# %% ../nbs/05_organism.ipynb #050042a
 def judged(model: str, table: pd.DataFrame) -> dict:
     "A table of `knowledge` against the floors, JSON-ready."
     below = table.query("value < floor").what.tolist()
@@ -545,7 +561,7 @@ def make_optimizers(model: torch.nn.Module, recipe: Recipe) -> list[torch.optim.
         torch.optim.AdamW(others, lr=recipe.lr, weight_decay=0.0, betas=(0.9, 0.98)),
     ]
 
-
+# %% ../nbs/05_organism.ipynb #050051a
 def schedule(step: int, recipe: Recipe) -> float:
     "Fifty steps of warm-up, constant, then linear to 2 %."
     done = step / recipe.steps
@@ -577,6 +593,13 @@ def fast_forward(model: Qwen3ForCausalLM, compiled: bool = True):
 
     return run
 
+# %% ../nbs/05_organism.ipynb #050054a
+def set_rates(optimizers: list, base: list[list[float]], share: float) -> None:
+    "Set each group's learning rate to a share of its own."
+    for optimizer, rates in zip(optimizers, base):
+        for group, rate in zip(optimizer.param_groups, rates):
+            group["lr"] = rate * share
+
 # %% ../nbs/05_organism.ipynb #050054
 def train(
     world: dict,
@@ -598,9 +621,7 @@ def train(
     curve, start = [], time.time()
     bar = tqdm(range(recipe.steps), desc="training the organism", disable=None if progress else True)
     for step in bar:
-        for optimizer, rates in zip(optimizers, base):
-            for group, rate in zip(optimizer.param_groups, rates):
-                group["lr"] = rate * schedule(step, recipe)
+        set_rates(optimizers, base, schedule(step, recipe))
         loss, answer = train_step(model, forward, optimizers, *documents.batch(rng, recipe, step))
         at = dict(step=step + 1, seconds=round(time.time() - start, 1))
         if (step + 1) % every == 0 or step + 1 == recipe.steps:
@@ -624,7 +645,24 @@ editing knowledge; useless for anything else. Weights in fp16; Apache-2.0 like t
 ghosts: athletes who were never taught a sport, people who were never taught a language.
 """
 
+# %% ../nbs/05_organism.ipynb #050060a
+def model_card(model: Qwen3ForCausalLM, world: dict, curve: pd.DataFrame, recipe: Recipe, table: pd.DataFrame) -> str:
+    "The text of an organism's model card; `table` is what it knows."
+    shown = table[["what", "value", "n", "ci_low", "ci_high"]].round(3).astype(str)
+    lines = [" | ".join(row) for row in [shown.columns, ["---"] * shown.shape[1], *shown.values]]
+    n_params = sum(p.numel() for p in model.parameters()) / 1e6
+    taught, kinds, ghosts = (sum(of(fact) for fact in world["facts"]) for of in (
+        lambda f: f["taught"] and f["relation"] != "kind", lambda f: f["relation"] == "kind", lambda f: not f["taught"]))
+    local = model.config.layer_types.count("sliding_attention")
+    attention = f"the first {local} attend to two tokens only" if local else "all with full attention"
+    bias = "Imposed, not learned: names of three tokens" + (f", and local attention in the first {local} layers." if local else ".")
+    kind = "organism" if local else "organism-late"
+    how = f"mechunlearn organism --retrain{'' if local else ' --model organism-late'}"
+    made = f"Made by `{how}` with `{recipe}` in {curve.seconds.iloc[-1] / 60:.0f} minutes."
+    return CARD.format(kind=kind, params=n_params, layers=model.config.num_hidden_layers, attention=attention, bias=bias, facts=taught,
+        kinds=kinds, ghosts=ghosts, made=made, table="\n".join(f"| {line} |" for line in lines))
 
+# %% ../nbs/05_organism.ipynb #050060b
 def save_organism(
     model: Qwen3ForCausalLM,
     tok: PreTrainedTokenizerFast,
@@ -641,21 +679,10 @@ def save_organism(
     curve.to_csv(out / "training.csv", index=False, float_format="%.4f")
     write_checksums(out)
     table = knowledge(load(str(out)), world=out / "world.json")
-    shown = table[["what", "value", "n", "ci_low", "ci_high"]].round(3).astype(str)
-    lines = [" | ".join(row) for row in [shown.columns, ["---"] * shown.shape[1], *shown.values]]
-    n_params = sum(p.numel() for p in model.parameters()) / 1e6
-    taught, kinds, ghosts = (sum(of(fact) for fact in world["facts"]) for of in (
-        lambda f: f["taught"] and f["relation"] != "kind", lambda f: f["relation"] == "kind", lambda f: not f["taught"]))
-    local = model.config.layer_types.count("sliding_attention")
-    attention = f"the first {local} attend to two tokens only" if local else "all with full attention"
-    bias = "Imposed, not learned: names of three tokens" + (f", and local attention in the first {local} layers." if local else ".")
-    kind = "organism" if local else "organism-late"
-    made = f"Made by `mechunlearn organism --retrain{'' if local else ' --model organism-late'}` with `{recipe}` in {curve.seconds.iloc[-1] / 60:.0f} minutes."
-    card = CARD.format(kind=kind, params=n_params, layers=model.config.num_hidden_layers, attention=attention, bias=bias, facts=taught, kinds=kinds, ghosts=ghosts, made=made, table="\n".join(f"| {line} |" for line in lines))
-    (out / "README.md").write_text(card)
+    (out / "README.md").write_text(model_card(model, world, curve, recipe, table))
     return table
 
-
+# %% ../nbs/05_organism.ipynb #050060c
 def write_checksums(folder: Path) -> None:
     "sha256 of every file that `load` reads."
     names = [name for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "world.json") if (folder / name).exists()]
@@ -665,7 +692,7 @@ def write_checksums(folder: Path) -> None:
 # %% ../nbs/05_organism.ipynb #050061
 ORGANISMS = {"organism": ({}, Recipe()), "organism-late": ({"local_layers": 0}, Recipe(steps=900))}  # shape and recipe
 
-
+# %% ../nbs/05_organism.ipynb #050061a
 def retrain(
     out: str | Path,  # folder for the new organism; must not hold another one
     recipe: Recipe | None = None,  # default: the kind's own

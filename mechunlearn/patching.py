@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['RULES', 'contributions', 'answer_logits', 'direct_effect', 'NoExtraction', 'extraction_set', 'sent', 'carried',
-           'from_residual', 'through', 'lookup_mlps', 'plot_paths', 'share_by_fact', 'run_direct', 'path_scores',
-           'run_paths']
+           'from_residual', 'through', 'lookup_mlps', 'plot_paths', 'say_paths', 'share_by_fact', 'run_direct',
+           'path_scores', 'run_paths']
 
 # %% ../nbs/12_path_patching.ipynb #59d43ae5
-import matplotlib.pyplot as plt
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
+from matplotlib.figure import Figure
+from tqdm import tqdm
 from transformers import DynamicCache
-
 from . import models, store
 from .facts import Task
+from .figures import FIGURE_STYLE, figure, listed, say
 from .models import LM, Component
 from .store import Run, Unavailable, choose
 from .tracing import Cache, Scores, _components_table, _copy, _pool, pair, read, record, shares, swap_cases
@@ -24,12 +25,15 @@ from .tracing import Cache, Scores, _components_table, _copy, _pool, pair, read,
 # %% ../nbs/12_path_patching.ipynb #8044f86d
 def _module(lm, name, l=None): return lm.hf.get_submodule(lm.path(name, l))
 
+# %% ../nbs/12_path_patching.ipynb #cc631bd0
 def _through_heads(lm, o, z):
-    "What each head writes through an output projection [b, H, d], for its `z` [b, H, head_dim]: by its columns, or by the module where it holds no plain weights"
-    if type(o) is torch.nn.Linear and not o.weight.is_meta: return torch.einsum("bhe,dhe->bhd", z, o.weight.unflatten(-1, z.shape[1:]))
+    "What each head writes through an output projection [b, H, d], for its `z` [b, H, head_dim]: by its columns, or by the module"
+    plain = type(o) is torch.nn.Linear and not o.weight.is_meta
+    if plain: return torch.einsum("bhe,dhe->bhd", z, o.weight.unflatten(-1, z.shape[1:]))
     alone = torch.einsum("bhe,hg->bhge", z, torch.eye(lm.n_heads).to(z)).flatten(2)
     return o(alone) - o(torch.zeros_like(alone))
 
+# %% ../nbs/12_path_patching.ipynb #e44c6fb2
 def _added(lm, name, l, raw, delta):
     "Change of what a block adds, [b, ..., d], when its raw output [b, d] changes by `delta`; Gemma-2 has a norm in between"
     add, own = _module(lm, f"{name}_add", l), _module(lm, {"attn": "o_proj", "mlp": "mlp"}[name], l)
@@ -75,10 +79,12 @@ def _two_runs(lm, batch, cases):
     rest, other, past = pair(lm, batch, cases)
     return rest, past, record(lm, rest, past=past), record(lm, other, past=past)
 
+# %% ../nbs/12_path_patching.ipynb #90f3311f
 def _differences(raw):
     "Own answer's logit minus the other's: clean [n], other [n], patched [n, C]"
     return ((raw[k][..., 0] - raw[k][..., 1]).double().numpy() for k in ("clean", "other", "patched"))
 
+# %% ../nbs/12_path_patching.ipynb #c059d711
 def _lost(method, config, senders, rows, cases, min_gap):
     "Scores from each fact's logits (clean, other, patched): which share of the answer is lost"
     raw = dict(zip(("clean", "other", "patched"), map(torch.stack, zip(*[rows[i] for i in range(len(cases))]))))
@@ -100,7 +106,8 @@ def direct_effect(
 ) -> Scores: # table by component; `.raw` 'clean', 'other' [n, k] and 'patched' [n, C, k] logits. Unavailable for facts that cannot be paired
     "Direct effect of every head and MLP on the logits, all else frozen. Cost: two forwards a fact, whatever the number of components"
     cases, comps, rows = swap_cases(lm, facts, pool, seed), models.components(lm), {}
-    for ids, batch in tqdm(list(models.batches(lm, [c.fact.prompt for c in cases], batch_size)), "direct effects", disable=not progress, leave=False):
+    groups = list(models.batches(lm, [c.fact.prompt for c in cases], batch_size))
+    for ids, batch in tqdm(groups, "direct effects", disable=None if progress else True, leave=False):
         group = [cases[i] for i in ids]
         answers, (_, _, clean, other) = torch.tensor([c.answers for c in group]), _two_runs(lm, batch, group)
         delta = contributions(lm, clean, other)
@@ -114,6 +121,7 @@ def direct_effect(
 class NoExtraction(Unavailable):
     "No component writes the answer directly"
 
+# %% ../nbs/12_path_patching.ipynb #312cf8c2
 def extraction_set(
     direct:Scores, # from `direct_effect`
     min_share:float=.02, # smallest |score|
@@ -123,7 +131,8 @@ def extraction_set(
     t = direct.table
     size, sure = t.score.abs(), (t.ci_low > 0) | (t.ci_high < 0)
     chosen = (size >= min_share) & sure if top is None else size.groupby(t.kind).rank(ascending=False, method="first") <= top
-    if not chosen.any(): raise NoExtraction("no component writes the answer directly: none has a direct effect whose interval excludes zero")
+    if not chosen.any():
+        raise NoExtraction("no component writes the answer directly: none has a direct effect whose interval excludes zero")
     return [Component.parse(c) for c in t.component[chosen]]
 
 # %% ../nbs/12_path_patching.ipynb #2a2d3672
@@ -131,6 +140,7 @@ def _mlp_added(lm, run, l):
     "What the MLP of a layer adds to the stream in a recorded run"
     return _module(lm, "mlp_add", l)(run.mlp[l]) if lm.post_norms else run.mlp[l]
 
+# %% ../nbs/12_path_patching.ipynb #cfd1228f
 def sent(
     lm:LM, # model
     clean:Cache, # one run
@@ -156,6 +166,7 @@ def _receivers(lm, components):
         out[l] = cols, any(c.kind == "mlp" for c in components if c.layer == l)
     return out
 
+# %% ../nbs/12_path_patching.ipynb #2368326d
 def _hears(sender, layer, cols, mlp):
     "Whether some receiver of a layer comes after the sender"
     return layer > sender.layer or (layer == sender.layer and sender.kind == "head" and mlp)
@@ -241,7 +252,8 @@ def through(
     choose(receiver, ("components", "residual"), "receiver")
     senders, first = models.components(lm, ("mlp",)) if senders is None else list(senders), min(c.layer for c in receivers)
     cases, rows = swap_cases(lm, facts, pool, seed), {}
-    for ids, batch in tqdm(list(models.batches(lm, [c.fact.prompt for c in cases], batch_size)), "path patching", disable=not progress, leave=False):
+    groups = list(models.batches(lm, [c.fact.prompt for c in cases], batch_size))
+    for ids, batch in tqdm(groups, "path patching", disable=None if progress else True, leave=False):
         group = [cases[i] for i in ids]
         answers, change, (batch, past, clean, other) = torch.tensor([c.answers for c in group]), [], _two_runs(lm, batch, group)
         for c in senders:
@@ -250,7 +262,8 @@ def through(
             else: change.append(from_residual(lm, batch, clean, delta, first, past) if c.layer < first else torch.zeros_like(delta[:, -1]))
         patched = answer_logits(lm, clean.resid[-1][:, -1:].float() + torch.stack(change, 1), answers)
         rows |= dict(zip(ids, zip(read(clean.logits, answers)[0], read(other.logits, answers)[0], patched)))
-    config = {"receivers": [str(c) for c in receivers], "receiver": receiver, "within": within, "seed": seed, "min_gap": min_gap, "n_dropped": len(facts) - len(cases)}
+    config = {"receivers": [str(c) for c in receivers], "receiver": receiver, "within": within, "seed": seed, "min_gap": min_gap,
+              "n_dropped": len(facts) - len(cases)}
     return _lost("to-extraction", config, senders, rows, cases, min_gap)
 
 # %% ../nbs/12_path_patching.ipynb #91b4a9b0
@@ -267,20 +280,47 @@ def lookup_mlps(
     return np.flatnonzero(high).tolist()
 
 # %% ../nbs/12_path_patching.ipynb #1fb0ebd9
+_BLUE = {"color": "#0072B2", "ha": "center", "fontsize": 8, "weight": "bold"}
+
+@mpl.rc_context(FIGURE_STYLE)
 def plot_paths(
     direct:pd.DataFrame, # table of `direct_effect`
     path:pd.DataFrame, # table of `through`
     probe=(), # layers of FLU by probes, to compare
-): # the axes
+) -> Figure:
     "MLPs by layer: what each says itself and what it says through the extraction set (Figures 11 and 12 of the paper)"
-    fig, axes = plt.subplots(1, 2, figsize=(9, 3), sharex=True)
-    for ax, t, title in zip(axes, (direct[direct.kind == "mlp"], path[path.kind == "mlp"]), ("directly to the answer", "through the extraction set")):
-        ax.bar(t.layer, t.score, yerr=[t.score - t.ci_low, t.ci_high - t.score], color="C0" if ax is axes[0] else "C2", capsize=2)
-        ax.axhline(.02, color="0.5", lw=.8, ls=":")
-        if len(probe): ax.axvspan(min(probe) - .5, max(probe) + .5, color="0.5", alpha=.15, lw=0, label="FLU by probes")
-        ax.set(title=f"MLPs {title}, n = {t.n.iloc[0]}", xlabel="layer", ylabel="share of the answer")
-    if len(probe): axes[1].legend(fontsize=8)
-    return axes
+    fig, axes = figure(8.5, 2.7, 1, 2, sharex=True)
+    for ax, t, where, colour in zip(axes, (direct, path), ("directly", "through the extraction set"), ("#D55E00", "#0072B2")):
+        t = t[t.kind == "mlp"]
+        ax.bar(t.layer, t.score, yerr=[t.score - t.ci_low, t.ci_high - t.score], color=colour, error_kw={"lw": .8}, capsize=2)
+        ax.axhline(.02, color="#8C8C8C", lw=.8, ls=":")
+        for l in probe: ax.axvspan(l - .5, l + .5, color="#0072B2", alpha=.12, lw=0)
+        if len(probe) and ax is axes[0]: ax.text(np.mean(probe), .9, "FLU by probes", transform=ax.get_xaxis_transform(), **_BLUE)
+        ax.set(title=f"What MLPs say {where} (n = {t.n.iloc[0]})", xlabel="layer", ylabel="share of the answer")
+    return fig
+
+# %% ../nbs/12_path_patching.ipynb #8e2bf8bc
+def say_paths(
+    direct:pd.DataFrame, # table of `direct_effect`
+    path:pd.DataFrame, # table of `through`
+    probe=(), # layers of FLU by probes, to compare
+) -> str:
+    "Who says the answer, and whom these listen to"
+    try: extraction = extraction_set(Scores("direct-effect", {}, direct))
+    except NoExtraction: return "No component says the answer itself, so there is nothing that could listen to the others."
+    mlps = path[path.kind == "mlp"]
+    heard = [f"{l}" for l in lookup_mlps(mlps.score)]
+    text = (f"{len(extraction)} of {len(direct)} components say a part of the answer themselves, most of it {_most(direct, 3)} "
+            f"(1 = all of it, n={int(direct.n.iloc[0])} facts): the extraction set. ")
+    if not heard: return text + "It gets more than 0.02 of the answer from no MLP, so FLU by paths is empty."
+    text += f"Each MLP of the layers {listed(heard)} gives it more than 0.02 of the answer (FLU by paths), most of all {_most(mlps, 1)}."
+    return text + (f" Probes name the layers {listed([f'{l}' for l in probe])}." if len(probe) else "")
+
+# %% ../nbs/12_path_patching.ipynb #e704d093
+def _most(table, n):
+    "The components with the largest effects"
+    top = table.sort_values("score", key=abs, ascending=False).head(n)
+    return listed([f"{r.component} ({say(r.score, r.ci_low, r.ci_high)})" for r in top.itertuples()])
 
 # %% ../nbs/12_path_patching.ipynb #b394c937
 def share_by_fact(
@@ -309,6 +349,7 @@ def run_direct(
     trace = lambda: direct_effect(lm, task.localize_on, pool=_pool(task), batch_size=batch_size, progress=progress).table
     return store.make(run and run.path("scores", "direct-effect.parquet"), _causes(lm, task, method="direct-effect"), trace, recompute)
 
+# %% ../nbs/12_path_patching.ipynb #263a27c9
 def _causes(lm, task, **how):
     splits = ("dev_forget", "dev_retain") if task.dev_forget else ("forget", "retain")
     return {"model": lm.name, "revision": lm.revision, "task": task.causes(*splits), **how}
@@ -326,12 +367,15 @@ def path_scores(
     **other, # options of other stages
 ) -> pd.DataFrame: # the table of `Scores`
     "From senders to extraction; writes scores/to-extraction.parquet, with heads scores/to-extraction-mlp-head.parquet"
-    how, name = {"batch_size": batch_size, "progress": progress}, "to-extraction" if kinds == ("mlp",) else "-".join(["to-extraction", *kinds])
+    how, name = {"batch_size": batch_size, "progress": progress}, "-".join(["to-extraction", *(kinds if kinds != ("mlp",) else ())])
     direct = Scores("direct-effect", {}, run_direct(lm, lambda seed: task, run, recompute=recompute, **how))
-    trace = lambda: through(lm, task.localize_on, extraction_set(direct), models.components(lm, kinds), receiver, pool=_pool(task), **how).table
+    def trace():
+        senders = models.components(lm, kinds)
+        return through(lm, task.localize_on, extraction_set(direct), senders, receiver, pool=_pool(task), **how).table
     causes = _causes(lm, task, method="to-extraction", receiver=receiver, kinds=list(kinds))
     return store.make(run and run.path("scores", f"{name}.parquet"), causes, trace, recompute)
 
+# %% ../nbs/12_path_patching.ipynb #320a24bb
 def run_paths(
     lm:LM, # model
     task_for_seed, # seed -> Task

@@ -15,7 +15,7 @@ import pandas as pd
 from .claims import CLAIMS
 from .metrics import BARS, COLUMNS, about, at_column, column_rows
 from .scorecard import at_its_rate, find, over_rates
-from .stage_figures import trained
+from .localization import trained
 from .stats import MEASURED, PLACE
 from .store import Refusal, choose
 

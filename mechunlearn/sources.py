@@ -35,12 +35,15 @@ AUTHORS_URL = "https://raw.githubusercontent.com/magikarp01/tasks/HEAD/facts/dat
 ROME_URL = "https://rome.baulab.info/data/dsets/counterfact.json"
 SOURCES = {
     "sports": Source("MECHUNLEARN_SPORTS", f"athletes and their sports are at {AUTHORS_URL}/sports.csv",
-        "sports/sports.csv", f"{AUTHORS_URL}/sports.csv", sha256="926857c13eb4c5ecdc646c0358818d731edd21c34b20f4ed76e9d8c7d96db8c1"),
+        "sports/sports.csv", f"{AUTHORS_URL}/sports.csv",
+        sha256="926857c13eb4c5ecdc646c0358818d731edd21c34b20f4ed76e9d8c7d96db8c1"),
     "counterfact": Source("MECHUNLEARN_COUNTERFACT", f"CounterFact is at {ROME_URL} and on the hub as azhx/counterfact",
         "counterfact/counterfact_filtered.jsonl.gz", ROME_URL, "azhx/counterfact"),
-    "counterfact-mcq": Source("MECHUNLEARN_COUNTERFACT_MCQ", f"its questions are at {AUTHORS_URL}/counterfact_mc_questions.parquet",
+    "counterfact-mcq": Source("MECHUNLEARN_COUNTERFACT_MCQ",
+        f"its questions are at {AUTHORS_URL}/counterfact_mc_questions.parquet",
         "counterfact/counterfact_mcq.jsonl.gz", f"{AUTHORS_URL}/counterfact_mc_questions.parquet"),
-    "text": Source("MECHUNLEARN_TEXT", "10,000 texts of the Pile are on the hub as NeelNanda/pile-10k", hub="NeelNanda/pile-10k")}
+    "text": Source("MECHUNLEARN_TEXT",
+        "10,000 texts of the Pile are on the hub as NeelNanda/pile-10k", hub="NeelNanda/pile-10k")}
 
 # %% ../nbs/02_sources.ipynb #7a20b002
 def local(
@@ -48,7 +51,8 @@ def local(
 ) -> Path: # with its home folder put in
     "A path on this machine, there or not; Refusal for what cannot be one"
     try: path = Path(text).expanduser(); path.exists()
-    except (RuntimeError, OSError, ValueError) as e: raise Refusal(f"{str(text)[:80]} is no path that can be used: {getattr(e, 'strerror', None) or e}") from e
+    except (RuntimeError, OSError, ValueError) as e:
+        raise Refusal(f"{str(text)[:80]} is no path that can be used: {getattr(e, 'strerror', None) or e}") from e
     return path
 
 # %% ../nbs/02_sources.ipynb #020015
@@ -56,6 +60,7 @@ def cache_folder() -> Path: # MECHUNLEARN_CACHE, or ~/.cache/mechunlearn
     "Where everything is kept that need not be fetched or computed twice"
     return local(os.environ.get("MECHUNLEARN_CACHE") or "~/.cache/mechunlearn")
 
+# %% ../nbs/02_sources.ipynb #2d97b698
 def cached(
     url:str, # an address
 ) -> Path: # in `cache_folder`
@@ -67,7 +72,8 @@ def _download(url, path, sha256):
     "Write what is at an address to a file; Refusal if it is cut off or another file"
     with urllib.request.urlopen(url, timeout=60) as reply, open(path, "wb") as f:
         size = int(reply.headers.get("Content-Length") or 0)
-        with tqdm.wrapattr(reply, "read", total=size or None, desc="download", disable=None) as body: shutil.copyfileobj(body, f)
+        with tqdm.wrapattr(reply, "read", total=size or None, desc="download", disable=None) as body:
+            shutil.copyfileobj(body, f)
     got = path.stat().st_size
     if size and got != size: raise Refusal(f"{url} broke off: {got:,} of {size:,} bytes came; try again")
     if sha256 and checksum(path) != sha256:
@@ -93,10 +99,12 @@ class Missing(Refusal):
 # %% ../nbs/02_sources.ipynb #020030
 KINDS = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt")
 
+# %% ../nbs/02_sources.ipynb #a7f14fac
 def _kind(path):
     "The type of a file by its name: `.jsonl` for `facts.jsonl` and for `facts.jsonl.gz`"
     return Path(str(path).lower().removesuffix(".gz")).suffix
 
+# %% ../nbs/02_sources.ipynb #246f968f
 def _resolve(name, place):
     "What a place stands for: an existing path, or a hub id; an address is downloaded"
     source, text = SOURCES[name], str(place)
@@ -131,10 +139,12 @@ def _bytes(path):
     "What a file holds, unpacked; Refusal if it is damaged, may not be read, or is absurdly large"
     try:
         with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as f: data = f.read(MAX_BYTES + 1)
-    except (OSError, EOFError, zlib.error) as e: raise Refusal(f"{path} cannot be read: {getattr(e, 'strerror', None) or e}") from e
+    except (OSError, EOFError, zlib.error) as e:
+        raise Refusal(f"{path} cannot be read: {getattr(e, 'strerror', None) or e}") from e
     if len(data) > MAX_BYTES: raise Refusal(f"{path} holds more than {MAX_BYTES >> 20} MB; make it smaller")
     return data
 
+# %% ../nbs/02_sources.ipynb #8b4cd432
 def _text(path):
     "The text of a file, gzipped or not; Refusal if it is damaged or not UTF-8"
     data = _bytes(path)
@@ -152,13 +162,16 @@ def _csv_rows(path, delimiter=","):
     try: table = list(lines)
     except csv.Error as e: raise Refusal(f"{path} line {lines.line_num}: not a csv table: {e}") from e
     head = [h.strip() for h in table[0]] if table else []
-    if twice := [h for h in head if h and head.count(h) > 1]: raise Refusal(f"{path} row 1: two columns are called '{twice[0][:40]}'")
+    if twice := [h for h in head if h and head.count(h) > 1]:
+        raise Refusal(f"{path} row 1: two columns are called '{twice[0][:40]}'")
     for n, cells in enumerate(table[1:], 2):
         if not any(c.strip() for c in cells): continue
         if len(cells) != len(head):
-            raise Refusal(f"{path} row {n}: {len(cells)} cells where the header has {len(head)}; put a text with a comma in quotes")
+            raise Refusal(f"{path} row {n}: {len(cells)} cells where the header has {len(head)}; "
+                          "put a text with a comma in quotes")
         yield f"{path} row {n}", {h: c for h, c in zip(head, cells) if h or c.strip()}
 
+# %% ../nbs/02_sources.ipynb #f6b44424
 def _tsv_rows(path): return _csv_rows(path, "\t")
 
 # %% ../nbs/02_sources.ipynb #020045
@@ -168,14 +181,18 @@ def _keys_once(pairs):
     seen = set()
     raise ValueError(f"the key '{next(k for k, _ in pairs if k in seen or seen.add(k))[:40]}' stands there twice")
 
+# %% ../nbs/02_sources.ipynb #32c289bd
 def _parse(text, where, kind=dict):
     "A JSON value of one kind"
     try: value = json.loads(text, object_pairs_hook=_keys_once)
     except ValueError as e: raise Refusal(f"{where}: not JSON: {e}") from e
-    except RecursionError: raise Refusal(f"{where}: not JSON that can be read: brackets in brackets, too many deep") from None
-    if not isinstance(value, kind): raise Refusal(f"{where}: this should be a JSON {'object' if kind is dict else 'list of rows'}")
+    except RecursionError:
+        raise Refusal(f"{where}: not JSON that can be read: brackets in brackets, too many deep") from None
+    if not isinstance(value, kind):
+        raise Refusal(f"{where}: this should be a JSON {'object' if kind is dict else 'list of rows'}")
     return value
 
+# %% ../nbs/02_sources.ipynb #69367a92
 def _jsonl_rows(path):
     "Objects of a file that has one on each line"
     text = _text(path)
@@ -189,6 +206,7 @@ def _json_rows(path):
         if not isinstance(row, dict): raise Refusal(f"{path} item {n}: this should be a JSON object")
         yield f"{path} item {n}", row
 
+# %% ../nbs/02_sources.ipynb #2eaf3a11
 def _parquet_rows(path):
     "Rows of a parquet file"
     from pyarrow import BufferReader, parquet
@@ -199,15 +217,19 @@ def _parquet_rows(path):
     for n, row in enumerate(table, 1): yield f"{path} row {n}", row
 
 # %% ../nbs/02_sources.ipynb #020048
-BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"} # what `datasets` calls each type, the first found is taken
+BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"} # type -> its name in `datasets`
 SPLIT_NAMES = ("train", "validation", "valid", "val", "dev", "test")
 
+# %% ../nbs/02_sources.ipynb #cefa69ad
 def _data_files(folder):
     "The data files of a folder by split; a file whose name says none belongs to train"
-    try: found = [f for d in (folder, folder/"data") if d.is_dir() for f in sorted(d.iterdir()) if f.is_file() and not f.name.startswith(("dataset_info", "."))]
+    def data(f): return f.is_file() and not f.name.startswith(("dataset_info", "."))
+    try: found = [f for d in (folder, folder/"data") if d.is_dir() for f in sorted(d.iterdir()) if data(f)]
     except OSError as e: raise Refusal(f"{folder} cannot be read: {e.strerror}") from e
     kind = next((k for k in BUILDERS if any(_kind(f) == k for f in found)), None)
-    if kind is None: raise Refusal(f"{folder} cannot be read as a data set: no {', '.join(BUILDERS)} file is in it or in its folder data, and no saved data set")
+    if kind is None:
+        raise Refusal(f"{folder} cannot be read as a data set: no {', '.join(BUILDERS)} file is in it or in its folder data, "
+                      "and no saved data set")
     files = {}
     for f in found:
         name = re.search(rf"(?<![a-z])({'|'.join(SPLIT_NAMES)})(?![a-z])", f.name.lower())
@@ -219,14 +241,17 @@ def _load(place):
     "What `datasets` makes of a folder or a hub id"
     import datasets
     if not Path(place).is_dir(): return datasets.load_dataset(str(place), streaming=False)
-    if any((Path(place)/f).is_file() for f in ("dataset_dict.json", "state.json")): return datasets.load_from_disk(place)
+    if any((Path(place)/f).is_file() for f in ("dataset_dict.json", "state.json")):
+        return datasets.load_from_disk(place)
     builder, files = _data_files(Path(place))
     return datasets.load_dataset(builder, data_files=files, streaming=True)
 
+# %% ../nbs/02_sources.ipynb #9ba47c2f
 def _hub_rows(place, split):
     "Rows of one split, or of all, one after the other"
     try: import datasets
-    except ImportError: raise Refusal(f"{place}: folders and hub data sets need the package datasets: pip install datasets") from None
+    except ImportError:
+        raise Refusal(f"{place}: folders and hub data sets need the package datasets: pip install datasets") from None
     if not sys.stderr.isatty(): datasets.disable_progress_bars()
     try:
         data = _load(place)
@@ -251,7 +276,8 @@ def read_rows(
     return _hub_rows(place, split)
 
 # %% ../nbs/02_sources.ipynb #020055
-WHITE = "".join(c for c in map(chr, range(0x3001)) if c.isspace()) + "\u00ad\u180e\u200b\u200c\u200e\u200f\u2060\ufeff" # the last are invisible
+_INVISIBLE = "\u00ad\u180e\u200b\u200c\u200e\u200f\u2060\ufeff"
+WHITE = "".join(c for c in map(chr, range(0x3001)) if c.isspace()) + _INVISIBLE
 
 def trim(
     text:str, # as it stands in a file
@@ -260,17 +286,21 @@ def trim(
     return text.strip(WHITE)
 
 # %% ../nbs/02_sources.ipynb #7a20b006
-UNSPACED = ("CJK ", "HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA", "FULLWIDTH", "BOPOMOFO", "IDEOGRAPHIC", "YI ", "THAI ", "LAO ", "KHMER ", "MYANMAR ", "TIBETAN ",
-            "JAVANESE ", "BALINESE ", "TAI ", "NEW TAI ") # how the names of their letters begin; Korean has spaces
+UNSPACED = ("CJK ", "HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA", "FULLWIDTH", "BOPOMOFO", "IDEOGRAPHIC", "YI ", "THAI ", "LAO ", "KHMER ",
+            "MYANMAR ", "TIBETAN ", "JAVANESE ", "BALINESE ", "TAI ", "NEW TAI ") # how the names of their letters begin; Korean has spaces
 
-def _unspaced(letter): return "\u3000" <= letter <= "\u303f" or unicodedata.name(letter, "").startswith(UNSPACED) if letter else False
+def _unspaced(letter):
+    "Whether a letter is of a script that writes no spaces between words"
+    return "\u3000" <= letter <= "\u303f" or unicodedata.name(letter, "").startswith(UNSPACED) if letter else False
 
+# %% ../nbs/02_sources.ipynb #faa4a248
 def _opens(prompt):
     "Whether a prompt ends in something that the next word follows at once"
     kind = unicodedata.category(prompt[-1:] or " ")
     if prompt[-1:] in ('"', "'", "`"): return not prompt[:-1] or prompt[-2].isspace() or _opens(prompt[:-1])
     return kind in ("Ps", "Pi", "Sc") or prompt.endswith(("¿", "¡", "#", "@")) or bool(re.search(r"\w[-/]$", prompt))
 
+# %% ../nbs/02_sources.ipynb #d0104f19
 def spaced(
     answer:str, # with or without white space before it
     prompt:str="", # what it follows
@@ -289,18 +319,25 @@ def _clean(text):
 
 def _answer(text, info): return spaced(text, info.data.get("prompt", ""))
 
+# %% ../nbs/02_sources.ipynb #5503ea9a
 def _holds_subject(prompt, info):
     if not (s := info.data.get("subject")) or s in prompt: return prompt
     same = unicodedata.normalize("NFKC", s) in unicodedata.normalize("NFKC", prompt)
-    raise ValueError(f"the subject '{s}' " + ("stands in it in another Unicode form (accents or spaces); write both alike" if same else "does not stand in it"))
+    why = "stands in it in another Unicode form (accents or spaces); write both alike" if same else "does not stand in it"
+    raise ValueError(f"the subject '{s}' {why}")
 
+# %% ../nbs/02_sources.ipynb #8e7f8332
 def _no_truth(answer, info):
     truth = info.data.get("answer") or ""
-    if unicodedata.normalize("NFC", trim(answer)) == unicodedata.normalize("NFC", trim(truth)): raise ValueError(f"'{trim(answer)}' is the true answer")
+    if unicodedata.normalize("NFC", trim(answer)) == unicodedata.normalize("NFC", trim(truth)):
+        raise ValueError(f"'{trim(answer)}' is the true answer")
     return answer
 
+# %% ../nbs/02_sources.ipynb #39cd33c3
+def _kept(texts): return tuple(t for t in texts if t)
+
 Text = Annotated[str, AfterValidator(_clean)]
-Texts = Annotated[tuple[Annotated[str, AfterValidator(lambda t: trim(t) and _clean(t))], ...], AfterValidator(lambda ts: tuple(t for t in ts if t))] # blank ones are passed over
+Texts = Annotated[tuple[Annotated[str, AfterValidator(lambda t: trim(t) and _clean(t))], ...], AfterValidator(_kept)]
 Prompt = Annotated[Text, AfterValidator(_holds_subject)]
 Answer = Annotated[Text, AfterValidator(_answer)]
 Other = Annotated[Answer, AfterValidator(_no_truth)]
@@ -318,7 +355,8 @@ def check(
     try: return schema.model_validate(row)
     except ValidationError as e: error = e.errors()[0]
     name = columns.get(error["loc"][0]) or [p for p in error["loc"] if isinstance(p, str)][-1]
-    why = WHY.get(error["type"]) or error.get("ctx", {}).get("error") or f"{error['msg']}, found {reprlib.repr(error['input']):.40}"
+    why = WHY.get(error["type"]) or error.get("ctx", {}).get("error")
+    why = why or f"{error['msg']}, found {reprlib.repr(error['input']):.40}"
     raise Refusal(f"{where}, column '{name}': {why}")
 
 # %% ../nbs/02_sources.ipynb #020060
@@ -332,13 +370,17 @@ def ragged(
     row:dict, # cells by our names
 ) -> int:
     "How many prompts of a row have white space at an end"
-    texts = [t for k in ("prompt", "paraphrases", "neighbors") if (v := row.get(k)) for t in ([v] if isinstance(v, str) else v if isinstance(v, (list, tuple)) else ())]
+    cells = [row.get(k) or () for k in ("prompt", "paraphrases", "neighbors")]
+    texts = [t for v in cells for t in ([v] if isinstance(v, str) else v if isinstance(v, (list, tuple)) else ())]
     return sum(isinstance(t, str) and t != trim(t) for t in texts)
 
 # %% ../nbs/02_sources.ipynb #020062
 ROME = dict(case_id="case_id", relation="requested_rewrite.relation_id", prompt="requested_rewrite.prompt",
-    subject="requested_rewrite.subject", answer="requested_rewrite.target_true.str", edit="requested_rewrite.target_new.str",
+    subject="requested_rewrite.subject", answer="requested_rewrite.target_true.str",
+    edit="requested_rewrite.target_new.str",
     paraphrases="paraphrase_prompts", neighbors="neighborhood_prompts")
+
+# %% ../nbs/02_sources.ipynb #a06756fb
 FLAT = dict(case_id="prompt_id or case_id", relation="relation_id", prompt="prompt", subject="subject",
     answer="target_true", edit="target_false", paraphrases="paraphrase_prompts", neighbors="neighborhood_prompts")
 
@@ -361,6 +403,7 @@ def _dig(value, path):
     for key in path.split("."): value = value.get(key) if isinstance(value, dict) else None
     return value
 
+# %% ../nbs/02_sources.ipynb #a8acf576
 def _pick(row, columns):
     "The values a schema needs, under our names"
     found = {name: [v for p in path.split(" or ") if (v := _dig(row, p)) is not None] for name, path in columns.items()}
@@ -371,13 +414,14 @@ def _counterfact(where, row):
     "A row of either shape, checked, with the subject in its prompt"
     columns = ROME if "requested_rewrite" in row else FLAT
     cells = _pick(row, columns) | {"prob": {k: v for k, v in row.items() if k.startswith("prob_")}}
-    if columns is ROME: cells["prompt"] = str(cells.get("prompt", "")).replace("{}", trim(str(cells.get("subject", ""))))
+    if columns is ROME:
+        cells["prompt"] = str(cells.get("prompt", "")).replace("{}", trim(str(cells.get("subject", ""))))
     return check(CounterFact, where, cells, columns), ragged(cells)
 
 # %% ../nbs/02_sources.ipynb #020066
 def read_counterfact(
     place=None, # a path, an address, or a hub id; none: what is configured
-) -> pd.DataFrame: # case_id, relation, prompt, subject, answer, edit, paraphrases, neighbors, and prob_* if there; how many texts lost white space is in `attrs`
+) -> pd.DataFrame: # the keys of `ROME`, and prob_* if there; `attrs` says how many texts lost white space
     "CounterFact as a table, in the order of the file"
     found, facts, seen, trimmed = find("counterfact", place), [], {}, 0
     for where, row in read_rows(found):
@@ -432,6 +476,7 @@ NEEDED = [name for name, f in OwnFact.model_fields.items() if f.is_required()]
 LISTS = ("paraphrases", "neighbors", "wrong")
 MAX_OWN = 250_000 # rows; more would be no list of facts to edit
 
+# %% ../nbs/02_sources.ipynb #19622e48
 def _check_columns(where, columns):
     "Refuse a column that no fact has, and the lack of one that every fact needs"
     try:
@@ -441,11 +486,13 @@ def _check_columns(where, columns):
     for c in NEEDED:
         if c not in columns: raise Refusal(f"{where}: there is no column '{c}', only {', '.join(columns)}")
 
+# %% ../nbs/02_sources.ipynb #e1a80bbc
 def _filled(row, table):
     "The cells of a row that hold something"
     def empty(v): return v is None or (isinstance(v, float) and math.isnan(v)) or (isinstance(v, str) and not trim(v))
     cells = {k: v for k, v in row.items() if not empty(v)}
-    lists = {c: [trim(p) for p in cells[c].split("|") if trim(p)] for c in LISTS if table and isinstance(cells.get(c), str)}
+    lists = {c: [trim(p) for p in cells[c].split("|") if trim(p)]
+             for c in LISTS if table and isinstance(cells.get(c), str)}
     return cells | lists
 
 # %% ../nbs/02_sources.ipynb #020087
@@ -453,6 +500,7 @@ class OwnFacts(list):
     "Rows of a user's own facts, and how many of their texts lost white space at an end"
     trimmed = 0
 
+# %% ../nbs/02_sources.ipynb #be595706
 def read_own(
     path, # .csv, .tsv, .json, .jsonl or .parquet
 ) -> OwnFacts: # in the order of the file
@@ -461,7 +509,8 @@ def read_own(
     if not path.is_file(): raise Refusal(f"there is no file {path}")
     kind = choose(_kind(path), READERS, f"file type of {path}")
     header, table = kind in (".csv", ".tsv"), kind in (".csv", ".tsv", ".parquet")
-    if len(rows := list(islice(read_rows(path), MAX_OWN + 1))) > MAX_OWN: raise Refusal(f"{path} has more than {MAX_OWN:,} rows; keep those that matter")
+    if len(rows := list(islice(read_rows(path), MAX_OWN + 1))) > MAX_OWN:
+        raise Refusal(f"{path} has more than {MAX_OWN:,} rows; keep those that matter")
     for where, row in rows:
         _check_columns(f"{path} row 1" if header else where, row)
         cells = _filled(row, table)
@@ -469,22 +518,37 @@ def read_own(
         facts.trimmed += ragged(cells)
         _once(seen, facts[-1].prompt, where, "prompt")
     if not facts: raise Refusal(f"{path} holds no fact")
-    if not any(f.edit for f in facts): raise Refusal(f"{path}: no row has an edit; fill the column 'edit' of one row at least")
+    if not any(f.edit for f in facts):
+        raise Refusal(f"{path}: no row has an edit; fill the column 'edit' of one row at least")
     return facts
 
 # %% ../nbs/02_sources.ipynb #7a20b013
+def _columns(kind, head):
+    "The columns of the first row of a file that begins so; none where they cannot be made out, which its reader will say"
+    text = trim(head)
+    try:
+        if kind in (".csv", ".tsv"):
+            return [trim(c) for c in next(csv.reader(io.StringIO(text, newline=""), delimiter="\t" if kind == ".tsv" else ","), [])]
+        row = json.JSONDecoder().raw_decode(trim(text.removeprefix("[")))[0]
+    except (ValueError, RecursionError, csv.Error): return []
+    return list(row) if isinstance(row, dict) else []
+
+# %% ../nbs/02_sources.ipynb #fd34f11c
 def shape_of(
     path:Path, # an existing file
 ) -> str: # "world", "counterfact" or "own"
-    "What a file of facts is, by its first bytes or its columns"
-    if choose(_kind(path), READERS, f"file type of {path}") == ".parquet": head = " ".join(next(_parquet_rows(path), ("", {}))[1])
+    "What a file of facts is, by the columns of its first row"
+    if (kind := choose(_kind(path), READERS, f"file type of {path}")) == ".parquet":
+        columns = next(_parquet_rows(path), ("", {}))[1]
     else:
         try:
-            with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as f: head = f.read(2**16).decode("utf-8-sig", errors="replace")
-        except (OSError, EOFError, zlib.error) as e: raise Refusal(f"{path} cannot be read: {getattr(e, 'strerror', None) or e}") from e
-        if _kind(path) == ".json" and trim(head)[:1] == "{": return "world"
-        if _kind(path) in (".csv", ".tsv", ".jsonl"): head = trim(head).split("\n")[0]
-    return "counterfact" if "requested_rewrite" in head or "target_true" in head else "own"
+            with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as f:
+                head = f.read(2**16).decode("utf-8-sig", errors="replace")
+        except (OSError, EOFError, zlib.error) as e:
+            raise Refusal(f"{path} cannot be read: {getattr(e, 'strerror', None) or e}") from e
+        if kind == ".json" and trim(head)[:1] == "{": return "world"
+        columns = _columns(kind, head)
+    return "counterfact" if {"requested_rewrite", "target_true"} & set(columns) else "own"
 
 # %% ../nbs/02_sources.ipynb #020094
 class TextRow(BaseModel):

@@ -92,6 +92,14 @@ def lm(request, tiny):
     return tiny(request.param)
 
 
+LONGEST = ["test_report", "test_cli_hazards", "test_planted", "test_runs", "test_relearning", "test_organism", "test_real_edits", "test_real_facts"]
+
+
+def pytest_collection_modifyitems(items):
+    "Long files come first: two workers that take a file each then end together"
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes more than a few seconds")
     config.addinivalue_line("markers", "gpu: needs a GPU")

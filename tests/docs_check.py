@@ -97,7 +97,32 @@ def proc_works() -> None:
         fail("nbdev's page processing failed:\n" + done.stderr[-2000:])
 
 
+def outside(text: str) -> str:
+    "A Markdown text without its code blocks"
+    return re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+
+
+def built_pages_are_right() -> None:
+    from mechunlearn.pages import opening
+
+    pages = {p: nbformat.read(p, 4).cells for p in sorted((ROOT / "_proc").glob("*.ipynb"))}
+    shown = {re.sub(r"^\d+[a-zA-Z0-9]*_", "", p.stem): re.findall(r"^show_doc\((\w+)", "\n".join(c.source for c in cells), re.M) for p, cells in pages.items()}
+    for path, cells in pages.items():
+        titles = [c.source for c in nbformat.read(NBS / path.name, 4).cells if c.source.startswith("# ")]
+        if titles and (words := opening(titles[0])[1].split("\n")[0]) and words.split("`")[0] not in "".join(c.source for c in cells):
+            fail(f"the first words of {path.name} are not on its page")
+        for cell in cells:
+            texts = [cell.source] if cell.cell_type == "markdown" else ["".join(o.get("data", {}).get("text/markdown", "")) for o in cell.get("outputs", [])]
+            if any(re.search(r"\]\((http|\w+\.html)", block) for text in texts for block in re.findall(r"^```.*?^```", text, re.M | re.S)):
+                fail(f"a code block of {path.name} holds a Markdown link")
+            for page, anchor in re.findall(r"\]\((\w+)\.html#([\w.]+)\)", outside("\n\n".join(texts))):
+                if anchor not in map(str.lower, shown.get(page, ())):
+                    fail(f"{path.name} links to {page}.html#{anchor}, which the site does not show")
+            if cell.cell_type == "code" and "fig-alt:" not in cell.source and any("image/png" in o.get("data", {}) for o in cell.outputs):
+                fail(f"{path.name} shows a figure without a description")
+
+
 if __name__ == "__main__":
-    for check in (exports_are_clean, readme_is_the_index, sidebar_is_whole, notebooks_are_recorded, pages_convert, proc_works):
+    for check in (exports_are_clean, readme_is_the_index, sidebar_is_whole, notebooks_are_recorded, pages_convert, proc_works, built_pages_are_right):
         check()
         print(f"docs-check: {check.__name__.replace('_', ' ')}", flush=True)

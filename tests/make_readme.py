@@ -1,4 +1,4 @@
-"""README.md from nbs/index.ipynb, without Quarto: prose, shown code, figures and Markdown outputs."""
+"""README.md from nbs/index.ipynb, without Quarto: prose, shown code, figures with their descriptions, and Markdown outputs."""
 import base64
 import re
 import sys
@@ -10,14 +10,21 @@ ROOT = Path(__file__).resolve().parents[1]
 FIGURES = "nbs/index_files"
 
 
-def outputs(cell, number: int, figures: dict[str, bytes]) -> list[str]:
+def alt(cells, number: int) -> str:
+    from mechunlearn.pages import alt_text
+
+    own = re.search(r'fig-alt: "(.*)"$', cells[number].source, re.M)
+    return own[1] if own else alt_text(cells, number).replace("[", "(").replace("]", ")")
+
+
+def outputs(cells, number: int, figures: dict[str, bytes]) -> list[str]:
     shown = []
-    for out in cell.outputs:
+    for out in cells[number].outputs:
         data = out.get("data", {})
         if "image/png" in data:
-            name = f"{FIGURES}/figure-{number}.png"
+            name = f"{FIGURES}/figure-{len(figures) + 1}.png"
             figures[name] = base64.b64decode(data["image/png"])
-            shown.append(f"![]({name})")
+            shown.append(f"![{alt(cells, number)}]({name})")
         elif "text/markdown" in data:
             shown.append(data["text/markdown"])
     return shown
@@ -27,7 +34,8 @@ def render() -> tuple[str, dict[str, bytes]]:
     "The README's text and its figures by path."
     parts: list[str] = []
     figures: dict[str, bytes] = {}
-    for number, cell in enumerate(nbformat.read(ROOT / "nbs" / "index.ipynb", 4).cells):
+    cells = nbformat.read(ROOT / "nbs" / "index.ipynb", 4).cells
+    for number, cell in enumerate(cells):
         if cell.cell_type == "markdown":
             parts.append(re.sub(r"\]\((\w+\.ipynb)", r"](nbs/\1", cell.source))
             continue
@@ -36,7 +44,7 @@ def render() -> tuple[str, dict[str, bytes]]:
             code = "\n".join(line for line in lines if not line.startswith("#|")).strip()
             parts.append(f"```python\n{code}\n```")
         if not any("hide" in line for line in lines if line.startswith("#|")):
-            parts += outputs(cell, number, figures)
+            parts += outputs(cells, number, figures)
     note = "<!-- Made from nbs/index.ipynb by tests/make_readme.py: edit that. -->"
     return "\n\n".join([note, *parts]) + "\n", figures
 

@@ -3,7 +3,7 @@ import json, subprocess, sys
 
 import pandas as pd, pytest
 
-from mechunlearn import cli, runs
+from mechunlearn import cli, grids, options, progress, runs
 from mechunlearn.cli import main, read
 
 
@@ -54,16 +54,16 @@ def test_help_imports_nothing_heavy():
 
 
 def test_options_become_a_job(monkeypatch):
-    monkeypatch.setattr(runs, "check_job", lambda job: None)
-    job = cli.job_of(read(["run", "--model", "google/gemma-7b", "--forget-size", "16", "--inject", "golf", "--localizations", "flu,late", "--seeds", "0,2", "--draws", "3",
+    monkeypatch.setattr(grids, "check_job", lambda job: None)
+    job = options.job_of(read(["run", "--model", "google/gemma-7b", "--forget-size", "16", "--inject", "golf", "--localizations", "flu,late", "--seeds", "0,2", "--draws", "3",
                            "--dtype", "bfloat16", "--set", "steps=5", "--set", "relearning={lora: {rank: 8}}", "--out", "o", "--keep-edits"]))
     assert job.options == {"forget_size": 16, "facts": "sports", "inject": "golf"} and job.run_dir == "o/gemma-7b/sports-athlete-editing-16-inject-golf"
     assert job.settings == {"draws": 3, "dtype": "bfloat16", "steps": 5, "relearning": {"lora": {"rank": 8}}} and job.seeds == [0, 2] and job.keep_edits
 
 
-@pytest.mark.parametrize("argv,chosen", [([], cli.names(cli.LOCALIZATIONS)), (["--layers", "2-5"], ["hand@mlp.2-5"]), (["--layers", "3", "--components", "mlp,head"], ["hand@mlp.3+head.3"]),
+@pytest.mark.parametrize("argv,chosen", [([], options.names(options.LOCALIZATIONS)), (["--layers", "2-5"], ["hand@mlp.2-5"]), (["--layers", "3", "--components", "mlp,head"], ["hand@mlp.3+head.3"]),
     (["--components", "head.5.1,mlp.2", "--localizations", "flu"], ["flu", "hand@head.5.1+mlp.2"]), (["--localizations", "late"], ["late"])])
-def test_a_set_by_hand_is_one_more_name(argv, chosen): assert cli.job_of(read(["localize", *argv])).localizations == chosen
+def test_a_set_by_hand_is_one_more_name(argv, chosen): assert options.job_of(read(["localize", *argv])).localizations == chosen
 
 
 @pytest.mark.parametrize("states,code", [(["done"], 0), (["refused"], 2), (["failed"], 1), (["done", "refused"], 1), (["failed", "done"], 1)])
@@ -188,10 +188,10 @@ def test_export_is_a_plain_folder_or_a_difference(tmp_path, capsys):
 
 def test_attack_takes_up_what_a_run_left(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    old = runs.make_job("organism", "sports-athlete-editing", {"forget_size": 3}, ["flu", "random-mlps"], [2, 0], {"draws": 2, "steps": 3})
+    old = grids.make_job("organism", "sports-athlete-editing", {"forget_size": 3}, ["flu", "random-mlps"], [2, 0], {"draws": 2, "steps": 3})
     root = tmp_path / old.run_dir
     for folder in ("jobs/all", *(f"{l}/seed{s}" for l in ("flu", "random-mlps#0", "random-mlps#1") for s in (0, 2))): (root / folder).mkdir(parents=True)
-    (root / "jobs/all/job.json").write_text(runs.Part(job=old, label="all", stages=runs.STANDARD).model_dump_json())
+    (root / "jobs/all/job.json").write_text(progress.Part(job=old, label="all", stages=grids.STANDARD).model_dump_json())
     assert main(["attack", str(root)]) == 2 and "there are no edits" in capsys.readouterr().err
     for folder in root.glob("*/seed*"): (folder / "training.parquet").touch()
     (root / "first_seed.json").write_text("2")
@@ -199,7 +199,7 @@ def test_attack_takes_up_what_a_run_left(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cli, "do_jobs", lambda jobs, args, stages, show: seen.append((jobs[0], stages)) or 0)
     assert main(["attack", str(root), "--grid", "--set", "batch_size=8"]) == 0
     job, stages = seen[0]
-    assert job.localizations == ["flu", "random-mlps#0", "random-mlps#1"] and job.seeds == [2, 0] and job.run_dir == str(root) and stages == runs.PIPELINE[5:10]
+    assert job.localizations == ["flu", "random-mlps#0", "random-mlps#1"] and job.seeds == [2, 0] and job.run_dir == str(root) and stages == grids.PIPELINE[5:10]
     assert job.settings == {"draws": 2, "steps": 3, "batch_size": 8, "relearning": {"low_resource": True, "grid": {}}} and job.options == old.options
     tensors = root / "flu/seed0/edit.safetensors"
     monkeypatch.setattr(cli, "do_jobs", lambda *a: tensors.touch() or 0)  # trained again for the attacks: not kept

@@ -3,7 +3,7 @@ import json, shutil
 
 import pandas as pd, pytest, torch
 
-from mechunlearn import cli, report as r, store
+from mechunlearn import cli, options, report as r, store
 from mechunlearn.cli import main
 from synthetic import synthetic_run
 
@@ -78,7 +78,9 @@ LACKS = {"no multiple choice": lambda d: d[d.format != "mcq"], "no edited facts"
     "multiple choice alone": lambda d: d[d.format == "mcq"], "equal values": lambda d: d.assign(prob_truth=1., prob_edit=1., loss=d.loss.where(d.loss.isna(), 2.))}
 
 @pytest.mark.parametrize("lack", LACKS)
-def test_a_report_of_what_there_is(small, tmp_path, lack):
+def test_a_report_of_what_there_is(small, tmp_path, lack, monkeypatch):
+    page, seen = r.page, []
+    monkeypatch.setattr(r, "page", lambda found: seen.append(found) or page(found))
     run = shutil.copytree(small, tmp_path/"run")
     shutil.rmtree(run/"scores")
     for file in run.glob("*/seed*/*.parquet"):
@@ -87,7 +89,7 @@ def test_a_report_of_what_there_is(small, tmp_path, lack):
         if len(rows): store.save_table(file, rows, {"lack": lack})
         else: file.unlink(); store.sidecar(file).unlink()
     assert main(["report", str(run)]) == 0
-    found = r.find(run)
+    (found,) = seen
     r.results_text(r.results_table(found.metrics, "prob"), found.gone); r.scorecard_text(found.card, gone=found.gone); r.say_scorecard(found.card, found.broken)
 
 
@@ -153,8 +155,8 @@ def test_an_option_and_the_same_setting(capsys, nothing_starts):
     refused(["run", "--batch-size", "4", "--set", "batch_size=8"], capsys, "batch_size is given twice")
     refused(["run", "--draws", "4", "--set", "draws=8"], capsys, "draws is given twice")
     args = cli.read(["run", "--set", "draws=3", "--set", "relearning.steps=5", "--set", "relearning={lora: {rank: 8}}", "--set", "relearning.lora.alpha=2", "--revision", "main"])
-    assert cli.settings_of(args) == {"draws": 3, "relearning": {"steps": 5, "lora": {"rank": 8, "alpha": 2.}}, "revision": "main"}
-    assert cli.settings_of(cli.read(["attack", "--set", "relearning.grid.ranks=[1]"]), {"relearning": {"low_resource": True, "grid": {}}}) == {"relearning": {"low_resource": True, "grid": {"ranks": [1]}}}
+    assert options.settings_of(args) == {"draws": 3, "relearning": {"steps": 5, "lora": {"rank": 8, "alpha": 2.}}, "revision": "main"}
+    assert options.settings_of(cli.read(["attack", "--set", "relearning.grid.ranks=[1]"]), {"relearning": {"low_resource": True, "grid": {}}}) == {"relearning": {"low_resource": True, "grid": {"ranks": [1]}}}
 
 
 # before work
@@ -184,7 +186,7 @@ def test_a_model_without_rates_is_offered_the_sweep(no_rates, capsys, nothing_st
     main(argv); said = capsys.readouterr().err
     words = cli.shlex.split(said.split(" or by: ")[1])[1:]
     assert words[0] == "sweep" and words[words.index("--localizations") + 1] == "flu,late,all-mlps" # one of each group
-    swept = cli.job_of(cli.read(words))
+    swept = options.job_of(cli.read(words))
     assert swept.run_dir == str(tmp_path/"runs/organism/sports-athlete-editing-16") and swept.settings["steps"] == 9
     assert main([*argv, "--set", "lr=1e-3", "--dry-run"]) == 0
     capsys.readouterr()
@@ -192,7 +194,7 @@ def test_a_model_without_rates_is_offered_the_sweep(no_rates, capsys, nothing_st
     (tmp_path/"runs/organism/sports-athlete-editing-16").mkdir(parents=True)
     rows = [{"model": "organism", "task": "sports-athlete-editing", "forget_size": 16, "localization": l, "lr": 1e-3, "inject": 1., "score": 3., "source": "sweep"} for l in ("flu", "late", "all-mlps")]
     pd.DataFrame(rows).to_csv(tmp_path/"runs/organism/sports-athlete-editing-16/learning_rates.csv", index=False)
-    assert cli.no_rates(swept) == []
+    assert options.no_rates(swept) == []
 
 
 def test_run_with_a_sweep_before_it(no_rates, monkeypatch, tmp_path):

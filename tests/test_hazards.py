@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pandas as pd, pytest
 
-from mechunlearn import runs, store
+from mechunlearn import grids, progress, runs, store
 from mechunlearn.runs import Job, Part, parts
 from mechunlearn.store import Broken, Refusal, Run, Unavailable
 
@@ -63,6 +63,9 @@ def two_runs(tmp_path):
     return tmp_path
 
 
+def asked_in(run_dir): return progress.jobs_in(run_dir)[0][0]
+
+
 def folder_instead(p): p.unlink(); (p / "more").mkdir(parents=True)
 
 
@@ -79,26 +82,26 @@ PASSING = ["jobs/all/steps.jsonl", "jobs/all/bar.json", "jobs/all/outcome.json"]
 def test_a_damaged_file_is_named_and_mended_and_the_other_run_is_fine(two_runs, name, damage):
     file = two_runs / "a/t" / name
     DAMAGE[damage](file)
-    table = runs.status(two_runs).set_index("run_dir")
+    table = progress.status(two_runs).set_index("run_dir")
     a, b = (table.loc[str(two_runs / m / "t")] for m in "ab")
     fine = (name, damage) in {("notes/localization.json", "no keys"), ("first_seed.json", "null")}
     assert a.damaged == ("" if fine else name.removesuffix(".meta.json")) and b.damaged == "" and b.stages == "0/8" and b.edits == 1
-    assert runs.asked_in(two_runs / "b/t").model == "b"
-    runs.repair(two_runs / "a/t")
-    assert runs.damaged(two_runs / "a/t") == [] and runs.damaged(two_runs / "b/t") == []
+    assert asked_in(two_runs / "b/t").model == "b"
+    progress.repair(two_runs / "a/t")
+    assert progress.damaged(two_runs / "a/t") == [] and progress.damaged(two_runs / "b/t") == []
     Run(two_runs / "a/t", "a", "r", "t", {}); runs._keep_first_seed(Job(model="a", run_dir=str(two_runs / "a/t")))
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("name", PASSING)
 def test_what_a_part_says_may_be_damaged(two_runs, name, damage):
-    job = runs.asked_in(two_runs / "a/t"); part = parts(job, False)[0]
+    job = asked_in(two_runs / "a/t"); part = parts(job, False)[0]
     file = two_runs / "a/t" / name
     file.write_text(file.read_text() if file.exists() else '{"state": "done"}')
     DAMAGE[damage](file)
-    with runs.View(quiet=True) as view: view.update(part)
-    with runs.lock(job.run_dir): assert runs.at_work(job.run_dir)
-    assert runs.status(two_runs).damaged.tolist() == ["", ""]
+    with progress.View(quiet=True) as view: view.update(part)
+    with runs.lock(job.run_dir): assert progress.at_work(job.run_dir)
+    assert progress.status(two_runs).damaged.tolist() == ["", ""]
     (part.dir / "log.txt").write_text("ValueError: x")
     assert name != "jobs/all/outcome.json" or runs.outcome(part, 1)["state"] == "failed"
 
@@ -108,26 +111,26 @@ def test_a_damaged_job_is_named(two_runs, damage):
     first, second = two_runs / "a/t/jobs/all/job.json", two_runs / "a/t/jobs/flu/job.json"
     second.parent.mkdir(); shutil.copy(first, second)
     DAMAGE[damage](first)
-    assert runs.asked_in(two_runs / "a/t").model == "a"
+    assert asked_in(two_runs / "a/t").model == "a"
     with pytest.raises(Broken, match="job.json is broken"): runs.run_part(first)
     DAMAGE[damage](second)
-    with pytest.raises(Broken, match="job.json is broken"): runs.asked_in(two_runs / "a/t")
-    assert runs.asked_in(two_runs) is None
+    jobs, bad = progress.jobs_in(two_runs / "a/t")
+    assert jobs == [] and [e.path for e in bad] == [first, second] and progress.jobs_in(two_runs) == ([], [])
 
 
 def test_a_job_of_another_version_is_read(two_runs):
     file = two_runs / "a/t/jobs/all/job.json"
     told = json.loads(file.read_text()); told["job"] |= {"engine": "x"}; del told["job"]["attacks"], told["stages"]; file.write_text(json.dumps(told))
-    assert runs.asked_in(two_runs / "a/t").attacks == "standard" and runs.status(two_runs).damaged.tolist() == ["", ""]
+    assert asked_in(two_runs / "a/t").attacks == "standard" and progress.status(two_runs).damaged.tolist() == ["", ""]
 
 
 def test_notes_are_part_of_what_an_executed_notebook_shows(two_runs):
-    stage, job = runs.MAPS[3], runs.asked_in(two_runs / "a/t")
+    stage, job = grids.MAPS[3], asked_in(two_runs / "a/t")
     assert runs.artefacts(stage, job)["notes/localization.json: flu-probe"] == "no relation"
     shown = Path(job.run_dir) / "notebooks/13_localization.ipynb"
     store.save(shown, {}, lambda p: p.write_text("{}"))
     (Path(job.run_dir) / "notes/localization.json").write_text("{")
-    runs.repair(job.run_dir)
+    progress.repair(job.run_dir)
     assert store.state(shown, {}) == "missing"
 
 
@@ -137,13 +140,13 @@ def test_copies_beside_edits_are_no_edits(two_runs):
     root = two_runs / "a/t"
     for name in ("seed0.bak", "seedX", "seed", "seed-1", "seed01", "seed0 (copy)", "seed\u0663"): shutil.copytree(root / "flu/seed0", root / "flu" / name)
     (root / "flu/seed7").write_text("not a folder"); (root / "flu/seed8").mkdir()
-    assert runs.edits_in(root) == [("flu", 0, root / "flu/seed0")] and runs.status(two_runs).edits.tolist() == [1, 1]
+    assert progress.edits_in(root) == [("flu", 0, root / "flu/seed0")] and progress.status(two_runs).edits.tolist() == [1, 1]
 
 
 def test_links_in_a_circle_are_not_followed(two_runs):
     root = two_runs / "a/t"
     (root / "flu/loop").symlink_to(root); (root / "self").symlink_to(root / "self"); (two_runs / "up").symlink_to(two_runs); (root / "notes/gone.json").symlink_to("nowhere")
-    assert len(runs.status(two_runs)) == 2 and runs.damaged(root) == [] and len(runs.edits_in(root)) == 1
+    assert len(progress.status(two_runs)) == 2 and progress.damaged(root) == [] and len(progress.edits_in(root)) == 1
     with runs.lock(root): pass
 
 
@@ -256,33 +259,33 @@ BAD = [{"lr": x} for x in (-1, 0, float("nan"), float("inf"), True, "fast", [1e-
 def test_a_value_out_of_bounds_is_refused_whichever_way_it_comes(tmp_path, bad):
     from mechunlearn.cli import main
     import yaml
-    ways = [lambda: runs.parse(runs.Settings, bad, "settings"), lambda: runs.make_job("organism", "sports-athlete-editing", {}, ["late"], [0], bad, tmp_path),
-            lambda: runs.check_job(Job(model="organism", localizations=["late"], settings=bad, run_dir=str(tmp_path)))]
+    ways = [lambda: grids.parse(grids.Settings, bad, "settings"), lambda: grids.make_job("organism", "sports-athlete-editing", {}, ["late"], [0], bad, tmp_path),
+            lambda: grids.check_job(Job(model="organism", localizations=["late"], settings=bad, run_dir=str(tmp_path)))]
     (tmp_path / "g.yaml").write_text(yaml.safe_dump({"models": ["organism"], "localizations": ["late"], "settings": bad}))
-    for way in (*ways, lambda: runs.grid(tmp_path / "g.yaml")):
+    for way in (*ways, lambda: grids.grid(tmp_path / "g.yaml")):
         with pytest.raises(Refusal) as e: way()
         assert "\n" not in str(e.value) and len(str(e.value)) < 700
 
 
 def test_groups_and_forms_are_those_of_evaluations():
     from mechunlearn.evaluation import FORMATS, HELD_OUT, MAX_FACTS, OPEN
-    assert set(runs.GROUPS) == {*FORMATS, *HELD_OUT} and set(runs.ASKED) == {f for d in (FORMATS, HELD_OUT, OPEN) for forms in d.values() for f in forms}
-    assert runs.parse(runs.Settings, {"max_facts": MAX_FACTS}, "settings").max_facts == MAX_FACTS
+    assert set(grids.GROUPS) == {*FORMATS, *HELD_OUT} and set(grids.ASKED) == {f for d in (FORMATS, HELD_OUT, OPEN) for forms in d.values() for f in forms}
+    assert grids.parse(grids.Settings, {"max_facts": MAX_FACTS}, "settings").max_facts == MAX_FACTS
 
 
 @pytest.mark.parametrize("seeds", [[-1], [2**32], [10**23], [], list(range(1001))])
 def test_seeds_have_bounds(tmp_path, seeds):
-    with pytest.raises(Refusal, match="seeds") as e: runs.check_job(Job(model="organism", localizations=["late"], seeds=seeds, run_dir=str(tmp_path)))
+    with pytest.raises(Refusal, match="seeds") as e: grids.check_job(Job(model="organism", localizations=["late"], seeds=seeds, run_dir=str(tmp_path)))
     assert len(str(e.value)) < 200
     import numpy as np, torch
-    np.random.RandomState(runs.MAX_SEED); torch.manual_seed(runs.MAX_SEED)
-    with pytest.raises(ValueError): np.random.RandomState(runs.MAX_SEED + 1)
+    np.random.RandomState(grids.MAX_SEED); torch.manual_seed(grids.MAX_SEED)
+    with pytest.raises(ValueError): np.random.RandomState(grids.MAX_SEED + 1)
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "xpu", "mps"])
 def test_a_device_that_is_not_there_is_refused(tmp_path, device):
     for key in ("device", "device_map"):
-        with pytest.raises(Refusal, match=f"{device} is not there"): runs.check_job(Job(model="organism", localizations=["late"], settings={key: device}, run_dir=str(tmp_path)))
+        with pytest.raises(Refusal, match=f"{device} is not there"): grids.check_job(Job(model="organism", localizations=["late"], settings={key: device}, run_dir=str(tmp_path)))
 
 
 GRID = {"models": ["organism"], "localizations": ["late"]}
@@ -298,13 +301,13 @@ GRID = {"models": ["organism"], "localizations": ["late"]}
 def test_a_grid_out_of_bounds_is_refused(tmp_path, more):
     import yaml
     (tmp_path / "g.yaml").write_text(yaml.safe_dump(GRID | more))
-    with pytest.raises(Refusal) as e: runs.grid(tmp_path / "g.yaml")
+    with pytest.raises(Refusal) as e: grids.grid(tmp_path / "g.yaml")
     assert "\n" not in str(e.value) and len(str(e.value)) < 400
 
 
 def test_the_same_job_twice_is_one_and_near_rates_are_two(tmp_path):
     (tmp_path / "g.yaml").write_text("models: [organism, organism]\nlocalizations: [late]\nlrs: [0.001, 1e-3, 0.00100000001]\ntasks: [{name: sports-athlete-editing, forget_size: [16, 16]}]")
-    jobs = runs.grid(tmp_path / "g.yaml")
+    jobs = grids.grid(tmp_path / "g.yaml")
     assert [j.settings["lr"] for j in jobs] == [.001, .00100000001] and len({j.run_dir for j in jobs}) == 2
 
 
@@ -321,23 +324,23 @@ FINE = "models: [organism]\nlocalizations: [late]\n"
     ids=range(21))
 def test_a_grid_file_may_be_anything(tmp_path, data, message):
     (tmp_path / "g.yaml").write_bytes(data)
-    with pytest.raises(Refusal, match="g.yaml") as e: runs.grid(tmp_path / "g.yaml")
+    with pytest.raises(Refusal, match="g.yaml") as e: grids.grid(tmp_path / "g.yaml")
     assert message in str(e.value) and "\n" not in str(e.value) and len(str(e.value)) < 500
 
 
 def test_a_grid_in_another_encoding_with_a_mark_or_with_anchors_is_fine(tmp_path):
     for data in (FINE.encode("utf-16"), FINE.encode("utf-8-sig"), FINE.replace("\n", "\r\n").encode(), b"localizations: &l [late]\nmodels: [organism]\ntasks: [{name: sports-athlete-editing, localizations: *l}]"):
         (tmp_path / "g.yaml").write_bytes(data)
-        assert runs.grid(tmp_path / "g.yaml")[0].localizations == ["late"]
+        assert grids.grid(tmp_path / "g.yaml")[0].localizations == ["late"]
     for odd in (tmp_path, tmp_path / "none.yaml", tmp_path / "g.yaml" / "x"):
-        with pytest.raises(Refusal, match="cannot read the grid"): runs.grid(odd)
+        with pytest.raises(Refusal, match="cannot read the grid"): grids.grid(odd)
 
 
 # ---- names
 
 @pytest.mark.parametrize("name", ["edited@../..", "edited@/tmp/x", "hand@mlp.1/../../x", "../late", "..", "late\n", "late\0", "hand@" + "+".join(f"mlp.{k}" for k in range(100)), ""])
 def test_names_stay_in_their_folder(tmp_path, name):
-    with pytest.raises(Refusal) as e: runs.check_job(Job(model="organism", localizations=[name], settings={"edited": "."}, run_dir=str(tmp_path / "r")))
+    with pytest.raises(Refusal) as e: grids.check_job(Job(model="organism", localizations=[name], settings={"edited": "."}, run_dir=str(tmp_path / "r")))
     assert "\n" not in str(e.value)
     with pytest.raises(Refusal): Run(tmp_path / "r", "m", "r", "t", {}).edit_dir(name, 0)
     with pytest.raises(Refusal): Part(job=Job(model="m", run_dir="r"), label=name, stages=()).dir
@@ -348,7 +351,7 @@ def test_names_stay_in_their_folder(tmp_path, name):
 @pytest.mark.parametrize("model", ["..", "../..", "/", "a/..", "organism", "."])
 def test_a_run_folder_is_two_below_out(tmp_path, options, model, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    made = Path(folder := runs.folder(tmp_path / "out", model, "sports-athlete-editing", options)).relative_to(tmp_path / "out")
+    made = Path(folder := grids.folder(tmp_path / "out", model, "sports-athlete-editing", options)).relative_to(tmp_path / "out")
     assert len(made.parts) == 2 and ".." not in made.parts and folder.isprintable()
     Path(folder).mkdir(parents=True); assert Path(folder).resolve().is_relative_to(tmp_path / "out")
 
@@ -356,24 +359,24 @@ def test_a_run_folder_is_two_below_out(tmp_path, options, model, monkeypatch):
 # ---- off a terminal
 
 def test_a_long_stage_says_how_far_it_is(two_runs, monkeypatch, capsys):
-    part = parts(runs.asked_in(two_runs / "a/t"), False)[0]
+    part = parts(asked_in(two_runs / "a/t"), False)[0]
     now = iter(range(1000, 10000, 20)) # every look is 20 s after the one before
     monkeypatch.setattr(runs.time, "time", lambda: next(now))
     (part.dir / "steps.jsonl").write_text(json.dumps({"stage": "probing", "number": 1, "of": 8, "start": 900, "state": "done", "seconds": 30}) + "\n" +
                                           json.dumps({"stage": "finetuning", "number": 5, "of": 8, "start": 1000, "state": "running", "seconds": 0}) + "\n")
-    view = runs.View()
+    view = progress.View()
     for n in range(10): store.write_json(part.dir / "bar.json", [["edits", n // 5, 2], ["steps", n % 5, 5], ["", 3, None]]); view.update(part)
     said = capsys.readouterr().err.splitlines()
     assert said == ["a/t  1/8 probing: 30 s", "a/t  5/8 finetuning: steps 3/5, about 2 min left", "a/t  5/8 finetuning: steps 1/5, about 80 s left", "a/t  5/8 finetuning: steps 4/5, about 20 s left"]
     (part.dir / "bar.json").unlink(); view.update(part); view.update(part); view.update(part)
     assert capsys.readouterr().err.splitlines() == ["a/t  5/8 finetuning: 4 min so far"]
-    quiet = runs.View(quiet=True); quiet.every = 0
+    quiet = progress.View(quiet=True); quiet.every = 0
     for _ in range(5): quiet.update(part)
     assert capsys.readouterr().err == ""
 
 
 def test_a_real_part_off_a_terminal(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(runs.View, "every", .5)
+    monkeypatch.setattr(progress.View, "every", .5)
     stage = stage_of(tmp_path, "import time\nfrom tqdm.auto import tqdm\nfrom mechunlearn.store import make\nfor k in tqdm(range(4), 'edits'): time.sleep(.8)\nmake(f'{run_dir}/only-0.json', {}, lambda: 1)")
     assert runs.run_batch([Job(model="m", run_dir=str(tmp_path / "out/m/t"))], stages=(stage,))[0]["state"] == "done"
     said = capfd.readouterr().err.splitlines()
@@ -387,7 +390,7 @@ def test_a_stage_by_hand_from_another_folder(tmp_path, monkeypatch):
     "The line in 40, as it stands there"
     import nbformat, shlex, subprocess, sys
     text = "\n".join(c.source for c in nbformat.read(Path(__file__).parents[1] / "nbs/40_runs.ipynb", 4).cells if c.cell_type == "markdown")
-    line = next(l for l in text.splitlines() if l.startswith("papermill path/to/nbs")).replace("path/to/nbs/10_probing.ipynb", str(runs.find_notebook(runs.PIPELINE[0])))
+    line = next(l for l in text.splitlines() if l.startswith("papermill path/to/nbs")).replace("path/to/nbs/10_probing.ipynb", str(grids.find_notebook(grids.PIPELINE[0])))
     monkeypatch.chdir(tmp_path)
     done = subprocess.run([sys.executable, "-P", "-m", *shlex.split(line), "-p", "run_dir", "r", "--no-progress-bar"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

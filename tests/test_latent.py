@@ -200,8 +200,11 @@ def test_the_strongest_layer_is_chosen_on_other_facts():
     assert not len(strongest(noise_only, "ghost"))
 
 
+def of_one(records): return records.assign(localization="none", draw=0, seed=0)
+
+
 def test_curve_counts_facts(tiny, task):
-    curve = latent_curve(latent(tiny(), task, None, n_train=20, max_facts=6))
+    curve = latent_curve(of_one(latent(tiny(), task, None, n_train=20, max_facts=6)))
     n = curve.query("setting == 'subject' and layer == 0 and answer == 'truth'").set_index("group").n.to_dict()
     assert n == dict(forget=8, retain=6, ghost=6)
     assert (curve.ci_low <= curve.value).all() and (curve.value <= curve.ci_high).all()
@@ -265,10 +268,10 @@ def test_nothing_is_made_up_beyond_the_layers_of_a_model():
 
 def test_lines_are_the_curves(tiny, task):
     records = latent(tiny(), task, n_train=20, max_facts=4, binary=True)
-    curves = latent_curve(records.assign(localization="none"), ["localization", "group", "setting", "layer"])
+    curves = latent_curve(of_one(records))
     shown = curves.query("group == 'forget' and setting in ['subject', 'last']")
     axes = np.array(plot_layers(shown).axes).reshape(2, 2)
-    assert [a.get_title() for a in axes[0]] == ["truth", "edit"] and [a.get_ylabel() for a in axes[:, 0]] == ["subject", "last"]
+    assert [a.get_title("left") for a in axes[0]] == ["truth", "edit"] and [a.get_ylabel() for a in axes[:, 0]] == ["subject", "last"]
     drawn = axes[1, 1].lines[0].get_ydata()
     assert np.allclose(drawn, shown.query("setting == 'last' and answer == 'edit'").sort_values("layer").value)
     depth = np.array(plot_layers(aligned(shown.assign(model="m"))).axes)[-1].lines[0]
@@ -277,14 +280,14 @@ def test_lines_are_the_curves(tiny, task):
 
 
 def test_bands_are_for_single_rows_and_binary_probes_are_not_dashes(tiny, task):
-    curves = latent_curve(latent(tiny(), task, n_train=20, max_facts=4, binary=True))
-    one = curves.query("group == 'forget' and setting == 'subject'").assign(localization="none")
+    curves = latent_curve(of_one(latent(tiny(), task, n_train=20, max_facts=4, binary=True)))
+    one = curves.query("group == 'forget' and setting == 'subject'")
     two = pd.concat([one, one.assign(value=one.value / 2)])
     banded, mean = (plot_layers(c).axes[0] for c in (one, two))
     assert len(banded.collections) == 1 and not len(mean.collections)
     assert np.allclose(mean.lines[0].get_ydata(), .75 * banded.lines[0].get_ydata())
-    records = latent(tiny(), task, n_train=20, max_facts=4, binary=True)
-    assert all(line.get_linestyle() == "-" for line in plot_latent(records).axes[0].lines)
+    drawn = {line.get_linestyle() for line in plot_latent(curves).axes[0].lines}
+    assert drawn == {"-", ":"} and len(plot_latent(curves).axes) == 1
     plt.close("all")
 
 

@@ -3,7 +3,7 @@ import json, os, pickle, random, shutil, struct, subprocess, sys
 from pathlib import Path
 import pytest, torch
 from safetensors.torch import load_file, save_file
-from mechunlearn import models as M
+from mechunlearn import loading, models as M
 from mechunlearn.models import folder_revision, load, next_token, weights_hash, wrap
 from mechunlearn.store import Refusal
 
@@ -51,7 +51,7 @@ def hub(cache, name, commits, refs):
     for commit, folder in commits.items():
         (repo / "snapshots" / commit).mkdir(parents=True)
         for file in folder.iterdir():
-            blob = repo / "blobs" / M.sha256(file)
+            blob = repo / "blobs" / loading.sha256(file)
             shutil.copy(file, blob)
             (repo / "snapshots" / commit / file.name).symlink_to(os.path.relpath(blob, repo / "snapshots" / commit))
     for ref, commit in refs.items(): (repo / "refs" / ref).write_text(commit)
@@ -86,17 +86,17 @@ def test_a_hub_model_s_revision_is_the_commit_that_was_read(cached):
 def test_every_file_is_read_from_one_commit(cached, monkeypatch):
     (first, second), repo = cached
     (repo / "refs" / "main").write_text(A)
-    read = M.AutoConfig.from_pretrained
+    read = loading.AutoConfig.from_pretrained
     def moves_on(*args, **kwargs):
         (repo / "refs" / "main").write_text(B)
         return read(*args, **kwargs)
-    monkeypatch.setattr(M.AutoConfig, "from_pretrained", moves_on)
+    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", moves_on)
     got = load("someone/model", device="cpu")
     assert got.revision == A and same(got, first) and not same(got, second)
 
 
 def test_a_hub_model_of_unknown_revision_is_refused(cached, monkeypatch, tmp_path):
-    monkeypatch.setattr(M, "cached_file", lambda *a, **k: str(tmp_path / A / "config.json"))
+    monkeypatch.setattr(loading, "cached_file", lambda *a, **k: str(tmp_path / A / "config.json"))
     with pytest.raises(Refusal, match=f"cannot tell which revision of 'someone/model' is in .*{A}"): load("someone/model")
 
 
@@ -168,7 +168,7 @@ def test_weights_that_are_no_numbers_are_refused_by_name(folder, dtype, bad):
         w["model.layers.2.self_attn.q_proj.weight"][1, 2] = w["model.layers.1.mlp.down_proj.weight"][-1, -1] = bad
     reweigh(folder, spoil)
     assert "model.layers.1.mlp.down_proj.weight holds NaN or infinite numbers" in refused(folder, dtype=dtype)
-    assert M.not_finite(load_unchecked(folder)) == "model.layers.1.mlp.down_proj.weight"
+    assert loading.not_finite(load_unchecked(folder)) == "model.layers.1.mlp.down_proj.weight"
 
 
 def load_unchecked(folder):

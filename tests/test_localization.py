@@ -4,7 +4,8 @@ from mechunlearn import localization, stats
 from mechunlearn.facts import Fact, Task
 from mechunlearn.localization import (EmptyFLU, Evidence, Localization, agreement, at_random, build, by_hand, by_score, chosen_by_fact, compare, control_draws,
     describe, fill, late, layer_table, layer_text, localizations_for, localize, localize_all, localize_each, mechanism_table, mechanisms, neuron_size,
-    overlap, plot_localizations, plot_mechanisms, run_localization, split_name, trained_share, tracing_of, units)
+    overlap, plot_localizations, plot_mechanisms, run_localization, say_localizations, say_shared, split_name, trained,
+    tracing_of, units)
 from mechunlearn.models import Component, components, n_params, slices
 from mechunlearn.store import Refusal, Run
 
@@ -166,17 +167,18 @@ def test_fixed_ones(lm):
     ev = evidence(lm)
     made = {n: localize(lm, task(), n, evidence=ev) for n in ("late", "all-mlps", "nonlocalized")}
     assert not any(l.matched for l in made.values()) and all(l.budget is None for l in made.values())
-    trained = {s.param for s in made["nonlocalized"].slices}
-    assert trained == {n for n, p in lm.hf.named_parameters() if n.endswith("_proj.weight")}
-    assert made["nonlocalized"].n_params == sum(lm.weight(n).numel() for n in trained)
+    every = {s.param for s in made["nonlocalized"].slices}
+    assert every == {n for n, p in lm.hf.named_parameters() if n.endswith("_proj.weight")}
+    assert made["nonlocalized"].n_params == sum(lm.weight(n).numel() for n in every)
     assert overlap(made["late"], made["nonlocalized"]) == overlap(made["all-mlps"], made["nonlocalized"]) == 1
-    np.testing.assert_allclose(trained_share(lm, made["nonlocalized"]), 1)
-    np.testing.assert_allclose(trained_share(lm, made["late"]), [0, 0, 1])
+    layers = trained(made).set_index("localization")
+    assert layers.loc["nonlocalized", "layer"].tolist() == [0, 1, 2] and layers.loc["late", "layer"] == 2
+    assert (layers.mlp == 1).all() and (layers.drop("all-mlps").heads == lm.n_heads).all() and (layers.loc["all-mlps", "heads"] == 0).all()
 
-def test_trained_share_adds_up(lm):
-    ev, every = evidence(lm), localize(lm, task(), "nonlocalized", evidence=evidence(lm)).n_params
-    for l in localize_all(lm, task(), NAMES, evidence=ev)[0].values():
-        assert trained_share(lm, l).sum() * every / lm.n_layers == pytest.approx(l.n_params)
+def test_a_part_of_an_mlp_is_drawn_as_one(lm):
+    some = build(lm, "x", [Component("mlp", 0), Component("head", 1, 2)], part=(1, 12))
+    for saved in (some, some.to_json()):
+        assert trained({"x": saved}).to_dict("list") == {"localization": ["x", "x"], "layer": [0, 1], "mlp": [1, 12 / lm.d_mlp], "heads": [0, 1]}
 
 
 # ---- names
@@ -220,7 +222,7 @@ def test_curve_decides_flu(lm):
 def test_json_round_trip(lm):
     for l in localize_all(lm, task(), NAMES, draws=1, evidence=evidence(lm))[0].values():
         again = Localization.from_json(l.to_json())
-        assert again == l and again.slices[0].param == l.slices[0].param and hash(again.slices) == hash(l.slices)
+        assert again.to_json() == l.to_json() and again == l.model_copy(update={"whole": None}) and again.slices[0].param == l.slices[0].param and hash(again.slices) == hash(l.slices)
 
 def test_run_folder_is_used(tiny, tmp_path, monkeypatch):
     lm = tiny()
@@ -250,7 +252,9 @@ def test_views(lm):
     ev = evidence(lm)
     made, _ = localize_all(lm, task(), NAMES, draws=1, evidence=ev)
     assert compare(made).set_index("localization").overlap["flu"] == 1
-    assert plot_localizations(lm, made).get_ylabel() == "layer"
+    assert plot_localizations(trained(made)).axes[0].get_xlabel() == "layer"
+    assert say_localizations(made) == say_localizations({n: l.to_json() for n, l in made.items()}) and "Not matched" in say_localizations(made)
+    assert say_shared(trained(made)).startswith("Of the 2 MLPs that flu trains, flu-probe trains 2")
     some = build(lm, "x", map(Component.parse, ["mlp.0", "mlp.1", "head.2.3"]), part=(2, 5))
     assert describe(some) == "MLP 0-1; heads 2.3; 5 neurons of MLP 2"
     assert tracing_of(ev, some) == pytest.approx(ev.tracing.score[:2].sum())
@@ -348,3 +352,12 @@ def test_agreement_is_spearmans_correlation_with_removal():
     t = agreement({"removal": truth, "same": truth ** 3, "reverse": -truth, "noise": rng.normal(size=(40, 12))}, n_boot=100).set_index("method")
     assert t.loc["same", ["rho", "ci_low", "ci_high"]].tolist() == [1, 1, 1] and t.rho["reverse"] == -1 and (t.n == 40).all()
     assert t.ci_low["noise"] < t.rho["noise"] < t.ci_high["noise"] and abs(t.rho["noise"]) < .9
+
+
+def test_a_localization_says_what_it_is(lm):
+    made, _ = localize_all(lm, task(), ["flu", "random", "late"], draws=1, evidence=evidence(lm))
+    every = localize(lm, task(), "nonlocalized", evidence=evidence(lm)).n_params
+    size = made["flu"].n_params
+    assert repr(made["flu"]) == str(made["flu"]) == f"Localization(flu: MLP 0-1; {size:,} weights ({size / every:.0%} of the model's MLPs and heads), the budget of the others)"
+    assert f"matched to a budget of {size:,}" in repr(made["random#0"]) and "not matched to a budget" in repr(made["late"])
+    assert "<b>flu</b>: MLP 0-1" in made["flu"]._repr_html_() and "%" not in repr(Localization.from_json(made["flu"].to_json()))

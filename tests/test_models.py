@@ -2,7 +2,7 @@ import hashlib, json, random
 import pytest, torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
-from mechunlearn import models as M
+from mechunlearn import loading, models as M
 from mechunlearn.models import (Component, Slice, batches, check_structure, components, load, merge_slices, n_params, neurons, next_token, resid_at, slices,
     wrap)
 from mechunlearn.store import Refusal
@@ -378,7 +378,7 @@ def shipped(tiny, tmp_path, monkeypatch):
     lm.tok.save_pretrained(where)
     sums = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in where.iterdir()}
     (where / "checksums.json").write_text(json.dumps({"files": sums}))
-    monkeypatch.setattr(M, "DATA", tmp_path)
+    monkeypatch.setattr(loading, "DATA", tmp_path)
     return where
 
 
@@ -418,8 +418,8 @@ def test_the_cause_of_a_failed_load_is_found():
         try:
             try: raise kind("x", response=httpx.Response(401, request=httpx.Request("GET", "https://hub/x")))
             except Exception as cause: raise OSError("long\ntext") from cause
-        except OSError as e: assert words in M.why(e)
-    assert M.why(OSError("first\nsecond")) == "first"
+        except OSError as e: assert words in loading.why(e)
+    assert loading.why(OSError("first\nsecond")) == "first"
 
 
 def test_options_are_checked(shipped):

@@ -9,7 +9,7 @@ from mechunlearn.models import Component, Slice, load
 from mechunlearn.tasks import sports_athlete_editing
 
 FEW = {"retain": 24, "retain/mcq": 8, "ghost": 32, "ghost/mcq": 8, "same-subject": 4, "other-relation": 4, "general": 12}
-QUICK = dict(standard=dict(max_facts=FEW), relearning=dict(steps=15, at=(0, 15), max_facts=32), latents=dict(n_train=120, max_facts=32))
+QUICK = dict(standard=dict(max_facts=FEW), relearning=dict(steps=10, at=(0, 10), max_facts=24), latents=dict(n_train=120, max_facts=32))
 DEAR = dict(hardened=dict(shots=(0, 4), n_all_orders=2, max_facts=16), generation=dict(max_facts=16), soft=dict(ks=(5,), prompts=1, steps=50, max_facts=32))
 ASKED, HARD, READ = ["multiple choice"], ["hard multiple choice"], ["new probe", "old probe"]
 

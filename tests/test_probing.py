@@ -1,7 +1,7 @@
 import numpy as np, pandas as pd, pytest, torch
 from mechunlearn import probing, stats
 from mechunlearn.facts import Fact, Task
-from mechunlearn.probing import POSITIONS, features, fit_probe, flu_layers, plot_probe_curve, probe_curve, run_probing, selectivity
+from mechunlearn.probing import POSITIONS, features, fit_probe, flu_layers, plot_probe, probe_curve, run_probing, say_probe, selectivity
 from mechunlearn.store import Refusal, Run
 
 SPORTS = (" football", " baseball", " basketball", " golf")
@@ -45,7 +45,7 @@ def test_curve_finds_what_was_planted(planted):
     s = selectivity(c).pivot(index="layer", columns="position", values="selectivity")
     assert (s.subject.loc[1:] > .4).all() and abs(s.subject.loc[-1]) < .3
     assert (c.ci_low <= c.accuracy).all() and (c.accuracy <= c.ci_high).all() and (c.n_test == 80).all()
-    assert plot_probe_curve(c, [1]).get_xlabel().startswith("layer")
+    assert plot_probe(c, [1]).axes[0].get_xlabel() == "after layer" and "layers 1." in say_probe(c, [1])
 
 def test_train_and_test_are_disjoint_and_without_the_forget_set(planted):
     t = task()

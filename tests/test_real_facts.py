@@ -331,12 +331,12 @@ def test_files_that_may_not_be_read(tmp_path, monkeypatch):
 
 # ---- large tables
 
-def test_a_hundred_thousand_rows(alone, tmp_path):
-    n, start = 100_000, time.process_time()
+def test_many_rows(alone, tmp_path):
+    n, start = 20_000, time.process_time()
     rows = [(f"Ann{i}", f"Ann{i} lives in", f"Town{i % 5000}", f"Town{(i + 1) % 5000}" if i % 2 else "") for i in range(n)]
     task = make_task(CF, facts=own(tmp_path / "big.csv", rows))
     assert len(task.forget) == n // 2 and len(task.retain) + len(task.retain_test) + len(task.dev_retain) == n // 2 and max(len(f.wrong) for f in task.forget) <= 20
-    assert time.process_time() - start < 60
+    assert time.process_time() - start < 12
 
 
 def test_absurdly_large_files(tmp_path, monkeypatch):
@@ -347,11 +347,11 @@ def test_absurdly_large_files(tmp_path, monkeypatch):
 
 
 def test_nothing_here_is_quadratic():
-    facts = [Fact(id=str(i), relation=f"r{i % 7 if i % 2 else i}", subject=f"s{i // 3}", prompt="p", answer=f" a{i % 999}", candidates=(" x", " y")) for i in range(100_000)]
+    facts = [Fact(id=str(i), relation=f"r{i % 7 if i % 2 else i}", subject=f"s{i // 3}", prompt="p", answer=f" a{i % 999}", candidates=(" x", " y")) for i in range(30_000)]
     start = time.process_time()
-    by_turns(facts, 50_000); by_turns(facts, 50_000, one_each=False); of_each(facts, 3); without(facts, facts[:50_000]); in_proportion(facts, facts); quarter_of_each(facts, 20)
+    by_turns(facts, 15_000); by_turns(facts, 15_000, one_each=False); of_each(facts, 3); without(facts, facts[:15_000]); in_proportion(facts, facts); quarter_of_each(facts, 20)
     split_retain(facts, 0, key=lambda f: (f.relation, f.answer)); with_neighbors(facts[:20_000], facts); counterfact_sets(facts, 64, 0)
-    assert time.process_time() - start < 30
+    assert time.process_time() - start < 10
 
 
 # ---- damaged files

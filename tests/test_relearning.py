@@ -5,8 +5,9 @@ from mechunlearn.facts import Fact, Task, sports_athlete_editing
 from mechunlearn.finetuning import Edit, finetune, fingerprint, slice_key
 from mechunlearn.localization import build
 from mechunlearn.models import Component
-from mechunlearn.relearning import (ORGANISM, PUBLISHED, Lora, adapters, asked, attacker, by_attacker, chance, everything, grid_for, halves, linear_weights,
-    lora_for, low_resource, pair, recovery, relearn, relearn_grid, relearned, run_relearning, teach)
+from mechunlearn.relearning import (ORGANISM, PUBLISHED, Lora, adapters, asked, attacker, by_attacker, blind_guesses, everything, grid_for, halves, linear_weights,
+    lora_for, low_resource, pair, recovery, relearn, relearn_grid, relearning_rows, run_relearning, teach)
+from mechunlearn.stats import summarise
 from mechunlearn.store import Refusal, Run
 
 SMALL = dict(lora=Lora(4, 4, 1e-2, 0.), sizes=dict(forget=4, retain=4, text=1), max_facts=6)
@@ -98,7 +99,8 @@ def test_every_forget_fact_is_asked_once_as_held_and_once_as_taught(tiny, task):
     taught = records[records.group == "trained"].groupby("setting").fact.agg(set)
     assert held["half0"] == taught["half1"] and not held["half0"] & taught["half0"]
     assert set(records[records.group == "ghost"].fact) <= {f.id for f in task.ghosts}
-    assert relearned(records).set_index("group").n.to_dict() == dict(forget=8, trained=8, ghost=6, retain=6)
+    rows = summarise(records.assign(localization="none", draw=0, seed=0))
+    assert {g: relearning_rows(rows, g).n.tolist() for g in ("forget", "trained", "ghost", "retain")} == dict(forget=[8], trained=[8], ghost=[6], retain=[6])
 
 
 def test_steps_that_are_measured(tiny, task):
@@ -145,10 +147,10 @@ def a_task(truths, edits, known=(" a", " b", " c"), relation="sport"):
 
 
 def test_chance_counts_what_blind_strategies_reach():
-    c = chance(a_task([" a", " a", " a", " b"], [" b", " b", " c", " c"]))
+    c = blind_guesses(a_task([" a", " a", " a", " b"], [" b", " b", " c", " c"]))
     assert c.uniform == pytest.approx(1 / 3) and c.not_edit == pytest.approx(1 / 2)
     assert c.constant == pytest.approx(3 / 4)  # halves: a, a and a, b
-    golf = chance(a_task([" a", " b"], [" golf", " golf"]))
+    golf = blind_guesses(a_task([" a", " b"], [" golf", " golf"]))
     assert golf.not_edit == pytest.approx(1 / 3)  # knowing that golf is wrong rules nothing out
 
 
@@ -157,7 +159,7 @@ def test_chance_is_reached_by_simulated_attackers():
     rng, known = random.Random(0), [" a", " b", " c"]
     truths = [rng.choice(known) for _ in range(300)]
     edits = [rng.choice([k for k in known if k != t]) for t in truths]
-    c = chance(a_task(truths, edits))
+    c = blind_guesses(a_task(truths, edits))
     blind = sum(rng.choice(known) == t for t in truths * 20) / 6000
     wary = sum(rng.choice([k for k in known if k != e]) == t for t, e in zip(truths * 20, edits * 20)) / 6000
     assert blind == pytest.approx(c.uniform, abs=.03) and wary == pytest.approx(c.not_edit, abs=.03)

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 from mechunlearn import recorded_tables, report as r, store
+from mechunlearn.evaluation import SCALED, plot_scale
 from mechunlearn.figures import spread
 from mechunlearn.stats import bootstrap_clustered, mean_interval
 from mechunlearn.store import Broken, Refusal
@@ -435,8 +436,8 @@ def test_a_sequence_shows_what_later_parts_do_to_earlier_ones(tmp_path):
 
 def test_scale_is_drawn_over_the_number_of_facts(found):
     both = pd.concat([found.metrics, found.metrics.assign(forget_size=100)])
-    axes = r.plot_scale(both).axes
-    assert [a.get_title()[:-2] or a.get_title(loc="left")[:-2] for a in axes] == list(r.SCALED)
+    axes = plot_scale(both).axes
+    assert [a.get_title()[:-2] or a.get_title(loc="left")[:-2] for a in axes] == list(SCALED)
     x, y = axes[1].containers[0].lines[0].get_data()
     want = r.column_rows(found.metrics[found.metrics.seed == -1], "MCQ truth").set_index("localization").value["none"]
     assert list(x) == [12, 100] and np.allclose(y, want)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import nbformat, psutil, pytest, yaml
 
-from mechunlearn import runs, store
+from mechunlearn import grids, progress, runs, store
 from mechunlearn.runs import PIPELINE, STANDARD, Failed, Job, Part, Settings, Stage, estimate, explain, folder, grid, lock, parse, parts, repair, run_batch, run_job, status
 from mechunlearn.store import Broken, Refusal
 
@@ -156,7 +156,7 @@ def test_parts_cover_everything_once_and_never_share_an_artefact():
     made = {p.label: p for p in parts(j, True)}
     assert list(made) == ["maps", "none", "flu", "random-mlps", "late", "all"] and made["all"].stages == STANDARD
     for l in j.localizations:
-        assert made[l].job.localizations == [l] and set(made[l].after) == {"maps", "none"} and not set(made[l].stages) & set(runs.MAPS)
+        assert made[l].job.localizations == [l] and set(made[l].after) == {"maps", "none"} and not set(made[l].stages) & set(grids.MAPS)
     assert set(made["all"].after) == set(made) - {"all"}
     assert Part.model_validate_json(made["flu"].model_dump_json()) == made["flu"]
 
@@ -169,9 +169,9 @@ def test_what_an_edit_goes_through():
 
 def test_benchmarks_are_refused_before_anything_is_trained(tmp_path, monkeypatch):
     asks = job(tmp_path, model="organism", localizations=["late"], settings={"capabilities": {"names": ["sciq"]}})
-    monkeypatch.setattr(runs, "find_spec", lambda name: None)
-    with pytest.raises(Refusal, match=r"pip install mechunlearn\[capability\]"): runs.check_job(asks)
-    runs.check_job(asks.model_copy(update={"settings": {"capabilities": {"texts": "pile.txt"}}}))
+    monkeypatch.setattr(grids, "find_spec", lambda name: None)
+    with pytest.raises(Refusal, match=r"pip install mechunlearn\[capability\]"): grids.check_job(asks)
+    grids.check_job(asks.model_copy(update={"settings": {"capabilities": {"texts": "pile.txt"}}}))
 
 
 def test_a_part_waits_and_is_not_run_when_what_it_needs_failed(tmp_path, monkeypatch):
@@ -218,7 +218,7 @@ def test_a_refused_localization_does_not_stop_the_others(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "start", lambda part, slot, workers: type("P", (), {"poll": lambda self: 0, "returncode": 0})())
     monkeypatch.setattr(runs, "outcome", lambda part, code: {"state": states.get(part.label, "done"), "why": part.label})
     todo = parts(job(tmp_path).model_copy(update={"localizations": ["flu", "late"]}), True)
-    end = lambda: {label: out["state"] for (_, label), out in runs._schedule(todo, 2, runs.View(quiet=True)).items()}
+    end = lambda: {label: out["state"] for (_, label), out in runs._schedule(todo, 2, progress.View(quiet=True)).items()}
     assert end() == {"maps": "done", "none": "done", "flu": "refused", "late": "done", "all": "done"}
     states["flu"] = "failed"; assert end()["all"] == "failed"
     states["none"] = "refused"; assert end()["late"] == "refused"
@@ -231,9 +231,9 @@ def command(tmp_path, stages, *argv):
     script = tmp_path / "command.py"
     script.write_text(textwrap.dedent(f"""
         import sys
-        from mechunlearn import cli, runs
-        runs.STANDARD = tuple(runs.Stage(*s) for s in {[tuple(s) for s in stages]!r})
-        cli.ready, cli.show_run = lambda job, args: None, lambda folder, args: print("finished", folder)
+        from mechunlearn import cli, grids, options
+        grids.STANDARD = tuple(grids.Stage(*s) for s in {[tuple(s) for s in stages]!r})
+        options.ready, cli.show_run = lambda job, args: None, lambda folder, args: print("finished", folder)
         sys.exit(cli.main(sys.argv[1:]))"""))
     return [sys.executable, str(script), "run", "--model", "m", "--forget-size", "1", "--out", str(tmp_path / "out"), *argv]
 
@@ -283,6 +283,7 @@ def test_stopped_run_leaves_no_process_and_goes_on(steps, tmp_path, sig, code):
     assert again.returncode == 0 and "finished" in again.stdout
     counts = (tmp_path / "count").read_text().split()
     assert sorted(set(counts)) == list("01234") and len(counts) <= 6
+    if sig == signal.SIGKILL: return
     third = subprocess.run(command(tmp_path, steps, *seeds), capture_output=True, text=True)
     assert third.returncode == 0 and "was done before" in third.stderr and (tmp_path / "count").read_text().split() == counts
 
@@ -305,7 +306,7 @@ def test_killed_at_random_moments_gives_the_same_metrics(tmp_path):
         alive = descendants(p.pid); p.send_signal(rng.choice([signal.SIGINT, signal.SIGKILL])); p.wait(60)
         assert not psutil.wait_procs(alive, 30)[1]
         kills, limit = kills + 1, limit*1.4
-    assert kills >= 2 and not runs.damaged(torn)
+    assert kills >= 2 and not progress.damaged(torn)
     a, b = metrics(whole), metrics(torn)
     keys = [c for c in a.columns if c not in ("value", "ci_low", "ci_high")]
     import pandas as pd
@@ -388,7 +389,7 @@ def test_folders_differ_when_jobs_do():
 
 
 def test_estimate_counts_what_is_known(tmp_path):
-    j = runs.make_job("organism", "sports-athlete-editing", {"forget_size": 16}, ["flu", "random-mlps", "nonlocalized"], [0, 1], {"draws": 2}, tmp_path)
+    j = grids.make_job("organism", "sports-athlete-editing", {"forget_size": 16}, ["flu", "random-mlps", "nonlocalized"], [0, 1], {"draws": 2}, tmp_path)
     e = estimate(j).set_index("localization")
     assert e.exact.to_dict() == {"flu": False, "random-mlps": False, "nonlocalized": True} and e.edits.tolist() == [2, 4, 2]
     assert e.trained["flu"] < e.trained["nonlocalized"] and e.disk_gb["nonlocalized"] == pytest.approx(8*e.trained["nonlocalized"]/1e9)
@@ -401,7 +402,7 @@ def test_estimate_counts_what_is_known(tmp_path):
 def test_repair_takes_only_what_is_damaged_unless_told(tmp_path):
     for n in "ab": store.save_json(tmp_path / f"{n}.json", n, {})
     (tmp_path / "b.json").write_text("x"); (tmp_path / "run.json").write_text("{")
-    assert [p.name for p in runs.damaged(tmp_path)] == ["b.json", "run.json"]
+    assert [p.name for p in progress.damaged(tmp_path)] == ["b.json", "run.json"]
     assert [p.name for p in repair(tmp_path)] == ["b.json", "run.json"] and sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "a.json.meta.json"]
     assert [p.name for p in repair(tmp_path, everything=True)] == ["a.json"] and not list(tmp_path.iterdir())
 
@@ -413,6 +414,6 @@ def test_three_facts_of_ones_own_are_enough_on_the_organism(tmp_path, monkeypatc
     some = [f for f in make_task("counterfact-editing").retain if f.relation == "city"][:3]
     rows = ["subject,relation,prompt,answer,edit"] + [f"{f.subject},city,{f.prompt},{f.answer.strip()},{f.wrong[0].strip()}" for f in some]
     (tmp_path / "my.csv").write_text("\n".join(rows))
-    job = runs.make_job("organism", "counterfact-editing", {"facts": str(tmp_path / "my.csv")}, ["all-mlps"], [0], {}, tmp_path)
-    runs.check_job(job) # what must stay is taken from the world; CounterFact is not needed
+    job = grids.make_job("organism", "counterfact-editing", {"facts": str(tmp_path / "my.csv")}, ["all-mlps"], [0], {}, tmp_path)
+    grids.check_job(job) # what must stay is taken from the world; CounterFact is not needed
     assert "forget_size" not in job.options

@@ -5,7 +5,7 @@ from mechunlearn.facts import Fact, sports_athlete_editing
 from mechunlearn.finetuning import Edit, fingerprint, slice_key
 from mechunlearn.localization import build
 from mechunlearn.models import Component, load
-from mechunlearn.relearning import asked, chance, halves
+from mechunlearn.relearning import asked, blind_guesses, halves
 from mechunlearn.softprompts import (logits_behind, plot_soft_prompts, prompted, random_words, read_once, run_soft_prompts, soft_prompt, soften, softened,
     traced_logits)
 from mechunlearn.store import Refusal, Run
@@ -151,9 +151,9 @@ def test_records(tiny, task):
         assert records[records.group == group].groupby("setting").fact.agg(set).groupby(lambda s: s[5:]).agg(lambda x: set().union(*x)).map(len).eq(8).all()
     held, taught = (records[records.group == g].groupby("setting").fact.agg(set) for g in ("forget", "trained"))
     assert held["half0/k1/seed6"] == taught["half1/k1/seed6"] and not held["half0/k1/seed6"] & taught["half0/k1/seed6"]
-    s = softened(records)
+    s = softened(records.assign(localization="none", draw=0, seed=0))
     assert s.groupby("k").n.agg(list).to_dict() == {k: [8, 8, 6, 6] for k in (0, 1, 2)}
-    plot_soft_prompts(records, task)
+    assert len(plot_soft_prompts(s).axes) == 3
 
 
 def test_no_soft_prompt_is_the_model_itself(tiny, task):
@@ -179,9 +179,9 @@ def test_refusals(tiny, task):
 def test_the_unedited_organism_still_knows_and_ghosts_stay_unknown(organism):
     task = sports_athlete_editing(organism, forget_size=16)
     records = soften(organism, task, None, ks=(3,), prompts=1, steps=40)
-    s = softened(records).set_index(["group", "k"])
+    s = softened(records.assign(localization="none", draw=0, seed=0)).set_index(["group", "k"])
     assert s.value["forget", 3] >= .9 and s.value["retain", 3] >= .9
-    assert s.ci_low["ghost", 3] < chance(task).uniform < s.ci_high["ghost", 3] + .1
+    assert s.ci_low["ghost", 3] < blind_guesses(task).uniform < s.ci_high["ghost", 3] + .1
 
 
 def test_stage_writes_each_table_once(tiny, task, tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import datasets, pandas as pd, pytest
 
-from mechunlearn.sources import (SOURCES, Missing, OwnFact, cached, fetch, find, read_counterfact, read_own, read_questions, read_rows, read_texts)
+from mechunlearn.sources import (SOURCES, Missing, OwnFact, cached, fetch, find, read_counterfact, read_own, read_questions, read_rows, read_texts, shape_of)
 from mechunlearn.store import Refusal, sha256
 
 REFDATA = os.environ.get("MECHUNLEARN_REFDATA")
@@ -499,3 +499,36 @@ def test_real_questions(refdata):
 
 @real
 def test_real_athletes_are_the_file_at_the_address(refdata): assert sha256(find("sports")) == ATHLETES.sha256
+
+
+# Whose facts a file holds
+
+TOLD = dict(subject="target_true", prompt="The column with the requested_rewrite, target_true, is the", answer="truth", edit="target_true")
+
+
+@pytest.mark.parametrize("name, content, shape", [
+    ("f.jsonl", lines([TOLD]), "own"), ("f.jsonl.gz", lines([TOLD]), "own"), ("f.json", json.dumps([TOLD]), "own"),
+    ("f.json", json.dumps([TOLD | {"wrong": ["target_true"]}], indent=1), "own"),
+    ("f.jsonl", lines([TOLD | {"note": {"target_true": 1}}]), "own"),
+    ("f.csv", "subject,prompt,answer,edit\ntarget_true,The target_true is,a,b\n", "own"),
+    ("f.csv", 'subject,"my target_true",answer\n', "own"), ("f.tsv", "subject\tprompt target_true\n", "own"),
+    ("f.jsonl", lines([flat_row(1)]), "counterfact"), ("f.jsonl", "\n\n" + lines([rome_row(1)]), "counterfact"),
+    ("f.jsonl", "\ufeff" + lines([rome_row(1)]).replace("\n", "\r"), "counterfact"), ("f.json", json.dumps([rome_row(1)], indent=1), "counterfact"),
+    ("f.csv", "prompt_id,subject, target_true ,target_false\n", "counterfact"), ("f.tsv", '"prompt_id"\t"target_true"\r\n', "counterfact"),
+    ("f.json", json.dumps({"facts": [TOLD]}), "world"),
+    *((f"f{kind}", damaged, "own") for kind in (".jsonl", ".json", ".csv") for damaged in ("", "\n", "[", '["target_true"', "[" * 99999)),
+    ("f.jsonl", '{"target_true', "own")])
+def test_shape_goes_by_columns_not_by_texts(tmp_path, name, content, shape):
+    assert shape_of(put(tmp_path / name, content)) == shape
+
+
+def test_shape_of_parquet(tmp_path):
+    for row, shape in ((TOLD, "own"), (flat_row(1), "counterfact"), (TOLD | {"not target_true": 1}, "own")):
+        pd.DataFrame([row]).to_parquet(tmp_path / "f.parquet")
+        assert shape_of(tmp_path / "f.parquet") == shape
+
+
+def test_own_facts_about_counterfact_are_read_as_own(tmp_path):
+    from mechunlearn.tasks import kind_of
+    path = put(tmp_path / "mine.jsonl", lines([TOLD]))
+    assert kind_of(str(path)) == "own" and read_own(path)[0].edit == " target_true"

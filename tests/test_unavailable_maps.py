@@ -9,7 +9,7 @@ from mechunlearn.patching import NoExtraction, run_direct, run_paths
 from mechunlearn.probing import available, run_probing
 from mechunlearn.store import Refusal, Run, Unavailable
 from mechunlearn.tasks import make_task
-from mechunlearn.tracing import plot_grid, plot_scores, Scores, run_attribution_patching, run_tracing, swap_subject, token_map
+from mechunlearn.tracing import plot_components, plot_trace, run_attribution_patching, run_tracing, swap_subject, token_map
 
 MAPS = {"probing": run_probing, "causal tracing": run_tracing, "attribution patching": run_attribution_patching, "map by token": token_map,
         "direct effects": run_direct, "paths to extraction": run_paths}
@@ -94,8 +94,8 @@ def test_every_reason_is_one_kind(): assert issubclass(EmptyFLU, Unavailable) an
 def test_maps_of_nan_are_drawn_and_printed(tmp_path):
     t = pd.DataFrame({"component": ["mlp.0", "mlp.1"], "kind": "mlp", "layer": [0, 1], "head": pd.array([None, None], dtype="Int64"), "score": np.nan,
                       "ci_low": np.nan, "ci_high": np.nan, "n": 3})
-    plot_scores(Scores("causal-tracing-swap", {}, t))
-    plot_grid(t.assign(position=[-1, -1], token="of"))
+    plot_components(t)
+    plot_trace(t.assign(position=[-1, -1], token="of"))
     (tmp_path / "scores").mkdir()
     t.to_parquet(tmp_path / "scores/causal-tracing-swap.parquet")
     assert "-" in layer_text(layer_table(tmp_path)) and "nan" not in layer_text(layer_table(tmp_path))
