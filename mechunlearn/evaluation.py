@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'MAX_FACTS', 'OPEN', 'OPEN_MAX', 'HELD_OUT', 'HELD_OUT_MAX', 'SCALED', 'SHOTS', 'GREEDY', 'DENIED',
-           'TAKEN_BACK', 'ALSO_DENIED', 'MEASURES', 'asked_of', 'questionnaire', 'evaluate', 'before_after',
+           'TAKEN_BACK', 'ALSO_DENIED', 'asked_of', 'questionnaire', 'evaluate', 'interval', 'before_after',
            'plot_scale', 'hard_choice', 'letter_logprobs', 'letter_priors', 'answer_letters', 'asked_in_attacks',
            'shown_shots', 'harden', 'with_majority', 'plot_hardened', 'continuations', 'first_named',
-           'generate_answers', 'speak', 'run_evaluation', 'interval', 'summarise', 'hardened_metrics']
+           'generate_answers', 'speak', 'run_evaluation']
 
 # %% ../nbs/25_evaluation.ipynb #150002
 import re, unicodedata, warnings
@@ -81,6 +81,16 @@ def evaluate(
     asked = answer(lm, questionnaire(task, formats, max_facts), batch_size, evaluation="standard")
     if "text" not in (asked_of(task)[0] if formats is None else formats): return asked
     return pd.concat([asked, text_loss(lm, task.text_test, max(1, batch_size // 4), evaluation="standard")], ignore_index=True)
+
+# %% ../nbs/25_evaluation.ipynb #150034
+def interval(
+    values:pd.Series, # one mean a fact, none missing
+    measure:str, # top1, prob, compliance or loss
+) -> dict: # value, n, ci_low, ci_high
+    "Mean over facts with its 95 % interval"
+    n = len(values)
+    low, high = wilson(values.sum(), n) if measure == "top1" else unsure(bootstrap(values.to_numpy()), values.mean(), n, measure != "loss")
+    return dict(value=values.mean(), n=n, ci_low=low, ci_high=high)
 
 # %% ../nbs/25_evaluation.ipynb #a58bf837
 def _said(rows, words):
@@ -377,41 +387,3 @@ def run_evaluation(
         table = job.table("evaluation.parquet", records, recompute, evaluation=asked)
         tables.append(labelled(table, job.name, job.task.seed))
     return stats.summarise(pd.concat(tables, ignore_index=True), {j.name: j.where.n_params for j in jobs if j.where})
-
-# %% ../nbs/25_evaluation.ipynb #150034
-MEASURES = [("truth", "prob", "prob_truth"), ("edit", "prob", "prob_edit"), ("truth", "top1", "top1_truth"), ("edit", "top1", "top1_edit"),
-    (None, "compliance", "compliance"), (None, "loss", "loss")]
-
-def interval(
-    values:pd.Series, # one mean a fact, none missing
-    measure:str, # top1, prob, compliance or loss
-) -> dict: # value, n, ci_low, ci_high
-    "Mean over facts with its 95 % interval"
-    n = len(values)
-    low, high = wilson(values.sum(), n) if measure == "top1" else unsure(bootstrap(values.to_numpy()), values.mean(), n, measure != "loss")
-    return dict(value=values.mean(), n=n, ci_low=low, ci_high=high)
-
-# %% ../nbs/25_evaluation.ipynb #150035
-def summarise(
-    records:pd.DataFrame, # of any evaluation
-    by:Sequence[str]=("evaluation", "group", "format", "layer", "setting", "step"), # columns that tell the rows of the result apart
-) -> pd.DataFrame: # `by`, answer (truth, edit or missing), measure, value, n (facts), ci_low, ci_high
-    "Metrics of records: facts are averaged over their prompts first"
-    rows = []
-    for key, part in records.groupby(list(by), dropna=False, sort=False):
-        means = part.groupby("fact")[[c for _, _, c in MEASURES]].mean().astype("float64")
-        rows += [dict(zip(by, key), answer=a, measure=m) | interval(means[c].dropna(), m) for a, m, c in MEASURES if means[c].notna().any()]
-    return pd.DataFrame(rows, columns=[*by, "answer", "measure", "value", "n", "ci_low", "ci_high"])
-
-# %% ../nbs/25_evaluation.ipynb #2bdacd70
-def hardened_metrics(
-    records:pd.DataFrame, # of `harden`; may carry more columns, such as `localization`
-    by:Sequence[str]=("group", "setting"), # columns that tell the rows of the result apart
-) -> pd.DataFrame: # the columns of `summarise`; `measure` is also majority
-    "Metrics of hardened multiple choice: means over orders, the majority of orders, and compliance"
-    by, r, rows = list(by), records[records.evaluation == "hardened"], []
-    for a in ("truth", "edit"):
-        votes = r.groupby([*by, "fact"], dropna=False, sort=False)[f"top1_{a}"].mean().astype(float).dropna().reset_index(name="share")
-        rows += [dict(zip(by, key), answer=a, measure="majority") | interval((part.share > .5).astype(float), "top1")
-            for key, part in votes.groupby(by, dropna=False, sort=False)]
-    return pd.concat([summarise(r, by), pd.DataFrame(rows)], ignore_index=True)

@@ -119,7 +119,7 @@ def test_evaluate_asks_every_group_and_the_texts(small):
 
 def rows(**columns):
     "Pooled rows with intervals of some records."
-    records = as_records(pd.DataFrame(columns).to_dict("records"), evaluation="standard", group="forget", format="mcq")
+    records = as_records(pd.DataFrame(columns).to_dict("records"), evaluation="standard", group="forget", format="mcq", truth=" A", edit=" B")
     return summarise(labelled(records)).query("seed == -1")
 
 

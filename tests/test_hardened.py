@@ -152,7 +152,7 @@ def test_hardened_records(tiny, task):
 
 def test_majority_needs_more_than_half_of_the_orders():
     rows = [dict(fact=f, setting="0-shot", top1_truth=i < hits, top1_edit=None) for f, hits, n in (("a", 2, 4), ("b", 3, 4), ("c", 13, 24), ("d", 12, 24)) for i in range(n)]
-    records = as_records(rows, evaluation="hardened", group="forget")
+    records = as_records(rows, evaluation="hardened", group="forget", truth=" A")
     got = with_majority(labelled(records)).query("seed == -1").set_index("measure")
     assert got.value["majority"] == .5 and got.n["majority"] == 4
     assert got.value["top1"] == pytest.approx((.5 + .75 + 13 / 24 + .5) / 4)
