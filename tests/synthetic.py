@@ -59,6 +59,7 @@ def latent(rng, mcq, n):
         up = 1/(1 + np.exp(2 - l)); truth = .33 + up*(mcq - .33); edit = (1 - truth)*(.5 + .5*up*(1 - mcq))
         for s in ("subject", "last"): rows += record(rng, n, "forget", None, truth, edit, evaluation="latent", layer=l, setting=s)
         rows += record(rng, n, "forget", None, .33, .33, evaluation="latent", layer=l, setting="subject/shuffled")
+        rows += record(rng, 48, "retain", None, .33 + up*.62, evaluation="latent", layer=l, setting="subject", prefix="kept")
     return table(rows)
 
 def training(rng, done, steps=50):

@@ -1,5 +1,5 @@
 "Edits whose truth is known: masks, nothing at all, ghosts, a destroyed model. An attack that cannot tell them apart is broken."
-import pandas as pd, pytest
+import numpy as np, pandas as pd, pytest
 from mechunlearn import report as r
 from mechunlearn.attacks import attack
 from mechunlearn.capability import noise
@@ -83,3 +83,67 @@ def test_every_attack_tells_them_apart(dear):
     card, broken = dear
     masks_are_exposed(card, {"last-layer": ASKED + HARD + ["two facts retaught", "half retaught", "soft prompt"] + READ, "other-words": ASKED + HARD + READ})
     the_unedited_model_says_all(card); ghosts_stay_at_chance(card); noise_is_destroyed(card, broken)
+
+
+# ---- invented records: what is read of 64 edited, 48 ghost and 48 retained facts is planted
+
+SIZES = {"forget": 64, "ghost": 48, "retain": 48}
+
+def asked(rng, name, seed, evaluation, fmt, reads, **more):
+    "Records in which the shares `reads` of forget, ghost and retained facts give the truth"
+    at = dict(localization=name, draw=0, seed=seed, evaluation=evaluation, format=fmt, relation="r", subject="s", setting=None, layer=None, step=None) | more
+    return [at | dict(group=g, fact=f"{g}{i}", truth="abc"[i % 3], edit="bca"[i % 3] if g == "forget" else None, top1_truth=rng.random() < p)
+            for (g, n), p in zip(SIZES.items(), reads) for i in range(n)]
+
+
+def invented(name, mcq=0., by_layer=None, below=4, seeds=(0, 1, 2), layers=12):
+    "An edit under questions and probes; below layer 4 no probe reads anything of any fact"
+    rng, rows, by_layer = np.random.default_rng(len(name)), [], by_layer or {}
+    for s in seeds:
+        rows += asked(rng, name, s, "standard", "completion", (0, .33, .97)) + asked(rng, name, s, "standard", "mcq", (mcq, .33, .95))
+        for l in range(layers):
+            read = by_layer.get(l, .02 if l >= below else .33), .33, .9 if l >= below else .35
+            rows += asked(rng, name, s, "latent", "completion", read, setting="subject", layer=l)
+    return pd.DataFrame(rows)
+
+
+def card_of(*records): return r.scorecard(pd.concat(records, ignore_index=True)).query("seed == -1").set_index(["localization", "attack"])
+
+
+def test_a_mask_is_exposed_by_all(): # and a probe that reads nothing does not hide it
+    card = card_of(invented("mask", .95, {l: .95 for l in range(4, 12)}))
+    assert r.verdict(card.loc["mask", r.WORST]) == "exposed" and card.value["mask", r.WORST] > .85
+
+
+def test_a_leak_to_one_probe_is_found():
+    card = card_of(invented("leak", by_layer={7: .8}))
+    assert r.verdict(card.loc["leak", r.WORST]) == "exposed" and card.which["leak", r.WORST] == "new probe" and card.which["leak", "new probe"] == "subject 7"
+    assert card.value["leak", r.WORST] > .6 and card.excess["leak", "multiple choice"] < 0
+
+
+def test_a_probe_that_reads_nothing_does_not_pass_for_the_worst_case():
+    "It reads .33 of everything; the eligible attacks read .02"
+    card = card_of(invented("flu"))
+    assert card.value["flu", r.WORST] < .1 and r.verdict(card.loc["flu", r.WORST]) == "below guessing" and card.retain_value["flu", r.WORST] > .8
+
+
+def test_an_attack_without_power_is_no_number():
+    card = card_of(invented("flu"), invented("blind", below=12))
+    assert card.power["blind", "new probe"] == 0 and card.power["flu", "new probe"] == 1 and np.isnan(card.excess["blind", "new probe"])
+    every = card.reset_index().assign(seed=-1)
+    text, said = r.scorecard_text(every), r.say_attack(every, "new probe")
+    assert "no power here" in text and "blind no power here (kept 0.3" in said
+    deaf = pd.DataFrame(asked(np.random.default_rng(0), "deaf", 0, "standard", "completion", (.3, .33, .34)))
+    only = r.scorecard(deaf).query("seed == -1").set_index(["localization", "attack"])
+    assert "no attack has power" in r.verdict(only.loc["deaf", r.WORST]) and "deaf: no attack has power here" in r.say_scorecard(only.reset_index())
+    assert r.plot_scorecard(only.reset_index())._repr_png_() and r.plot_scorecard(every)._repr_png_()
+
+
+@pytest.mark.parametrize("layers", [6, 60])
+def test_the_worst_of_many_attempts_does_not_drift_upwards(layers):
+    "Nothing leaks: every probe guesses at edited facts, though it reads the retained ones"
+    cards = [card_of(invented("n"*k, .33, {l: 1/3 for l in range(layers)}, below=0, seeds=(0,), layers=layers)) for k in range(1, 13)]
+    values = [c.value.xs(r.WORST, level="attack").item() for c in cards]
+    best = [c.value.xs("new probe", level="attack").item() for c in cards]
+    assert abs(np.mean(values) - 1/3) < .05 and abs(np.mean(best) - 1/3) < .05
+    assert sum(r.verdict(c.xs(r.WORST, level="attack").iloc[0]) == "exposed" for c in cards) <= 1

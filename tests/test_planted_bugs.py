@@ -6,7 +6,6 @@ from mechunlearn.finetuning import finetune
 from mechunlearn.localization import build
 from mechunlearn.models import Component, slices
 from mechunlearn.relearning import Lora, relearn
-from mechunlearn.stats import bootstrap, bootstrap_clustered
 from mechunlearn.tracing import shares
 
 
@@ -61,9 +60,3 @@ def test_a_head_writes_through_its_own_columns(lm):
         assert (w @ z).abs().max() > 0
         w.narrow(s.dim, s.start, s.stop - s.start).zero_()
         assert (w @ z).abs().max() == 0
-
-
-def test_facts_are_resampled_within_a_seed():
-    x = np.random.default_rng(0).random(200)
-    low, high = bootstrap_clustered(pd.DataFrame(dict(seed=0, fact=range(200), value=x)))
-    assert high - low == pytest.approx(np.ptp(bootstrap(x)), rel=.15)

@@ -7,7 +7,10 @@ from matplotlib.figure import Figure
 from mechunlearn import recorded_tables, report as r, store
 from mechunlearn.evaluation import SCALED, plot_scale
 from mechunlearn.figures import spread
-from mechunlearn.stats import bootstrap_clustered, mean_interval
+from mechunlearn.claims import tally
+from mechunlearn.metrics import holm_by, opponent
+from mechunlearn.scorecard import with_power
+from mechunlearn.stats import wilson
 from mechunlearn.store import Broken, Refusal
 from synthetic import synthetic_run
 
@@ -78,19 +81,6 @@ def test_random_draws_are_separate_by_seed_and_pooled_together(found):
     each = m[m.localization.isin(["random-mlps#0", "random-mlps#1"])]
     assert pooled.n == each.n.max() and np.isclose(pooled.value, each.value.mean()) and pooled.n_params == each.n_params.iloc[0]
 
-def test_weights_resample_like_stats():
-    rng = np.random.default_rng(1)
-    df = pd.DataFrame({"seed": np.repeat([0, 1, 2, 3], [30, 30, 30, 20]), "fact": np.arange(110)})
-    df["value"] = rng.random(len(df)) + .5*df.seed
-    _, n, lo, hi = mean_interval(df.value, df.seed, df.index, False)
-    theirs = bootstrap_clustered(df, n_boot=4000)
-    assert n == 110 and np.allclose((lo, hi), theirs, atol=.05*(theirs[1] - theirs[0]))
-
-def test_the_same_facts_again_tell_no_more():
-    values = np.random.default_rng(2).random(20)
-    width = lambda k: np.ptp(mean_interval(np.tile(values, k), np.repeat(np.arange(k), 20), np.tile(np.arange(20), k), False)[2:])
-    assert np.allclose(width(9), width(1), rtol=1e-4)
-
 def test_difference_is_value_minus_reference():
     data = pd.concat([one("flu", seed=s, truth=t, n=n) for s, t, n in [(0, .1, 20), (1, .3, 10)]] + [one("late", seed=s, truth=.6, n=n) for s, n in [(0, 20), (1, 10)]])
     c = r.compare(data, measure="prob").iloc[0]
@@ -127,20 +117,29 @@ def test_pooling_weighs_seeds_that_disagree():
     width = lambda m: (lambda x: x.ci_high - x.ci_low)(m.query("seed == -1 and measure == 'top1' and answer == 'truth'").iloc[0])
     assert width(differ) > 2*width(same)
     m = r.summarise(pd.concat([one(seed=s, truth=0.) for s in range(3)])).query("seed == -1 and answer == 'truth' and measure == 'top1'").iloc[0]
-    assert m.value == 0 and m.ci_high > .05  # 0 of 60 is not certainty
+    assert (m.value, m.ci_low, m.ci_high) == pytest.approx((0, *wilson(0, 20)))  # the same 20 facts three times
 
 # comparing
 
 def test_compare_pairs_facts_of_the_same_seed():
     data = pd.concat([one("flu", seed=s, truth=.0, n=40) for s in (0, 1)] + [one("late", seed=s, truth=.6, n=40) for s in (0, 1, 2)] + [one("all-mlps", seed=0, truth=0., n=40)])
     c = r.compare(data.sample(frac=1, random_state=0)).set_index("localization")
-    assert c.n.to_dict() == {"late": 40, "all-mlps": 40} and np.isclose(c.difference["late"], .6) and (c.test == "McNemar").all()
-    assert c.p["all-mlps"] == 1 and c.p_holm["late"] == min(1, 2*c.p["late"]) < 1e-4
+    assert c.n.to_dict() == {"late": 40, "all-mlps": 40} and np.isclose(c.difference["late"], .6)
+    assert c.test.to_dict() == {"late": "McNemar, t over 2 seeds", "all-mlps": "McNemar"}
+    assert c.p["all-mlps"] == 1 and c.p_holm["late"] == c.p["late"] < 1e-4 and c.differs.to_dict() == {"late": True, "all-mlps": False}
+
+def test_a_family_is_one_quantity_against_the_papers_opponents():
+    names = ["causal-tracing", "causal-tracing-mlps", "random-mlps#1", "all-mlps", "late", "somebody@theirs"]
+    got = holm_by(pd.DataFrame({"localization": names, "difference": .5, "p": .01})).set_index("localization")
+    assert np.allclose(got.p_holm, [.04, .04, .04, .04, .01, .01]) and got.differs.all()
+    assert [opponent(n) for n in names] == ["causal tracing", "causal tracing", "random", "all MLPs", "late", "somebody@theirs"]
+    two = pd.concat([pd.DataFrame({"localization": names, "difference": .04, "p": .01, "attack": a}) for a in "ab"])
+    assert holm_by(two, "attack").p_holm.max() == .04 and not holm_by(two, "attack").differs.any()
 
 def test_means_of_several_prompts_use_the_bootstrap():
     mixed = lambda name, k: pd.concat([one(name, n=20, variants=1, truth=t).assign(variant=v) for v, t in enumerate(k)])
     c = r.compare(pd.concat([mixed("flu", [0, .1, .1, 0]), mixed("late", [.9, 1, .8, 1])]))
-    assert c.test.item() == "paired bootstrap" and c.ci_low.item() > .5
+    assert c.test.item() == "paired bootstrap" and c.ci_low.item() > .5 and c.p.item() == c.p_facts.item()
 
 def test_a_reference_is_needed_and_can_be_chosen():
     data = pd.concat([one("late"), one("all-mlps", truth=.5)])
@@ -153,6 +152,25 @@ def test_verdicts(flu, late, verdict):
     got = tests.set_index("column").verdict
     assert got["MCQ truth"] == got["MCQ edit"] == verdict
     assert ("REVERSED" in " ".join(r.say_orderings(tests))) == (verdict == "reversed")
+
+def test_the_tally_is_the_papers_comparison():
+    edits = [("flu", .0), ("causal-tracing", .9), ("all-mlps", .0), ("random#0", .5), ("random#1", .6), ("late", .9), ("mine", .9)]
+    rows = [one(n.split("#")[0], truth=t, n=40, draw=int(n.partition("#")[2] or 0), seed=s) for n, t in edits for s in (0, 1, 2)]
+    tests = r.orderings(pd.concat(rows))
+    got = tally(tests).set_index("opponent")
+    assert list(got.index) == ["causal tracing", "all MLPs", "random"] and (got.tested == 2).all() # MCQ truth and MCQ edit
+    assert got.appears.to_dict() == {"causal tracing": 2, "all MLPs": 0, "random": 2} and not got.reversed.any()
+    said = r.say_tally(tests)
+    assert "tested 6 times" in said and "4 appear, none is reversed, and in the other 2" in said and "2 of 2 against causal tracing" in said
+    assert "late, which is not in the paper" in said.split(". ")[-1] and "differs from FLU in 2 of 2" in said and "mine" not in said
+    ticks = [t.get_text() for t in r.plot_orderings(tests).axes[0].get_xticklabels()]
+    assert ticks == ["causal-tracing", "all-mlps", "random", "mine", "late (control)"]
+    assert "late" not in r.say_tally(tests[tests.localization != "late"]) and r.say_tally(tests[tests.localization == "late"]).startswith("late")
+
+def test_what_only_these_facts_show_is_said_in_a_clause():
+    rows = [one(n, truth=t, n=40, seed=s) for n, ts in [("flu", (0, 0, 0)), ("all-mlps", (.0, .8, .1))] for s, t in enumerate(ts)]
+    tests = r.orderings(pd.concat(rows))
+    assert (tests.verdict == "no difference seen").all() and "on these facts alone, another training not considered, 2 are seen and none is reversed" in r.say_tally(tests)
 
 def test_claims_of_equality_are_never_confirmed():
     tests = r.orderings(pd.concat([one(n, fmt="completion", truth=t) for n, t in [("flu", 0.), ("late", .8), ("all-mlps", 0.)]]))
@@ -176,7 +194,7 @@ def test_frontier_compares_like_with_like(found):
     assert "late" in set(r.frontier(m).localization) and "late" not in set(r.frontier(unfinished).localization)
     none_yet = m[(m.evaluation != "relearning") | (m.localization == "none")]
     assert "late" in set(r.frontier(none_yet).localization) and set(r.frontier(none_yet).attacks) == {"MCQ"}
-    assert "by MCQ)" in r.say_frontier(none_yet)
+    assert "Against MCQ, no other edit" in r.say_frontier(none_yet)
 
 # tables
 
@@ -383,10 +401,35 @@ def test_two_facts_count_at_their_last_step_and_all_facts_not_at_all():
     card = r.scorecard(pd.concat([one("flu", n=20, fmt="completion"), *rows])).query("seed == -1").set_index("attack")
     assert card.value["two facts retaught"] == pytest.approx(.2)
 
-@pytest.mark.parametrize("low,high,ghost,said", [(.6, .9, .3, "exposed"), (.2, .6, .3, "no difference seen from guessing"), (.0, .1, .3, "below guessing"),
-                                                 (.4, .6, .5, "no difference seen from guessing")])
-def test_what_the_worst_case_says(low, high, ghost, said):
-    assert r.verdict(pd.Series(dict(ci_low=low, ci_high=high, ghost_value=ghost, guess=.33))) == said
+@pytest.mark.parametrize("power,excess,low,high,said", [(1, .5, .2, .8, "exposed"), (1, .1, -.2, .4, "no difference seen from guessing"), (.5, .5, .2, .8, "exposed"),
+                         (1, -.9, -1, -.4, "below guessing"), (0, np.nan, np.nan, np.nan, "no attack has power here, hence no verdict")])
+def test_what_the_worst_case_says(power, excess, low, high, said):
+    assert r.verdict(pd.Series(dict(power=power, excess=excess, excess_low=low, excess_high=high))) == said
+
+def test_recorded_scorecards_of_before_are_read(found):
+    before = found.card.drop(columns=["power", "excess", "excess_low", "excess_high"])
+    now = with_power(before)
+    assert now.earlier.all() and set(now.power.dropna()) <= {0, 1} and now.excess[now.power == 0].isna().all()
+    assert "recorded when" in r.say_scorecard(before) and "recorded when" not in r.say_scorecard(found.card)
+    for shown in (r.scorecard_text(before), r.say_attack(before, "multiple choice")): assert "nan" not in shown
+    for fig in (r.plot_scorecard(before), r.plot_attack(before, "multiple choice")): assert isinstance(fig, Figure)
+
+def test_a_frontier_of_before_is_read(found):
+    old = r.at_worst(found.card, found.metrics).drop(columns="power")
+    assert "earlier rule" in r.say_frontier(found.metrics, rows=old) and isinstance(r.plot_frontier(found.metrics, rows=old), Figure)
+
+def test_an_edit_without_power_has_no_place_in_the_frontier(found):
+    rows = r.at_worst(found.card, found.metrics)
+    rows.loc[rows.localization == "late", ["robust", "robust_low", "robust_high", "power"]] = [np.nan, np.nan, np.nan, 0]
+    assert "No attack has power against late" in (said := r.say_frontier(found.metrics, rows=rows)) and "nan" not in said
+    assert "late" not in [t.get_text() for t in r.plot_frontier(found.metrics, rows=rows).axes[0].texts]
+    none = rows.assign(robust=np.nan)
+    assert r.say_frontier(found.metrics, rows=none).startswith("No attack has power") and r.plot_frontier(found.metrics, rows=none)._repr_png_()
+
+def test_the_empty_stretch_of_the_frontier_is_squeezed(found):
+    pooled = found.metrics
+    fig = r.plot_frontier(pooled, rows=r.at_worst(found.card, pooled).assign(robust=.95, robust_low=.9, robust_high=1.))
+    assert "axis squeezed here" in [t.get_text() for t in fig.axes[0].texts] and fig.axes[0].get_yscale() == "function"
 
 def test_a_destroyed_model_is_not_called_unlearned():
     rows = pd.concat([one("none", n=30, fmt="completion", truth=1), one("none", n=30, fmt="completion", group="retain", truth=1),
@@ -395,7 +438,7 @@ def test_a_destroyed_model_is_not_called_unlearned():
     broken = r.broken(rows)
     assert list(broken) == ["flu"] and "destroyed, not unlearned: retained facts right" in r.say_scorecard(r.scorecard(rows), broken)
     rows.loc[(rows.localization == "flu") & (rows.group == "forget"), "top1_truth"] = True
-    assert "destroyed" in (said := r.say_scorecard(r.scorecard(rows), broken)) and "; exposed" in said  # both, where both are true
+    assert "destroyed" in (said := r.say_scorecard(r.scorecard(rows), broken)) and "exposed" in said  # both, where both are true
     rows.loc[(rows.localization == "flu") & (rows.group == "retain"), "top1_truth"] = True
     assert r.broken(rows) == {} and "destroyed" not in r.say_scorecard(r.scorecard(rows), {})
 
@@ -403,13 +446,13 @@ def test_scorecard_of_a_run(found):
     card = found.card
     pooled = card[card.seed == -1]
     assert set(pooled.localization) == {"none", "flu", "causal-tracing-mlps", "random-mlps", "late"} and {"random-mlps#0", "random-mlps#1"} <= set(card.localization)
-    assert (card.ci_low <= card.value).all() and (card.value <= card.ci_high).all() and card.p_holm.notna().any() and card[card.seed >= 0].p_holm.isna().all()
+    assert (card.ci_low <= card.value).all() and (card.value <= card.ci_high).all() and card.p_holm.notna().any() and card[card.seed >= 0].p_holm.isna().all() and set(r.CARD) <= set(card)
     same = r.column_rows(found.metrics, "MCQ truth").query("seed == -1").set_index("localization")
     asked = pooled[pooled.attack == "multiple choice"].set_index("localization")
     for c in ("value", "n", "ci_low", "ci_high"): assert asked[c].to_dict() == pytest.approx(same[c].reindex(asked.index).to_dict())
     text = r.scorecard_text(card)
     assert max(map(len, text.splitlines())) <= 120 and "unedited" in text and "worst case" in text and "kept" in text
-    assert set(r.at_worst(card, found.metrics).columns) == set(r.frontier(found.metrics).columns)
+    assert set(r.at_worst(card, found.metrics).columns) == set(r.frontier(found.metrics).columns) | {"power"}
     for fig in (r.plot_scorecard(card), r.plot_spider(found.metrics), r.plot_frontier(found.metrics, rows=r.at_worst(card, found.metrics))):
         assert isinstance(fig, Figure) and fig._repr_png_()
 
