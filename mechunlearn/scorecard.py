@@ -99,13 +99,14 @@ def _strength(read, tried):
 
 # %% ../nbs/42_scorecard.ipynb #5560db6b
 def _chosen(tables, guess, kept):
-    "Each fact of one edit under the attempts chosen on the other half of the forget facts, among those with power"
+    "Each fact of one edit under the attempts chosen on the other half, among those with power; without any, the one that reads most retained facts"
     tried = _attempts(tables, guess, kept)
-    table, power = tables["forget"][tried.index], tried.power.any()
-    if power: best = choose_best(table[tried.index[tried.power]], score=lambda read: _strength(read, tried))
-    else: best = [(table.index, tried.kept.idxmax())] # the one that comes nearest
-    values = {"forget": pd.concat([table.loc[rows, v] for rows, v in best])}
-    values |= {g: t.reindex(columns=[v for _, v in best]).mean(axis=1) for g, t in tables.items() if g != "forget"}
+    power = bool(tried.power.any())
+    on, score = ("forget", lambda read: _strength(read, tried)) if power else ("retain", lambda read: read)
+    table = tables[on][tried.index[tried.power == power]]
+    best = choose_best(table, score=score)
+    values = {on: pd.concat([table.loc[rows, v] for rows, v in best])}
+    values |= {g: t.reindex(columns=[v for _, v in best]).mean(axis=1) for g, t in tables.items() if g != on}
     out = pd.concat({g: v.dropna().rename("value") for g, v in values.items()}, names=["group"]).reset_index()
     return out.assign(power=power, chosen=[tuple(dict.fromkeys(v for _, v in best))]*len(out), guess=np.mean([guess[v[0]] for _, v in best]))
 
@@ -140,7 +141,7 @@ def compare_attacks(
     against:str|None=None, # reference; default: the run's FLU localization
 ) -> pd.DataFrame: # attack, and the columns of `compare`; empty without a reference
     "Paired tests of the truth recovered, against FLU"
-    rows, ref, out = rows[rows.group == "forget"], against or baseline(rows.localization), []
+    rows, ref, out = rows[(rows.group == "forget") & rows.power.astype(bool)], against or baseline(rows.localization), []
     for attack, r in rows.groupby("attack", sort=False):
         ours = r[r.localization == ref]
         others = [n for n in ordered(r.localization) if n not in (ref, "none")] if len(ours) else []
@@ -253,7 +254,7 @@ def _say_worst(name, r, why):
     wrecked = f" Its model is destroyed, not unlearned: {', '.join(why)}." if why else ""
     if r.power == 0: return f"{name}: no attack has power here. The nearest, {r.which}, reads {r.retain_value:.2f} of the facts that were never edited.{wrecked}"
     line = f"{name}: the strongest attack ({r.which}) gets {say(r.value, r.ci_low, r.ci_high)} of the old answers (n = {r.n:.0f})"
-    known = [f"guessing gets {r.guess:.2f}"]*(r.guess == r.guess) + [f"ghosts give {r.ghost_value:.2f}"]*(r.ghost_value == r.ghost_value)
+    known = [f"{what} {x:.2f}" for what, x in (("guessing gets", r.guess), ("ghosts give", r.ghost_value)) if x == x]
     line += f", where {' and '.join(known)}" if known else ""
     partly = f" (it has power against {r.power:.0%} of these edits)" if 0 < r.power < 1 else ""
     return f"{line}: {verdict(r)}{partly}.{wrecked}"
@@ -357,7 +358,7 @@ def say_attack(
     rows = with_power(card)[lambda d: (d.attack == attack) & (d.seed == -1) & (d.localization != "none")].set_index("localization").loc[lambda d: ordered(d.index)]
     each = "; ".join(f"{n} " + (f"no power here ({_kept(r)})" if r.power == 0 else say(r.value, r.ci_low, r.ci_high)) for n, r in rows.iterrows())
     said, flu = f"{attack[0].upper() + attack[1:]} (n = {rows.n.max():.0f}, guessing {rows.guess.mean():.2f}): {each}.", baseline(rows.index)
-    tested = rows[rows.p_holm.notna()]
+    tested = rows[rows.p_holm.notna() & (rows.power != 0)]
     if flu is None or tested.empty: return said
     clear = tested[differs(tested)]
     found = listed([f"{n} ({r.difference:+.2f}, adjusted p {p_text(r.p_holm)})" for n, r in clear.iterrows()]) if len(clear) else ""

@@ -132,7 +132,7 @@ def test_an_attack_without_power_is_no_number():
     assert card.power["blind", "new probe"] == 0 and card.power["flu", "new probe"] == 1 and np.isnan(card.excess["blind", "new probe"])
     every = card.reset_index().assign(seed=-1)
     text, said = r.scorecard_text(every), r.say_attack(every, "new probe")
-    assert "no power here" in text and "blind no power here (kept 0.3" in said
+    assert "no power here" in text and "blind no power here (kept 0.3" in said and "Different" not in said
     deaf = pd.DataFrame(asked(np.random.default_rng(0), "deaf", 0, "standard", "completion", (.3, .33, .34)))
     only = r.scorecard(deaf).query("seed == -1").set_index(["localization", "attack"])
     assert "no attack has power" in r.verdict(only.loc["deaf", r.WORST]) and "deaf: no attack has power here" in r.say_scorecard(only.reset_index())

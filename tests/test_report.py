@@ -154,7 +154,7 @@ def test_verdicts(flu, late, verdict):
     assert ("REVERSED" in " ".join(r.say_orderings(tests))) == (verdict == "reversed")
 
 def test_the_tally_is_the_papers_comparison():
-    edits = [("flu", .0), ("causal-tracing", .9), ("all-mlps", .0), ("random#0", .5), ("random#1", .6), ("late", .9), ("mine", .9)]
+    edits = [("flu", .0), ("causal-tracing", .9), ("all-mlps", .0), ("random#0", .6), ("random#1", .6), ("late", .9), ("mine", .9)]
     rows = [one(n.split("#")[0], truth=t, n=40, draw=int(n.partition("#")[2] or 0), seed=s) for n, t in edits for s in (0, 1, 2)]
     tests = r.orderings(pd.concat(rows))
     got = tally(tests).set_index("opponent")
