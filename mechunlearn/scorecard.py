@@ -415,12 +415,12 @@ def plot_frontier(
     rows:pd.DataFrame|None=None, # of `at_worst`; none: `frontier(metrics)`
 ) -> Figure:
     "Robustness against side effects: small points are seeds and draws, large ones pooled, the grey steps join the undominated"
-    rows = (frontier(metrics, measure) if rows is None else rows).dropna(subset=["robust"])
-    pooled, each = rows[rows.seed == -1], rows[rows.seed >= 0]
+    rows = frontier(metrics, measure) if rows is None else rows
+    pooled, each = (rows[at & rows.robust.notna()] for at in (rows.seed == -1, rows.seed >= 0))
     fig, ax = figure(7.5, 4.8)
     if gap := _gap(np.r_[pooled.robust, pooled.robust_low, pooled.robust_high, each.robust]): _squeeze(ax, *gap)
     best = pooled.set_index("localization").loc[undominated(pooled)]
-    ax.step([0, *best.kept, best.kept.iloc[-1]], [best.robust.iloc[0], *best.robust, 0], where="pre", color="#BBBBBB", lw=1, zorder=0)
+    if len(best): ax.step([0, *best.kept, best.kept.iloc[-1]], [best.robust.iloc[0], *best.robust, 0], where="pre", color="#BBBBBB", lw=1, zorder=0)
     for r in each.itertuples():
         l = look(r.localization)
         ax.scatter(r.kept, r.robust, s=14, color=l["color"], marker=l["marker"], alpha=.4, lw=0)

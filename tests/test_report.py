@@ -437,6 +437,7 @@ def test_a_destroyed_model_is_not_called_unlearned():
     broken = r.broken(rows)
     assert list(broken) == ["flu"] and "destroyed, not unlearned: retained facts right" in r.say_scorecard(r.scorecard(rows), broken)
     rows.loc[(rows.localization == "flu") & (rows.group == "forget"), "top1_truth"] = True
+    rows.loc[(rows.localization == "flu") & (rows.group == "retain") & (rows.fact < "f015"), "top1_truth"] = True # half: some power
     assert "destroyed" in (said := r.say_scorecard(r.scorecard(rows), broken)) and "exposed" in said  # both, where both are true
     rows.loc[(rows.localization == "flu") & (rows.group == "retain"), "top1_truth"] = True
     assert r.broken(rows) == {} and "destroyed" not in r.say_scorecard(r.scorecard(rows), {})
