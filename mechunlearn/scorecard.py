@@ -163,8 +163,7 @@ def _card_row(rows):
 def _card_rows(rows, pooled):
     "One row for each edit, or for each localization, and attack"
     name = rows.localization.where(pooled | ~rows.localization.isin(["random", "random-mlps"]), rows.localization + "#" + rows.draw.astype(str))
-    key = ["localization", "seed", "attack"]
-    by = rows.groupby([name, rows.seed*0 - 1 if pooled else rows.seed, "attack"], sort=False)
+    by, key = rows.groupby([name, rows.seed*0 - 1 if pooled else rows.seed, "attack"], sort=False), ["localization", "seed", "attack"]
     every = [*key, "which", "guess", "power", *(f"{g}_{k}" for g in GROUPS for k in ("value", "n", "low", "high"))]
     out = pd.DataFrame([dict(zip(key, k)) | _card_row(r) for k, r in by], columns=every)
     return with_excess(out.rename(columns={"forget_value": "value", "forget_n": "n", "forget_low": "ci_low", "forget_high": "ci_high"}))
@@ -252,7 +251,8 @@ def say_scorecard(
 def _say_worst(name, r, why):
     "The worst case of one edit"
     wrecked = f" Its model is destroyed, not unlearned: {', '.join(why)}." if why else ""
-    if r.power == 0: return f"{name}: no attack has power here. The nearest, {r.which}, reads {r.retain_value:.2f} of the facts that were never edited.{wrecked}"
+    nothing = f"no power here in {r.which}, which the earlier rule chose" if r.earlier else f"no attack has power here; the nearest is {r.which}"
+    if r.power == 0: return f"{name}: {nothing} (kept {r.retain_value:.2f}), so nothing can be said.{wrecked}"
     line = f"{name}: the strongest attack ({r.which}) gets {say(r.value, r.ci_low, r.ci_high)} of the old answers (n = {r.n:.0f})"
     known = [f"{what} {x:.2f}" for what, x in (("guessing gets", r.guess), ("ghosts give", r.ghost_value)) if x == x]
     line += f", where {' and '.join(known)}" if known else ""
@@ -403,7 +403,7 @@ def _squeeze(ax, low, high, to=.04):
     x, y = [-9, low, high, 9], [-9, low, low + to, 9 - (high - low) + to]
     ax.set_yscale("function", functions=(lambda v: np.interp(v, x, y), lambda v: np.interp(v, y, x)))
     ax.axhspan(low, high, color="#EEEEEE", lw=0, zorder=-1)
-    ax.text(.005, (low + high)/2, "axis squeezed here", transform=ax.get_yaxis_transform(), fontsize=7, color="#666666", va="center")
+    ax.text(.995, (low + high)/2, "axis squeezed here", transform=ax.get_yaxis_transform(), fontsize=7, color="#666666", va="center", ha="right")
     ax.set_yticks([t for t in np.arange(0, 1.01, .05).round(2) if not low - .02 < t < high + .02])
 
 # %% ../nbs/42_scorecard.ipynb #410126
@@ -415,12 +415,12 @@ def plot_frontier(
     rows:pd.DataFrame|None=None, # of `at_worst`; none: `frontier(metrics)`
 ) -> Figure:
     "Robustness against side effects: small points are seeds and draws, large ones pooled, the grey steps join the undominated"
-    rows = (frontier(metrics, measure) if rows is None else rows).dropna(subset=["robust"])
-    pooled, each = rows[rows.seed == -1], rows[rows.seed >= 0]
+    rows = frontier(metrics, measure) if rows is None else rows
+    pooled, each = (rows[at & rows.robust.notna()] for at in (rows.seed == -1, rows.seed >= 0))
     fig, ax = figure(7.5, 4.8)
     if gap := _gap(np.r_[pooled.robust, pooled.robust_low, pooled.robust_high, each.robust]): _squeeze(ax, *gap)
     best = pooled.set_index("localization").loc[undominated(pooled)]
-    ax.step([0, *best.kept, best.kept.iloc[-1]], [best.robust.iloc[0], *best.robust, 0], where="pre", color="#BBBBBB", lw=1, zorder=0)
+    if len(best): ax.step([0, *best.kept, best.kept.iloc[-1]], [best.robust.iloc[0], *best.robust, 0], where="pre", color="#BBBBBB", lw=1, zorder=0)
     for r in each.itertuples():
         l = look(r.localization)
         ax.scatter(r.kept, r.robust, s=14, color=l["color"], marker=l["marker"], alpha=.4, lw=0)

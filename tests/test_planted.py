@@ -135,7 +135,7 @@ def test_an_attack_without_power_is_no_number():
     assert "no power here" in text and "blind no power here (kept 0.3" in said and "Different" not in said
     deaf = pd.DataFrame(asked(np.random.default_rng(0), "deaf", 0, "standard", "completion", (.3, .33, .34)))
     only = r.scorecard(deaf).query("seed == -1").set_index(["localization", "attack"])
-    assert "no attack has power" in r.verdict(only.loc["deaf", r.WORST]) and "deaf: no attack has power here" in r.say_scorecard(only.reset_index())
+    assert "no attack has power" in r.verdict(only.loc["deaf", r.WORST]) and "deaf: no attack has power here; the nearest" in r.say_scorecard(only.reset_index())
     assert r.plot_scorecard(only.reset_index())._repr_png_() and r.plot_scorecard(every)._repr_png_()
 
 
