@@ -20,7 +20,7 @@ from .capability import capability_table, capability_text
 from .evaluation import before_after
 from .finetuning import parts_table, parts_text, plot_parts, plot_training, say_parts, say_training
 from .localization import plot_localizations, say_localizations, trained
-from .latent import plot_latent, say_latent
+from .latent import latent_rows, plot_latent, say_latent
 from .probing import plot_probe, say_probe
 from .relearning import plot_relearning, relearning_rows, say_relearning
 from .tracing import plot_components, plot_trace, say_components, say_trace
@@ -153,7 +153,7 @@ def _relearn(f):
 
 # %% ../nbs/44_report.ipynb #410183
 def _probes(f):
-    if not f.has("latent"): return _missing(f, "Latent knowledge", "latent knowledge", "latent")
+    if not f.has("latent") or not len(latent_rows(f.metrics)): return _missing(f, "Latent knowledge", "latent knowledge", "latent")
     return _shown(plot_latent(f.metrics), say_latent(f.metrics))
 
 def _train(f):
