@@ -278,7 +278,7 @@ if __name__ == "__main__":
     p.add_argument("--only", default="causal-tracing,direct-path,mlp-to-extraction,attribution")
     p.add_argument("--models", default="organism,llama-12x512")
     p.add_argument("--shapes", action="store_true", help="random weights in the shapes of 8-9 B models (GPU)")
-    p.add_argument("--save", metavar="NAME")
+    p.add_argument("--save", metavar="NAME", dest="name")
     a = p.parse_args()
     torch.set_num_threads(a.threads)
     organism, only = load("organism", device=a.device), a.only.split(",")
@@ -291,4 +291,4 @@ if __name__ == "__main__":
         try: import transformer_lens as peers
         except ImportError: peers = None
         run(llama(organism.tok, a.device), facts, pool, only, a.repeat, peers is not None)
-    if a.save: save(a.save)
+    if a.name: save(a.name)
