@@ -88,7 +88,8 @@ def _attempts(tables, guess, kept):
     at_least = lambda known: np.fmax(np.nan_to_num(known.reindex(names)), np.nan_to_num(ghost.mean().to_numpy()))
     out = pd.DataFrame({"guess": at_least(guess), "kept": retain.mean().to_numpy()}, index=forget.columns)
     reach = np.clip(beyond(out.kept, at_least(kept)), 0, 1)
-    return out.assign(power=has_power(retain.sum(), retain.count(), at_least(kept)), reach=np.where(out.kept.isna(), 1, reach))
+    power = has_power(retain.sum(), retain.count(), at_least(kept)) | has_power(forget.sum(), forget.count(), out.guess)
+    return out.assign(power=power, reach=np.where(out.kept.isna(), 1, reach))
 
 # %% ../nbs/42_scorecard.ipynb #5c2a0009
 def _strength(read, tried):
@@ -187,7 +188,8 @@ def with_power(
     if "power" in card: return card.assign(earlier=False)
     base = np.fmax(card.guess.clip(upper=card.guess.min()), card.ghost_value.astype(float).fillna(0)) # of retained facts: they have no edit answer to avoid
     n = card.retain_n.astype(float).fillna(0)
-    power = has_power((card.retain_value*n).fillna(0), n, base).astype(float)
+    least = np.fmax(card.guess, card.ghost_value.astype(float).fillna(0))
+    power = (has_power((card.retain_value*n).fillna(0), n, base) | has_power(card.value*card.n, card.n, least)).astype(float)
     return with_excess(card.assign(power=np.where(n == 0, np.nan, power), earlier=True))
 
 # %% ../nbs/42_scorecard.ipynb #43157b04
