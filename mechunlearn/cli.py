@@ -140,7 +140,7 @@ def show_localizations(
     table = pd.DataFrame(rows, columns=["localization", "n_params", "components"])
     if args.json: _json_lines(scores, table, gone)
     else:
-        _print_layers(scores, report.flu_layers(made["flu"]) if "flu" in made else [])
+        _print_layers(scores, report.mlp_layers(made["flu"]) if "flu" in made else [])
         if rows: print(table.to_string(index=False, max_colwidth=80))
         print("\n".join([*report.gone_lines(gone, True), *report.gone_lines(gone, False)]))
     print(f"\nscores: {Path(run_dir)/'scores'}\nexecuted notebooks: {Path(run_dir)/'notebooks'}", file=sys.stderr)

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['EDITED', 'BEYOND', 'ATTACKED', 'SIDE', 'COLUMNS', 'KEY', 'LATENT', 'OPPONENTS', 'CONTROL', 'BARS', 'SPIDER', 'ACROSS',
            'about', 'edit_files', 'meta_of', 'finished', 'edit_tables', 'records', 'training', 'settings',
-           'localizations', 'flu_layers', 'scores', 'unavailable', 'gone_lines', 'metrics', 'Column', 'at_column',
+           'localizations', 'mlp_layers', 'scores', 'unavailable', 'gone_lines', 'metrics', 'Column', 'at_column',
            'column_rows', 'results_table', 'arrow', 'results_text', 'results_html', 'fact_values', 'paired', 'opponent',
            'holm_by', 'facts_of', 'compare', 'broken', 'plot_bars', 'say_bars', 'plot_spider', 'plot_tasks']
 
 # %% ../nbs/41_metrics.ipynb #8514ef06
-import json, re, textwrap
+import json, textwrap
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +20,7 @@ import matplotlib as mpl
 from great_tables import GT, loc, style
 from matplotlib.figure import Figure
 from .figures import FIGURE_STYLE, baseline, cell_text, count_text, extremes, figure, look, ordered, printed
+from .progress import edits_in
 from .stats import MCQ_CHANCE, METRICS, METRIC_TYPES, Chance, differs, family, holm, one_run, paired_test, per_fact, summarise
 from .store import Broken, Refusal, choose, load_json, load_table, notes, read_json, sidecar
 
@@ -43,7 +44,7 @@ def edit_files(
     name:str, # of the files, e.g. '*.parquet'
 ) -> list[Path]: # of every localization and seed
     "Finished files of this name below `<localization>/seed<k>/`; `seed0.bak` is no seed"
-    return [p for p in sorted(Path(run_dir).glob(f"*/seed*/{name}")) if re.fullmatch("seed[0-9]+", p.parts[-2]) and sidecar(p).exists()]
+    return [p for _, _, edit in edits_in(run_dir, name) for p in sorted(edit.glob(name)) if sidecar(p).exists()]
 
 # %% ../nbs/41_metrics.ipynb #a679d6ec
 def meta_of(
@@ -116,7 +117,7 @@ def localizations(
     return {name: found[name] for name in ordered(found)}
 
 # %% ../nbs/41_metrics.ipynb #410093
-def flu_layers(
+def mlp_layers(
     where:dict, # a saved localization
 ) -> list[int]: # layers whose MLP it trains
     "MLP layers of a localization"
@@ -428,7 +429,7 @@ BARS = ("MCQ truth", "MCQ edit", "relearned truth", "same subject")
 
 def _lines(column, guess):
     "Where guessing would be in a column"
-    if column.startswith("MCQ"): return [max(MCQ_CHANCE, guess.blind)] if guess and guess.blind == guess.blind else [MCQ_CHANCE]
+    if column in ("MCQ truth", "MCQ edit"): return [max(MCQ_CHANCE, guess.blind)] if guess and guess.blind == guess.blind else [MCQ_CHANCE]
     return [g for g in guess or () if not np.isnan(g)] if column == "relearned truth" else []
 
 # %% ../nbs/41_metrics.ipynb #410115
@@ -523,7 +524,7 @@ def plot_tasks(
             y, l = at[r.task, r.localization], look(r.localization)
             ax.plot([r.ci_low, r.ci_high], [y, y], color=l["color"], lw=1.2)
             ax.plot(r.value, y, color=l["color"], marker=l["marker"], ms=4.5, lw=0)
-        ax.set(title=f"{column} {arrow(column)}", xlim=(-.03, 1.03), xticks=[0, .5, 1])
+        ax.set(title=f"{column} {arrow(column)}".replace(" ", "\n", 1), xlim=(-.03, 1.03), xticks=[0, .5, 1])
     middle = [i*(len(names) + 1) + (len(names) - 1)/2 for i in range(len(tasks))]
     axes[0, 0].set(yticks=middle, yticklabels=tasks, ylim=(len(tasks)*(len(names) + 1) - .5, -1))
     lines = [axes[0, -1].plot([], [], label=n, color=look(n)["color"], marker=look(n)["marker"], lw=1.2)[0] for n in names]

@@ -30,7 +30,7 @@ from .store import save_table
 from .figures import FLU, LOOKS, TRACING, baseline
 from .stats import MCQ_CHANCE, MEASURED, METRICS, PLACE, Chance, chance, per_fact, summarise
 from .metrics import (ACROSS, ATTACKED, BEYOND, COLUMNS, EDITED, KEY, LATENT, SIDE, Column, about, compare, fact_values, finished,
-    flu_layers, gone_lines, localizations, metrics, plot_tasks, records, results_text, scores, settings, training, unavailable)
+    mlp_layers, gone_lines, localizations, metrics, plot_tasks, records, results_text, scores, settings, training, unavailable)
 from .scorecard import (CARD, SCORED, SCORE_KEY, SPIDER, WORST, Attack, at_rate, attempts, broken, compare_attacks, costs, frontier,
     guesses, over_rates, plot_attack, plot_rates, say_attack, say_rates, scorecard, under_attack, undominated, verdict)
 from .claims import CLAIMS, Claim

@@ -18,7 +18,7 @@ import pandas as pd
 import matplotlib as mpl
 from matplotlib.figure import Figure
 from .figures import (FIGURE_STYLE, baseline, cell_text, figure, label_points, listed, look, ordered, p_text, printed, say)
-from .metrics import (SPIDER, about, broken, column_rows, edit_tables, finished, flu_layers, gone_lines, holm_by, localizations, meta_of, metrics, paired,
+from .metrics import (SPIDER, about, broken, column_rows, edit_tables, finished, mlp_layers, gone_lines, holm_by, localizations, meta_of, metrics, paired,
                                  plot_spider, records, scores, settings, training, unavailable)
 from .stats import (MCQ_CHANCE, METRICS, WORTH, Chance, beyond, chance, choose_best, differs, family, has_power, one_run, over_seeds, per_fact)
 
@@ -577,7 +577,7 @@ class Found(NamedTuple):
     @property
     def flu(self): # layers of FLU's MLPs
         name = baseline(self.where)
-        return flu_layers(self.where[name]) if name else []
+        return mlp_layers(self.where[name]) if name else []
     @property
     def guess(self): return None if self.facts is None else chance(self.facts)
     def has(self, evaluation): return ((self.metrics.evaluation == evaluation) & (self.metrics.localization != "none")).any() # of an edit
