@@ -1,13 +1,15 @@
 """How much faster are our maps than one forward per component, and are they the same?
 
-    python benchmarks/localization.py [--facts 32] [--repeat 3] [--threads 2] [--device cpu] [--only causal-tracing,direct-path,...] [--shapes] [--save NAME]
+    python benchmarks/localization.py [--facts 32] [--repeat 3] [--threads 2] [--device cpu] [--only causal-tracing,direct-path,...] [--shapes]
+        [--processes 1] [--save NAME]
 
 One JSON object a line: name, against, ours_s, theirs_s, ratio (theirs / ours; medians of alternating runs), floor, over_floor,
 max_abs_diff (patched logits), equal (1e-4 of the largest logit), peak_mb of both. For causal tracing also `ceiling`, the ratio that
 prefix sharing and suffix-only allow if a token costs the same in every layer, and `of_ceiling`. `--shapes` (GPU): random weights in the
-shapes of Llama-3-8B and Gemma-2-9B, bf16, 64 prompts. `--save NAME` also writes results/NAME.jsonl and, as a table, results/NAME.md.
+shapes of Llama-3-8B and Gemma-2-9B, bf16, 64 prompts. `--processes N`: as many fresh processes one after another, of which the one with the middle
+ratio is kept for each line, with `lowest` and `highest`: on two threads the same loop varies by a third from process to process. `--save NAME` also writes results/NAME.jsonl and, as a table, results/NAME.md.
 """
-import argparse, copy, json, os, platform, statistics, tempfile, threading, time
+import argparse, copy, json, os, platform, statistics, subprocess, sys, tempfile, threading, time
 from pathlib import Path
 import pandas as pd, psutil, torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -224,6 +226,7 @@ def save(name):
     shown = pd.DataFrame({"what": t.name, "against": t.against, "facts": t.facts, "tokens": t.tokens, "ours, s": t.ours_s, "theirs, s": t.theirs_s,
         "ratio": t.ratio, "asked": t.floor, "of ceiling": t.get("of_ceiling", pd.Series(float("nan"), t.index)), "largest difference": t.max_abs_diff.map("{:.0e}".format),
         "peak MB, ours": t.peak_mb, "theirs": t.their_peak_mb})
+    if "lowest" in t: shown.insert(7, "in all processes", [f"{a} to {b}" for a, b in zip(t.lowest, t.highest)])
     rows = [list(shown), ["---"] * shown.shape[1], *shown.astype(object).where(shown.notna(), "").values.tolist()]
     table = "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
     about = ", ".join(f"{k} {v}" for k, v in first.items())
@@ -269,6 +272,19 @@ def run(lm, facts, pool, only, repeat, peers=False):
         compare(f"attribution/{lm.name}", "two forwards and one backward", lambda: our_attribution(lm, facts, how),
                 lambda: two_forwards_one_backward(*args), repeat, floor("attribution"), same=lambda: plain_attribution(*args), **info)
 
+def processes(n, args):
+    "Of n processes the one with the middle ratio, for each comparison"
+    made = []
+    for i in range(n):
+        out = subprocess.run([sys.executable, __file__, *args], check=True, stdout=subprocess.PIPE, text=True).stdout
+        made += [line | {"process": i} for line in map(json.loads, out.splitlines())]
+    say(**{k: v for k, v in made[0].items() if k != "process"}, processes=n)
+    lines = pd.DataFrame([line for line in made if "ratio" in line])
+    for _, group in lines.groupby(["name", "against"], sort=False):
+        group = group.sort_values("ratio")
+        middle = json.loads(group.iloc[(len(group) - 1) // 2].dropna().drop("process").to_json())
+        say(**middle | dict(lowest=float(group.ratio.min()), highest=float(group.ratio.max()), equal=bool(group.equal.all())))
+
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--facts", type=int, default=32)
@@ -278,8 +294,14 @@ if __name__ == "__main__":
     p.add_argument("--only", default="causal-tracing,direct-path,mlp-to-extraction,attribution")
     p.add_argument("--models", default="organism,llama-12x512")
     p.add_argument("--shapes", action="store_true", help="random weights in the shapes of 8-9 B models (GPU)")
+    p.add_argument("--processes", type=int, default=1)
     p.add_argument("--save", metavar="NAME", dest="name")
     a = p.parse_args()
+    if a.processes > 1:
+        without = [f"--{k}={v}" for k, v in vars(a).items() if k not in ("processes", "name", "shapes")] + ["--shapes"] * a.shapes
+        processes(a.processes, without)
+        if a.name: save(a.name)
+        sys.exit()
     torch.set_num_threads(a.threads)
     organism, only = load("organism", device=a.device), a.only.split(",")
     say(device=torch.cuda.get_device_name() if a.device == "cuda" else processor(), threads=a.threads, torch=torch.__version__)
