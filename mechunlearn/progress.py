@@ -70,12 +70,12 @@ def steps_in(
 def relay(
     path, # file for [[description, n, total], ...], outermost bar first
 ):
-    "Make tqdm bars write to a file; to be called before they are imported"
+    "Make tqdm bars write to a file, but those that were told to be silent; to be called before they are imported"
     import tqdm, tqdm.auto, tqdm.std
     class Relay(tqdm.std.tqdm):
         bars = {}
         def __init__(self, *args, **kw):
-            super().__init__(*args, **kw | {"file": open(os.devnull, "w"), "disable": False, "mininterval": .5, "miniters": 1})
+            super().__init__(*args, **kw | {"file": open(os.devnull, "w"), "disable": kw.get("disable") is True, "mininterval": .5, "miniters": 1})
         def display(self, *args, **kw):
             self.bars[id(self)] = [self.desc.rstrip(": "), self.n, self.total]
             with suppress(OSError): write_json(path, list(self.bars.values()), flush=False)
