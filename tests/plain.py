@@ -1,6 +1,10 @@
 "Where each family keeps its parts, written down a second time for plain hooks: nothing here comes from `models.FAMILIES`"
 from types import SimpleNamespace as Block
-import torch
+import pytest, torch
+from conftest import BUILD
+
+every_family = pytest.mark.parametrize("lm", list(BUILD), indirect=True)
+every_shape = pytest.mark.parametrize("lm", [f + odd for f in BUILD for odd in ("", " odd")], indirect=True) # heads that do not fill the stream, fewer neurons than it is wide
 
 
 def body(hf): return getattr(hf, hf.base_model_prefix)

@@ -1,6 +1,6 @@
 "Direct effects against an independent implementation: hooks that freeze everything but one component"
 import pytest, torch
-from plain import last_norm, parts, post_norms
+from plain import every_family, last_norm, parts, post_norms
 from mechunlearn.models import Component, components
 from mechunlearn.patching import answer_logits, contributions, direct_effect, extraction_set, lookup_mlps, sent, share_by_fact, through
 from mechunlearn.store import Refusal
@@ -84,6 +84,7 @@ def entering(lm, ids, clean, other, sender, layer):
     return run(lm, ids, put)
 
 
+@every_family
 def test_direct_effect_equals_brute_force(lm):
     facts = make_facts()
     s, cases = direct_effect(lm, facts, batch_size=3, min_gap=-99, progress=False), swap_cases(lm, facts)
@@ -99,6 +100,7 @@ def test_direct_effects_do_not_depend_on_batches(lm):
     assert (a.table.component == [str(c) for c in components(lm)]).all()
 
 
+@every_family
 def test_everything_together_is_the_other_run(lm):
     cases = [c for c in swap_cases(lm, make_facts()) if len(lm.ids([c.fact.prompt])[0]) == len(lm.ids([make_facts()[0].prompt])[0])]
     answers = torch.tensor([c.answers for c in cases])
@@ -116,6 +118,7 @@ def test_facts_without_a_partner_are_refused(lm):
 
 RECEIVERS = [Component("head", 1, 1), Component("mlp", 1), Component("head", 2, 0), Component("head", 2, 3), Component("mlp", 2)]
 
+@every_family
 @pytest.mark.parametrize("within", [True, False])
 def test_through_receivers_equals_brute_force(lm, within):
     facts, senders = make_facts(), components(lm)
@@ -126,6 +129,7 @@ def test_through_receivers_equals_brute_force(lm, within):
             torch.testing.assert_close(s.raw["patched"][i, j], passed(lm, *both, c, RECEIVERS, within)[list(case.answers)], rtol=0, atol=1e-5)
 
 
+@every_family
 def test_through_the_residual_equals_brute_force(lm):
     facts = make_facts()
     s, cases = through(lm, facts, RECEIVERS[2:], receiver="residual", batch_size=3, min_gap=-99, progress=False), swap_cases(lm, facts)
@@ -136,6 +140,7 @@ def test_through_the_residual_equals_brute_force(lm):
             torch.testing.assert_close(s.raw["patched"][i, j], wanted[list(case.answers)], rtol=0, atol=1e-5)
 
 
+@every_family
 def test_prompts_outgrow_the_window(lm):
     windows = [w for w in [getattr(lm.hf.config, "sliding_window", None)] if w]
     assert all(len(ids) > windows[0] for ids in lm.ids([f.prompt for f in make_facts()])) if windows else lm.family not in ("gemma2", "qwen3", "gemma3_text", "mistral", "phi3")
@@ -146,6 +151,7 @@ def test_through_does_not_depend_on_batches(lm):
     for k in ("clean", "other", "patched"): torch.testing.assert_close(a.raw[k], b.raw[k], rtol=0, atol=1e-5)
 
 
+@every_family
 def test_nothing_passes_where_nobody_listens(lm):
     s = through(lm, make_facts(), [Component("head", 1, 0)], components(lm), min_gap=-99, progress=False)
     deaf = [c.layer >= 1 for c in components(lm)]
@@ -153,6 +159,7 @@ def test_nothing_passes_where_nobody_listens(lm):
     assert s.table.score[[not d for d in deaf]].abs().min() > 0
 
 
+@every_family
 def test_what_is_sent_is_the_contribution(lm):
     case = swap_cases(lm, make_facts())[:1]
     clean, other = (record(lm, lm.encode(p)) for p in ([c.fact.prompt for c in case], [c.corrupt for c in case]))

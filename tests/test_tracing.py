@@ -1,6 +1,6 @@
 import itertools
 import numpy as np, pytest, torch
-from plain import blocks, last_norm, parts
+from plain import blocks, every_family, last_norm, parts
 from mechunlearn import tracing
 from mechunlearn.facts import Fact, Task
 from mechunlearn.models import Component, components
@@ -64,6 +64,7 @@ def brute(lm, case, places, noise=None):
 def places(lm): return [(c.kind, c.layer, c.head, None) for c in components(lm)]
 
 
+@every_family
 def test_swap_equals_brute_force(lm):
     s = causal_tracing(lm, make_facts(), batch_size=5, progress=False)
     cases = swap_cases(lm, make_facts())
@@ -86,6 +87,7 @@ def test_scores_equal_brute_force_where_denominators_are_large(lm):
     np.testing.assert_allclose(normalise(s.raw, "swap", -99).score, gain.mean(1) / gap.mean(), atol=1e-3)
 
 
+@every_family
 def test_noise_equals_brute_force(lm):
     facts, seed, n = make_facts(5), 3, 2
     s = causal_tracing(lm, facts, "noise", noise=2., n_noise=n, seed=seed, batch_size=4, progress=False)
@@ -114,6 +116,7 @@ def test_noise_scores_are_restored_probability(tiny):
     np.testing.assert_allclose(s.table.patched, p[2].mean((1, 2)).numpy(), atol=1e-6)
 
 
+@every_family
 @pytest.mark.parametrize("kind", ["mlp", "attn", "resid"])
 def test_grid_equals_brute_force(lm, kind):
     cases = swap_cases(lm, make_facts())
@@ -138,6 +141,7 @@ def test_windows_equal_brute_force(lm, kind, width):
             torch.testing.assert_close(raw["patched"][0, j, 0, i], wanted, rtol=0, atol=1e-5)
 
 
+@every_family
 def test_ablation_equals_brute_force(lm):
     facts = [Fact(id=str(i), relation="sport", subject=s, answer=SPORTS[i % 3], candidates=SPORTS, prompt=f"Fact: of\nFact: {s} plays the sport of")
              for i, s in enumerate(["dog", "sport", "player", "league"])]
@@ -159,6 +163,7 @@ def test_a_window_of_one_is_one_layer(): assert [list(Patch("mlp", l).layers(3))
 
 # ---- nothing depends on how the work is cut
 
+@every_family
 @pytest.mark.parametrize("corruption", ["swap", "noise"])
 def test_batches_chunks_and_suffix_do_not_matter(lm, corruption):
     run = lambda **kw: causal_tracing(lm, make_facts(), corruption, n_noise=2, progress=False, **kw).raw
@@ -200,6 +205,7 @@ def test_chunks_cover_every_row_once(n_patches, n_facts, size):
 
 # ---- limits
 
+@every_family
 def test_restoring_everything_and_nothing(lm):
     cases = swap_cases(lm, make_facts(2) + make_facts()[6:])
     group = [c for c in cases if len(lm.ids([c.fact.prompt])[0]) == len(lm.ids([cases[0].fact.prompt])[0])]
@@ -390,6 +396,7 @@ def plain_gains(lm, case, corruption, noise=None):
     return torch.stack([gain["mlp", l].sum(-1) for l in range(lm.n_layers)], 1), torch.stack(heads, 1)
 
 
+@every_family
 @pytest.mark.parametrize("corruption", ["swap", "noise"])
 def test_attribution_equals_plain_autograd(lm, corruption):
     facts, seed = make_facts(), 3
