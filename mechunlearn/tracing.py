@@ -198,7 +198,7 @@ def record(
                 lm.layer(0).input = x
             resid.append(x.clone())
             z.append(lm.o_proj(l).input.clone())
-            attn.append(lm.attn_add(l).output.clone())
+            attn.append(lm.attn_add(l).output * lm.add_factor)
             mlp.append(lm.mlp(l).output.clone())
         resid.append(lm.layer(lm.n_layers - 1).output.clone())
         logits.append(lm.nn.output.logits[:, -1])
