@@ -60,12 +60,14 @@ OPTIONS = dict(interleaved="true or false", parallel="true, false or the name of
     head_dim="a number or the name of a field", d_mlp="a number or the name of a field", add_factor="a number or the name of a field (1/FIELD divides)",
     logit_factor="a number or the name of a field (1/FIELD divides)")
 
+# %% ../nbs/00_models.ipynb #00f00a
 def module_names(
     names:dict, # an entry of `FAMILIES`
 ) -> dict[str, str]: # without options and without what the family has not
     "Those keys of an entry that name modules."
     return {k: path for k, path in names.items() if k in LLAMA and path is not None}
 
+# %% ../nbs/00_models.ipynb #00f00b
 def missing_module(
     hf:nn.Module, # a model (its weights may be on the `meta` device)
     names:dict=LLAMA, # an entry of `FAMILIES`
