@@ -386,8 +386,8 @@ def _seen(lm, batch, paths):
 # %% ../nbs/00_models.ipynb #00f017
 def _same(a, b):
     "Whether two activations are equal, up to the rounding of their dtype"
-    a, b = a.float(), b.to(a.device).float()
-    return a.shape == b.shape and bool((a - b).abs().max() <= (1e-4 if a.dtype == b.dtype == torch.float32 else .03) * a.abs().max())
+    near, x, y = 1e-4 if a.dtype == b.dtype == torch.float32 else .03, a.float(), b.to(a.device).float()
+    return x.shape == y.shape and bool((x - y).abs().max() <= near * x.abs().max())
 
 # %% ../nbs/00_models.ipynb #00f018
 @torch.no_grad()

@@ -3,12 +3,12 @@ import json, re
 from pathlib import Path
 from types import SimpleNamespace
 import pytest, test_patching, test_tracing, torch, transformers as tf
-from conftest import SIZES
+from conftest import BUILD, SIZES
 from mechunlearn.cli import main
 from mechunlearn.facts import Fact
 from mechunlearn.finetuning import edit_of
 from mechunlearn.grids import PIPELINE, Settings, make_job, parse, skeleton
-from mechunlearn.models import FAMILIES, Component, components, load, merge_slices, n_params, read_family, slices, wrap
+from mechunlearn.models import FAMILIES, Component, check_structure, components, load, merge_slices, n_params, read_family, slices, wrap
 from mechunlearn.options import sweep_words
 from mechunlearn.patching import direct_effect, through
 from mechunlearn.runs import run_job
@@ -144,12 +144,29 @@ def test_what_names_and_shapes_do_not_tell_is_tried(unlisted, kind, entry, said)
     with pytest.raises(Refusal, match=said): wrap(hf, tok, "mine", family=entry)
 
 
-def test_listed_families_pass_their_own_trial(tiny):
-    from conftest import BUILD
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_families_pass_their_trial_in_every_dtype(tiny, unlisted, dtype):
     for kind in BUILD:
         lm = tiny(kind)
-        wrap(lm.hf, lm.tok, "again", family=FAMILIES[lm.family])
+        wrap(lm.hf.to(dtype), lm.tok, "again", family=FAMILIES[lm.family])
         assert lm.own is None and "family" not in lm.revision
+    for kind in UNLISTED:
+        hf, tok = unlisted(kind)
+        wrap(hf.to(dtype), tok, "mine", family=UNLISTED[kind][2])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "neox", "phi3"])
+def test_quantized_models_are_counted_as_whole_ones(tiny, family, tmp_path):
+    plain = tiny(family, hidden_size=64, intermediate_size=64, head_dim=16)
+    plain.hf.save_pretrained(tmp_path); plain.tok.save_pretrained(tmp_path)
+    for bits in ("8bit", "4bit"):
+        lm = load(str(tmp_path), device="cpu", quantize=bits, family=FAMILIES[plain.family])
+        for c in ("mlp.1", "head.0.2"): assert n_params(lm, slices(lm, c)) == n_params(plain, slices(plain, c))
+
+
+def test_a_model_of_several_senses_is_refused():
+    with torch.device("meta"): hf = tf.AutoModelForCausalLM.from_config(tf.Gemma3Config())
+    with pytest.raises(Refusal, match="'gemma3' is not supported.*gemma3_text"): check_structure(hf)
 
 
 # ---- from a file, through every door
