@@ -274,7 +274,7 @@ def final_norm(self:LM):
 # %% ../nbs/00_models.ipynb #000022a
 @patch(as_prop=True)
 def lm_head(self:LM):
-    "The unembedding. With Gemma-2 its output is not yet soft-capped: `lm.nn.output.logits` is."
+    "The unembedding. With Gemma-2 its output is not yet soft-capped, with Cohere not yet scaled: `lm.nn.output.logits` is."
     return self.nn.get(self.path("lm_head"))
 
 # %% ../nbs/00_models.ipynb #000022b
