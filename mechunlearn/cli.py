@@ -293,7 +293,7 @@ def sweep(args):
     job = job_of(args)
     _can_sweep(job)
     if args.dry_run: return _dry_sweep(job, args)
-    how = {k: v for k in ("device", "dtype", "device_map", "revision", "base", "bos") if (v := job.settings.get(k))}
+    how = {k: v for k in ("device", "dtype", "device_map", "revision", "base", "bos", "family") if (v := job.settings.get(k))}
     with lock(job.run_dir):
         lm = models.load(job.model, **how)
         task, folder = tasks.make_task(job.task, lm, **job.options, seed=job.seeds[0]), Path(job.run_dir)
@@ -386,7 +386,7 @@ def export(args):
     try: saved = F.load_edit(folder)
     except (ValueError, KeyError, TypeError): raise Broken(folder/"edit.json", "it describes no edit that this version knows") from None
     if out.exists() and not (out.is_dir() and not any(out.iterdir())): raise Refusal(f"{out} is not empty: name a new folder")
-    how = {k: v for k in ("dtype", "revision", "base", "bos") if (v := job.settings.get(k))}
+    how = {k: v for k in ("dtype", "revision", "base", "bos", "family") if (v := job.settings.get(k))}
     print(F.export(models.load(job.model, device="cpu", **how), saved, args.out, args.delta))
     return code
 
@@ -406,7 +406,7 @@ def check(args):
     "whether a model and a task fit: modules, tokens, facts"
     from mechunlearn import grids, tasks
     _paths_of(args)
-    settings = {"revision": args.revision} if args.revision else {}
+    settings = {k: v for k in ("revision", "family") if (v := getattr(args, k))}
     job = grids.make_job(args.model, args.task, task_options_of(args), [], args.seeds, settings)
     lm = grids.skeleton(job)
     size = sum(p.numel() for p in lm.hf.parameters())

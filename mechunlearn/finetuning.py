@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from .facts import Task
 from .figures import FIGURE_STYLE, cell_text, figure, listed, look, ordered, printed
 from .localization import Localization
-from .models import LM, Slice, components, is_adapter, load, locate, slices, snapshot
+from .models import LM, Slice, components, is_adapter, load, locate, slices, snapshot, transposed
 from .questions import answer, completions, some, token_loss
 from .store import (Refusal, Run, cause_hash, choose, load_json, load_table, load_tensors, save_json,
     save_table, save_tensors)
@@ -232,7 +232,11 @@ def heard(
 ):
     "In this block a prompt's gradient reaches its own slices only, and the logits are as always"
     rows = {s: torch.tensor([s in o for o in map(set, own)]) for s in slices}
-    def hook(blocks): return lambda module, args, out: _Heard.apply(args[0], module.weight, out.detach(), blocks)
+    def hook(blocks):
+        def hear(module, args, out):
+            if not transposed(module): return _Heard.apply(args[0], module.weight, out.detach(), blocks)
+            return _Heard.apply(args[0], module.weight.T, out.detach(), [(s._replace(dim=1 - s.dim), own) for s, own in blocks])
+        return hear
     names = dict.fromkeys(s.param for s in slices)
     handles = [lm.hf.get_submodule(p.removesuffix(".weight")).register_forward_hook(hook([(s, rows[s]) for s in slices if s.param == p])) for p in names]
     try: yield
@@ -705,7 +709,7 @@ def export(
 
 # %% ../nbs/20_finetuning.ipynb #f547f5d0
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-SAME = ("model_type", "hidden_act", "hidden_activation", "rms_norm_eps", "rope_theta", "rope_parameters", "rope_scaling",
+SAME = ("model_type", "hidden_act", "hidden_activation", "activation_function", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "use_parallel_residual", "rope_theta", "rope_parameters", "rope_scaling",
     "final_logit_softcapping", "attn_logit_softcapping", "query_pre_attn_scalar", "sliding_window", "layer_types",
     "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
 
@@ -773,9 +777,9 @@ def edit_of(
     dtype = next(lm.hf.parameters()).dtype
     place_of, fine = getattr(lm.hf.config, "_name_or_path", "") or None, finer(stored_dtype(str(folder)), dtype)
     if place_of and not Path(place_of).is_dir() and (commit := lm.revision.split("+")[0]): place_of = str(snapshot(place_of, commit)[0]) # of the hub's revisions the one in memory
-    other, coarse = load(str(folder), device="cpu", dtype=fine, base=place_of), fine if is_adapter(Path(locate(str(folder))[0])) else stored_dtype(str(folder))
+    other, coarse = load(str(folder), device="cpu", dtype=fine, base=place_of, family=lm.own), fine if is_adapter(Path(locate(str(folder))[0])) else stored_dtype(str(folder))
     if causes := differences(lm, other): raise Refusal(f"{folder} is not an edit of {lm.name}:" + "".join(f"\n- {c}" for c in causes))
-    base = load(place_of, device="cpu", dtype=fine) if fine != dtype and place_of and stored_dtype(place_of) != dtype else lm # read again as it was stored
+    base = load(place_of, device="cpu", dtype=fine, family=lm.own) if fine != dtype and place_of and stored_dtype(place_of) != dtype else lm # read again as it was stored
     values, changed = {}, dict(weights=0, kept=0, change=0., kept_change=0.)
     for n, w in base.hf.named_parameters():
         old, new = (x.detach().cpu()[:min(len(w), len(other.weight(n)))].to(fine) for x in (w, other.weight(n)))

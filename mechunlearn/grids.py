@@ -140,6 +140,11 @@ def _spread(name):
     if not re.fullmatch(f"{SPREAD}|{DEVICE}", name): raise ValueError("auto, balanced, sequential or a device is needed")
     return name
 
+def _family(said):
+    from mechunlearn.models import FAMILIES, read_family
+    entry = read_family(said) # what stands in a file is kept itself: the run does not depend on the file
+    return said if isinstance(said, str) and said in FAMILIES else entry
+
 # %% ../nbs/38_grids.ipynb #400015
 class Lora(BaseModel, extra="forbid"):
     "Of the relearning attack; defaults depend on the model"
@@ -218,6 +223,7 @@ class Settings(BaseModel, extra="forbid"):
     quantize: Literal["8bit", "4bit"]|None = None
     revision: str|None = None # of a hub model
     base: str|None = None # of an adapter, instead of the model that it names
+    family: Annotated[dict|str, AfterValidator(_family)]|None = None # of a model whose family is not listed: a JSON file, its content, or the name of a listed one
     bos: bool|None = None # a beginning-of-sequence token before every prompt; default: as the tokenizer does
     batch_size: Whole|None = Field(None, ge=1) # prompts a forward
     edited: str|None = None # folder of a model edited elsewhere, for the localization edited@...
@@ -444,9 +450,9 @@ def skeleton(
         folder, commit = (Path(source), None) if revision else snapshot(source, job.settings.get("revision"))
         tok = read_tokenizer(source, commit) if not is_adapter(folder) or (folder/"tokenizer_config.json").is_file() else None
         if is_adapter(folder): source, commit = _base(folder, job.settings.get("base"))
-        hf = skeleton(configuration(source, commit))
+        hf = skeleton(configuration(source, commit), family := job.settings.get("family"))
         hf.hf_device_map = {"": "meta"} # or it would be moved to a real device
-        return wrap(hf, tok or read_tokenizer(source, commit), name, revision or commit, job.settings.get("bos"))
+        return wrap(hf, tok or read_tokenizer(source, commit), name, revision or commit, job.settings.get("bos"), family)
 
 # %% ../nbs/38_grids.ipynb #400086a
 def _check_seeds(seeds):
@@ -482,6 +488,7 @@ def check_job(
     _check_localizations(job)
     if job.settings.get("capabilities", {}).get("names") and not find_spec("lm_eval"):
         raise Refusal("benchmarks need the package lm-eval: pip install mechunlearn[capability]")
+    if job.settings.get("family"): skeleton(job)
     for name in (l for l in job.localizations if l.startswith("hand@")): by_hand(skeleton(job), name.removeprefix("hand@"))
     own = "counterfact" in job.task and kind_of(job.options.get("facts", "world")) == "own" # whose words decide what they are kept with
     make_task(job.task, skeleton(job) if own else None, **job.options, seed=job.seeds[0])

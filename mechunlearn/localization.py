@@ -511,7 +511,7 @@ def trained(
 ) -> pd.DataFrame: # localization, layer, mlp (share of the layer's MLP), heads (number)
     "Which parts of which layers a localization trains"
     where, rows = _saved(where), []
-    wide = max((s[3] for w in where.values() for s in w.get("slices", ()) if "gate_proj" in s[0]), default=1)
+    wide = max((n for w in where.values() for n in _widths(w)), default=1)
     for name, w in where.items():
         parts = [c.split(".") for c in w["components"]]
         part = {w["neurons"][0]: w["neurons"][1]/wide} if w.get("neurons") else {}
@@ -519,6 +519,12 @@ def trained(
             heads = sum(p[0] == "head" and int(p[1]) == l for p in parts)
             rows.append((name, l, 1. if ["mlp", str(l)] in parts else part.get(l, 0.), heads))
     return pd.DataFrame(rows, columns=["localization", "layer", "mlp", "heads"])
+
+def _widths(w):
+    "Neurons of an MLP, from each layer whose whole MLP a saved localization has; a localization made elsewhere has no `step`"
+    if w.get("step", 1) == 1: return []
+    own = [(int(re.search(r"\.(\d+)\.", s[0])[1]), size) for s, size in zip(w["slices"], w["sizes"]) if "att" not in s[0]]
+    return [sum(size for l, size in own if f"mlp.{l}" == c) // w["step"] for c in w["components"] if c.startswith("mlp.")]
 
 def _saved(where):
     "Localizations as they are on disk"

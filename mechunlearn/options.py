@@ -8,7 +8,7 @@ __all__ = ['LOCALIZATIONS', 'SWEEP', 'Parser', 'names', 'whole', 'numbers', 'rat
            'groups_of', 'sweep_words', 'ready']
 
 # %% ../nbs/48_options.ipynb #480002
-import argparse, math, re, shlex, sys
+import argparse, json, math, re, shlex, sys
 from contextlib import suppress
 from pathlib import Path
 from .store import Refusal
@@ -77,6 +77,7 @@ def what(p):
     "Options: which model, which task"
     p.add_argument("--model", default="organism", help="packaged name, folder or hub id (default: organism)")
     p.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub model")
+    p.add_argument("--family", metavar="F", help="of a model whose family is not listed: a JSON file that names its parts, or the family it is built like")
     p.add_argument("--task", default="sports-athlete-editing", help="name of the task (default: sports-athlete-editing)")
     p.add_argument("--forget-size", type=whole, metavar="N",
                    help="facts to edit (default: 64; at scale 100; of a file of your own all)")
@@ -172,7 +173,7 @@ def settings_of(
 ) -> dict: # those of `grids.Settings` that were given
     "What is said about the stages"
     from mechunlearn.grids import Settings, parse
-    known = ("draws", "device", "dtype", "quantize", "batch_size", "revision")
+    known = ("draws", "device", "dtype", "quantize", "batch_size", "revision", "family")
     said = {k: v for k in known if (v := getattr(args, k)) is not None} | benchmarks_of(args)
     for key, value in args.set: _put(said, key.split("."), value, key)
     return parse(Settings, over(base or {}, said), "settings").model_dump(exclude_unset=True)
@@ -187,7 +188,7 @@ def _chosen(args):
 # %% ../nbs/48_options.ipynb #c27a0004b
 def _paths_of(args):
     "Refuse names that are empty, and places below a home that does not exist"
-    for option in ("model", "task", "facts", "text", "out", "edited", "base", "revision"):
+    for option in ("model", "task", "facts", "text", "out", "edited", "base", "revision", "family"):
         if getattr(args, option, None) == "": raise Refusal(f"--{option} is empty")
         try: Path(getattr(args, option, None) or "").expanduser()
         except RuntimeError: raise Refusal(f"--{option} {getattr(args, option)}: there is no such user") from None
@@ -255,6 +256,9 @@ def sweep_words(
     training = {k: v for k, v in job.settings.items() if k in SWEEP}
     options = {"model": job.model, "task": job.task, **job.options, **{k: job.settings.get(k) for k in ("device", "dtype", "revision")},
                "localizations": ",".join(groups_of(localizations)), "seeds": str(job.seeds[0]), "out": str(Path(job.run_dir).parents[1])}
+    own = job.settings.get("family")
+    training |= {"family": json.dumps(own)} if isinstance(own, dict) else {}
+    options |= {"family": own} if isinstance(own, str) else {}
     given = [[f"--{k.replace('_', '-')}"] + ([] if v is True else [str(v)]) for k, v in options.items() if v not in (None, False)]
     return ["sweep", *sum(given, []), *sum((["--set", f"{k}={v}"] for k, v in training.items()), [])]
 

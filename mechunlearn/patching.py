@@ -37,9 +37,9 @@ def _through_heads(lm, o, z):
 def _added(lm, name, l, raw, delta):
     "Change of what a block adds, [b, ..., d], when its raw output [b, d] changes by `delta`; Gemma-2 has a norm in between"
     add, own = _module(lm, f"{name}_add", l), _module(lm, {"attn": "o_proj", "mlp": "mlp"}[name], l)
-    if add is own: return delta
+    if add is own: return delta * lm.add_factor
     raw = raw.view(raw.shape[0], *[1]*(delta.ndim - 2), raw.shape[1])
-    return add(raw + delta) - add(raw)
+    return (add(raw + delta) - add(raw)) * lm.add_factor
 
 # %% ../nbs/12_path_patching.ipynb #f0a5eee5
 def contributions(
@@ -68,10 +68,11 @@ def answer_logits(
     with torch.no_grad():
         head, x = _module(lm, "lm_head"), _module(lm, "final_norm")(resid)
         if type(head) is torch.nn.Linear and not head.weight.is_meta:
-            logits = torch.einsum("bnd,bkd->bnk", x.float(), head.weight[answers.to(head.weight.device)].float())
+            rows = answers.to(head.weight.device)
+            logits = torch.einsum("bnd,bkd->bnk", x.float(), head.weight[rows].float())
+            if head.bias is not None: logits = logits + head.bias[rows].float()[:, None]
         else: logits = torch.stack([head(part).float().gather(1, answers.to(part.device)) for part in x.unbind(1)], 1)
-        cap = getattr(lm.hf.config, "final_logit_softcapping", None)
-        return (torch.tanh(logits/cap)*cap if cap else logits).cpu()
+        return lm.cap(logits).cpu()
 
 # %% ../nbs/12_path_patching.ipynb #de12ef51
 def _two_runs(lm, batch, cases):
@@ -138,7 +139,7 @@ def extraction_set(
 # %% ../nbs/12_path_patching.ipynb #2a2d3672
 def _mlp_added(lm, run, l):
     "What the MLP of a layer adds to the stream in a recorded run"
-    return _module(lm, "mlp_add", l)(run.mlp[l]) if lm.post_norms else run.mlp[l]
+    return (_module(lm, "mlp_add", l)(run.mlp[l]) if lm.post_norms else run.mlp[l]) * lm.add_factor
 
 # %% ../nbs/12_path_patching.ipynb #cfd1228f
 def sent(
@@ -154,7 +155,7 @@ def sent(
         mixed, h = clean.z[l].clone(), lm.z(l, sender.head)
         mixed[..., h] = other.z[l][..., h]
         out = _module(lm, "o_proj", l)(mixed)
-        return (_module(lm, "attn_add", l)(out) if lm.post_norms else out) - clean.attn[l]
+        return (_module(lm, "attn_add", l)(out) if lm.post_norms else out) * lm.add_factor - clean.attn[l]
 
 # %% ../nbs/12_path_patching.ipynb #00c80c34
 def _receivers(lm, components):
@@ -167,9 +168,9 @@ def _receivers(lm, components):
     return out
 
 # %% ../nbs/12_path_patching.ipynb #2368326d
-def _hears(sender, layer, cols, mlp):
-    "Whether some receiver of a layer comes after the sender"
-    return layer > sender.layer or (layer == sender.layer and sender.kind == "head" and mlp)
+def _hears(lm, sender, layer, cols, mlp):
+    "Whether some receiver of a layer comes after the sender; where attention and MLP work in parallel, an MLP does not come after the heads of its layer"
+    return layer > sender.layer or (layer == sender.layer and sender.kind == "head" and mlp and not lm.parallel)
 
 # %% ../nbs/12_path_patching.ipynb #4bd594a0
 def carried(
@@ -183,7 +184,7 @@ def carried(
     past:DynamicCache|None=None, # keys and values of what comes before, see `tracing.shared_prefix`
 ) -> torch.Tensor: # [b, d]
     "How the receivers change the stream at the last token when they hear the sender"
-    places, out = {l: r for l, r in _receivers(lm, receivers).items() if _hears(sender, l, *r)}, []
+    places, out = {l: r for l, r in _receivers(lm, receivers).items() if _hears(lm, sender, l, *r)}, []
     if not places: return torch.zeros_like(delta[:, -1], dtype=torch.float)
     with torch.no_grad(): added = {l: _mlp_added(lm, clean, l) if mlp else None for l, (_, mlp) in places.items()}
     with torch.no_grad(), lm.nn.trace(batch, logits_to_keep=1, **_copy(past)) as tracer:
@@ -209,10 +210,11 @@ def _listen(lm, l, clean, heard, cols, mlp_added, here, within):
         z = clean.z[l].clone()
         z[..., cols] = lm.o_proj(l).input[..., cols]
         lm.o_proj(l).input = z
-        from_heads = lm.attn_add(l).output - clean.attn[l]
+        from_heads = lm.attn_add(l).output * lm.add_factor - clean.attn[l]
     if mlp_added is not None:
-        lm.mlp_norm(l).input = clean.resid[l] + clean.attn[l] + heard + (from_heads if within else 0)
-        from_mlp = lm.mlp_add(l).output - mlp_added
+        before = clean.resid[l] if lm.parallel else clean.resid[l] + clean.attn[l]
+        lm.show_mlp(l, before + heard + (from_heads if within and not lm.parallel else 0))
+        from_mlp = lm.mlp_add(l).output * lm.add_factor - mlp_added
     else: lm.mlp(l).skip(clean.mlp[l])
     return from_heads, from_mlp
 

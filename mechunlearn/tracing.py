@@ -198,7 +198,7 @@ def record(
                 lm.layer(0).input = x
             resid.append(x.clone())
             z.append(lm.o_proj(l).input.clone())
-            attn.append(lm.attn_add(l).output.clone())
+            attn.append(lm.attn_add(l).output * lm.add_factor)
             mlp.append(lm.mlp(l).output.clone())
         resid.append(lm.layer(lm.n_layers - 1).output.clone())
         logits.append(lm.nn.output.logits[:, -1])
@@ -271,7 +271,7 @@ def _suffix(lm, batch, clean, corrupt, patches, parts, first, past):
             here = [(patch, rows, fs) for patch, window, rows, fs in windows if l in window]
             for patch, rows, fs in here:
                 if patch.kind in ("head", "attn") and l != first: _write_z(lm, patch, l, clean, rows, fs, lm.o_proj(l).input)
-            if l == lm.n_layers - 1: lm.mlp_norm(l).input = lm.mlp_norm(l).input[:, -1:] # nobody reads the others
+            if l == lm.n_layers - 1: lm.mlp(l).input = lm.mlp(l).input[:, -1:].contiguous() # nobody reads the others
             for patch, rows, fs in here:
                 if patch.kind in ("mlp", "resid"): _write(lm, patch, l, clean, rows, fs)
         logits.append(lm.nn.output.logits[:, -1])

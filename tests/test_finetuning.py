@@ -1,5 +1,6 @@
 import math
 import numpy as np, pandas as pd, pytest, torch
+from plain import every_family, last_norm, name_of, parts
 from mechunlearn import finetuning as F, jobs as J
 from mechunlearn.facts import sports_athlete_editing
 from mechunlearn.finetuning import FILES, LEARNING_RATES, RATE_GROUPS, UPDATES, draws, fact_losses, finetune, fingerprint, last_logits, learning_rate, load_edit, masters, matrices, parse_slice, rates, shared_prefix, slice_key, step_losses, training_rows
@@ -32,6 +33,7 @@ def state_of(lm): return {n: p.detach().clone() for n, p in lm.hf.named_paramete
 
 # ---- masters
 
+@every_family
 def test_matrices_hold_the_slices_and_leave_the_rest(lm):
     where, before = mixed(lm), state_of(lm)
     values = {s: torch.full_like(v, 7.) for s, v in masters(lm, where.slices).items()}
@@ -43,6 +45,7 @@ def test_matrices_hold_the_slices_and_leave_the_rest(lm):
     assert all(torch.equal(p, before[n]) for n, p in lm.hf.named_parameters())
 
 
+@every_family
 def test_gradients_are_the_slices_of_the_full_gradient(lm):
     task, where = task_for(lm), mixed(lm)
     batch = next(draws(training_rows(lm, task), dict(forget=4, retain=4, text=2), 1, 0))
@@ -62,6 +65,7 @@ def test_gradients_are_the_slices_of_the_full_gradient(lm):
     assert any(v.grad.abs().sum() > 0 for v in values.values())
 
 
+@every_family
 def test_parts_and_shared_prefixes_give_the_gradient_of_the_whole(lm, monkeypatch):
     task, where = task_for(lm), mixed(lm)
     batch = next(draws(training_rows(lm, task), dict(forget=4, retain=4, text=4), 1, 0))
@@ -79,6 +83,7 @@ def test_parts_and_shared_prefixes_give_the_gradient_of_the_whole(lm, monkeypatc
 def test_shared_prefix(ids, k): assert shared_prefix(ids) == k
 
 
+@every_family
 def test_prompts_of_several_lengths(lm):
     prompts = ["Fact: the sport", "Fact: the sport of the", "Fact: golf"]
     ids = lm.ids(prompts)
@@ -158,6 +163,7 @@ def test_unknown_updates_are_refused(qwen):
 
 # ---- bits
 
+@every_family
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_not_a_bit_outside_moves(lm, dtype):
     lm.hf.to(dtype)
@@ -357,8 +363,9 @@ def elsewhere(lm, folder, change):
     return folder
 
 
+@every_family
 def test_anyones_edit_is_every_weight_that_differs(lm, tmp_path):
-    name, norm = "model.layers.1.mlp.down_proj.weight", "model.norm.weight"
+    name, norm = name_of(lm.hf, parts(lm.hf, 1).down) + ".weight", name_of(lm.hf, last_norm(lm.hf)) + ".weight"
     def change(hf): hf.get_parameter(name).add_(.1); hf.get_parameter(norm).mul_(1.5)
     folder, before, old = elsewhere(lm, tmp_path / "theirs", change), fingerprint(lm), lm.weight(norm).detach().clone()
     edit = F.edit_of(lm, folder)

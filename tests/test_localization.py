@@ -1,5 +1,6 @@
 import collections, random
 import numpy as np, pandas as pd, pytest, torch
+from plain import every_shape, projections
 from mechunlearn import localization, stats
 from mechunlearn.facts import Fact, Task
 from mechunlearn.localization import (EmptyFLU, Evidence, Localization, agreement, at_random, build, by_hand, by_score, chosen_by_fact, compare, control_draws,
@@ -50,6 +51,7 @@ def test_counts_equal_masks(lm, name):
     m = mask(lm, l)
     assert l.n_params == sum(v.sum().item() for v in m.values()) == n_params(lm, list(l.slices))
 
+@every_shape
 def test_overlap_equals_masks(lm):
     made = list(localize_all(lm, task(), NAMES, draws=3, evidence=evidence(lm))[0].values())
     made.append(build(lm, "part", [Component("head", 1, 2)], part=(1, 7)))
@@ -163,18 +165,20 @@ def test_late_is_the_last_third(n, first, monkeypatch):
     lm = type("L", (), dict(n_layers=n, n_heads=2))()
     assert sorted({c.layer for c in late(lm)}) == list(range(first, n)) and len(late(lm)) == 3 * (n - first)
 
+@every_shape
 def test_fixed_ones(lm):
     ev = evidence(lm)
     made = {n: localize(lm, task(), n, evidence=ev) for n in ("late", "all-mlps", "nonlocalized")}
     assert not any(l.matched for l in made.values()) and all(l.budget is None for l in made.values())
     every = {s.param for s in made["nonlocalized"].slices}
-    assert every == {n for n, p in lm.hf.named_parameters() if n.endswith("_proj.weight")}
+    assert every == set(projections(lm.hf))
     assert made["nonlocalized"].n_params == sum(lm.weight(n).numel() for n in every)
     assert overlap(made["late"], made["nonlocalized"]) == overlap(made["all-mlps"], made["nonlocalized"]) == 1
     layers = trained(made).set_index("localization")
     assert layers.loc["nonlocalized", "layer"].tolist() == [0, 1, 2] and layers.loc["late", "layer"] == 2
     assert (layers.mlp == 1).all() and (layers.drop("all-mlps").heads == lm.n_heads).all() and (layers.loc["all-mlps", "heads"] == 0).all()
 
+@every_shape
 def test_a_part_of_an_mlp_is_drawn_as_one(lm):
     some = build(lm, "x", [Component("mlp", 0), Component("head", 1, 2)], part=(1, 12))
     for saved in (some, some.to_json()):

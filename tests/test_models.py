@@ -1,7 +1,8 @@
 import hashlib, json, random
 import pytest, torch
+from plain import blocks, embeddings, every_family, every_shape, head_weights, last_norm, name_of, neuron_weights, parts, projections
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+from transformers import CohereConfig, CohereForCausalLM, GraniteConfig, GraniteForCausalLM, PreTrainedTokenizerFast
 from mechunlearn import loading, models as M
 from mechunlearn.models import (Component, Slice, batches, check_structure, components, load, merge_slices, n_params, neurons, next_token, resid_at, slices,
     wrap)
@@ -24,36 +25,40 @@ def hooked(lm, batch, module, what):
 
 # ---- accessors
 
+@every_family
 def test_accessors_are_the_modules_of_a_plain_forward(lm):
     batch, l = lm.encode(PROMPTS), 1
     with torch.no_grad(), lm.nn.trace(batch):
         embed = lm.embed.output.save()
         before = lm.layer(l).input.save()
-        attn_norm = lm.attn_norm(l).output.save()
+        if lm.names["attn_norm"]: attn_norm = lm.attn_norm(l).output.save()
         z = lm.o_proj(l).input.save()
         if not lm.post_norms: attn_add = lm.attn_add(l).output.save()
         attn = lm.attn(l).output[0].save()
         if lm.post_norms: attn_add = lm.attn_add(l).output.save()
-        mlp_norm = lm.mlp_norm(l).output.save()
+        if lm.names["mlp_norm"]: mlp_norm = lm.mlp_norm(l).output.save()
+        mlp_reads = lm.mlp(l).input.save()
         mlp = lm.mlp(l).output.save()
         mlp_add = lm.mlp_add(l).output.save()
         after = lm.layer(l).output.save()
         final = lm.final_norm.output.save()
         head = lm.lm_head.output.save()
         logits = lm.nn.output.logits.save()
-    b, post = "model.layers.1", lm.family == "gemma2"
-    expected = [(embed, "model.embed_tokens", "output"), (embed, "model.layers.0", "input"), (before, "model.layers.0", "output"), (before, b, "input"),
-        (attn_norm, f"{b}.input_layernorm", "output"), (z, f"{b}.self_attn.o_proj", "input"), (attn, f"{b}.self_attn", "output"),
-        (attn_add, f"{b}.post_attention_layernorm" if post else f"{b}.self_attn.o_proj", "output"),
-        (mlp_norm, f"{b}.mlp", "input"), (mlp, f"{b}.mlp", "output"),
-        (mlp_add, f"{b}.post_feedforward_layernorm" if post else f"{b}.mlp", "output"), (after, b, "output"), (after, "model.layers.2", "input"),
-        (final, "model.norm", "output"), (head, "lm_head", "output")]
-    for got, module, what in expected: assert torch.equal(got, hooked(lm, batch, module, what)), (module, what)
+    p, n = parts(lm.hf, l), lambda module: name_of(lm.hf, module)
+    expected = [(embed, embeddings(lm.hf), "output"), (before, blocks(lm.hf)[0], "output"), (before, p.block, "input"), (z, p.out, "input"), (attn, p.attn, "output"),
+        (attn_add, p.attn_adds, "output"), (mlp_reads, p.mlp, "input"), (mlp, p.mlp, "output"), (mlp_add, p.mlp_adds, "output"), (after, p.block, "output"),
+        (after, blocks(lm.hf)[2], "input"), (final, last_norm(lm.hf), "output"), (head, lm.hf.lm_head, "output")]
+    if lm.family == "olmo2":
+        for norm in (lm.attn_norm, lm.mlp_norm):
+            with pytest.raises(Refusal, match="has no (attn|mlp)_norm"): norm(l)
+    else: expected += [(attn_norm, p.attn_reads, "output"), (mlp_norm, p.mlp_reads, "output"), (mlp_norm, p.mlp, "input")]
+    for got, module, what in expected: assert torch.equal(got, hooked(lm, batch, n(module), what)), (n(module), what)
     with torch.no_grad(): plain = lm.hf(**batch).logits
     assert torch.equal(logits, plain)
-    assert torch.equal(head, logits) == (not post)      # Gemma-2 caps them afterwards
+    assert torch.equal(head, logits) == (lm.family != "gemma2")      # Gemma-2 caps them afterwards
 
 
+@every_family
 def test_contributions_sum_to_the_residual_stream(lm):
     added = []
     with torch.no_grad(), lm.nn.trace(lm.encode(PROMPTS)):
@@ -66,6 +71,7 @@ def test_contributions_sum_to_the_residual_stream(lm):
     assert not torch.allclose(start, end, atol=1e-1)
 
 
+@every_family
 def test_writing_one_head_equals_a_hook(lm):
     batch, l, h = lm.encode(PROMPTS), 1, 2
     cols = slice(h * lm.head_dim, (h + 1) * lm.head_dim)
@@ -77,7 +83,7 @@ def test_writing_one_head_equals_a_hook(lm):
         x = args[0].clone()
         x[:, -1, cols] = 0
         return (x,)
-    handle = lm.hf.get_submodule("model.layers.1.self_attn.o_proj").register_forward_pre_hook(ablate)
+    handle = parts(lm.hf, 1).out.register_forward_pre_hook(ablate)
     with torch.no_grad(): hook = lm.hf(**batch).logits
     handle.remove()
     with torch.no_grad(): clean = lm.hf(**batch).logits
@@ -229,6 +235,7 @@ def test_batches_cover_every_prompt_once(tiny):
     assert list(batches(lm, [], 2)) == []
 
 
+@every_family
 def test_next_token_is_the_plain_forward_whatever_the_batch(lm):
     ids = [[5, 6, 7], [8], [9, 10], [], [11]]
     logp, top1 = next_token(lm, PROMPTS, ids, batch_size=64)
@@ -254,6 +261,7 @@ def test_next_token_of_nothing(tiny):
     assert logp.shape == (0, 0) and top1.shape == (0,)
 
 
+@every_family
 def test_resid_at_is_the_plain_residual_stream_whatever_the_batch(lm):
     positions = [[-3, -1], [-1, -2], [-4, -4], [-2, -1], [-1, -5]]
     resid = resid_at(lm, PROMPTS, positions)
@@ -261,43 +269,77 @@ def test_resid_at_is_the_plain_residual_stream_whatever_the_batch(lm):
     for size in (1, 2): assert torch.allclose(resid, resid_at(lm, PROMPTS, positions, batch_size=size), atol=1e-4)
     for i, prompt in enumerate(PROMPTS):
         alone = lm.encode([prompt])
-        stream = [hooked(lm, alone, "model.layers.0", "input")] + [hooked(lm, alone, f"model.layers.{l}", "output") for l in range(lm.n_layers)]
+        stream = [hooked(lm, alone, name_of(lm.hf, blocks(lm.hf)[0]), "input")] + [hooked(lm, alone, name_of(lm.hf, b), "output") for b in blocks(lm.hf)]
         assert torch.allclose(resid[i], torch.stack([x[0, positions[i]] for x in stream]), atol=1e-4)
 
 
 # ---- components
 
+def owned(lm, slices):
+    "How often each weight of each matrix is in one of the slices"
+    count = {n: torch.zeros(p.shape, dtype=torch.int) for n, p in lm.hf.named_parameters() if n in projections(lm.hf)}
+    for s in slices: count[s.param].narrow(s.dim, s.start, s.stop - s.start).add_(1)
+    return count
+
+def marked(lm, views):
+    "The same for views of the matrices: zero everything, put ones where the views are"
+    names, kept = projections(lm.hf), {n: w.detach().clone() for n, w in projections(lm.hf).items()}
+    with torch.no_grad():
+        for w in names.values(): w.zero_()
+        for view in views: view.fill_(1)
+        out = {n: w.int() for n, w in names.items()}
+        for n, w in names.items(): w.copy_(kept[n])
+    return out
+
+
+@every_shape
 def test_all_components_are_the_projections_exactly_once(lm):
-    count = {n: torch.zeros(p.shape, dtype=torch.int) for n, p in lm.hf.named_parameters() if n.endswith("_proj.weight")}
     union = merge_slices([s for c in components(lm) for s in slices(lm, c)])
-    for s in union: count[s.param].narrow(s.dim, s.start, s.stop - s.start).add_(1)
-    assert all((c == 1).all() for c in count.values()) and len(count) == 7 * lm.n_layers
+    count = owned(lm, union)
+    assert all((c == 1).all() for c in count.values()) and set(count) == {s.param for s in union}
     assert n_params(lm, union) == sum(c.numel() for c in count.values())
 
 
+@every_shape
+def test_slices_are_the_weights_of_heads_and_neurons(lm):
+    for l, h in ((0, 0), (1, 1), (2, lm.n_heads - 1)):
+        views = head_weights(lm, l, h)
+        cuts = slices(lm, Component("head", l, h))
+        assert n_params(lm, cuts) == sum(v.numel() for v in views.values()) and sorted(n_params(lm, [s]) for s in cuts) == sorted(v.numel() for v in views.values())
+        got, wanted = owned(lm, cuts), marked(lm, views.values())
+        assert all(torch.equal(got[n], wanted[n]) for n in got)
+    for n in (1, 5, lm.d_mlp):
+        views, cuts = neuron_weights(lm, 1, n), neurons(lm, 1, n)
+        assert n_params(lm, cuts) == sum(v.numel() for v in views.values())
+        got, wanted = owned(lm, cuts), marked(lm, views.values())
+        assert all(torch.equal(got[name], wanted[name]) for name in got)
+
+
+@every_shape
 def test_heads_of_a_group_share_keys_and_values_only(lm):
     h0, h1, last = (set(slices(lm, Component("head", 1, h))) for h in (0, 1, lm.n_heads - 1))
-    shared = {s.param.split(".")[-2] for s in h0 & h1}
-    assert shared == ({"k_proj", "v_proj"} if lm.n_kv_heads < lm.n_heads else set())
+    assert n_params(lm, h0 & h1) == (2 * lm.head_dim * lm.d_model if lm.n_kv_heads < lm.n_heads else 0)
     assert bool(h0 & last) == (lm.n_kv_heads == 1)
     assert n_params(lm, h0) == 4 * lm.head_dim * lm.d_model
     assert not any("norm" in s.param for s in h0)
 
 
+@every_shape
 def test_a_head_s_slices_are_all_it_computes(lm):
     "Zeroing a head's output columns removes exactly its part of z; the rest of the stream's input is untouched."
     batch, l, h = lm.encode(PROMPTS), 0, 3
-    z = hooked(lm, batch, "model.layers.0.self_attn.o_proj", "input")
-    out = hooked(lm, batch, "model.layers.0.self_attn.o_proj", "output")
-    o = next(s for s in slices(lm, Component("head", l, h)) if "o_proj" in s.param)
-    part = z[..., lm.z(l, h)] @ lm.weight(o.param)[:, o.start:o.stop].T
-    with torch.no_grad(): lm.weight(o.param)[:, o.start:o.stop] = 0
-    assert torch.allclose(hooked(lm, batch, "model.layers.0.self_attn.o_proj", "output"), out - part, atol=1e-5)
+    out_proj = name_of(lm.hf, parts(lm.hf, l).out)
+    z, out = hooked(lm, batch, out_proj, "input"), hooked(lm, batch, out_proj, "output")
+    o = next(s for s in slices(lm, Component("head", l, h)) if s.param == out_proj + ".weight")
+    part = z[..., lm.z(l, h)] @ head_weights(lm, l, h)["o"].T
+    with torch.no_grad(): lm.weight(o.param).narrow(o.dim, o.start, o.stop - o.start).zero_()
+    assert torch.allclose(hooked(lm, batch, out_proj, "output"), out - part, atol=1e-5)
 
 
+@every_shape
 def test_neurons_are_the_first_ones(lm):
     some = neurons(lm, 2, 5)
-    assert n_params(lm, some) == 3 * 5 * lm.d_model and merge_slices(some + slices(lm, "mlp.2")) == merge_slices(slices(lm, "mlp.2"))
+    assert n_params(lm, some) == (2 if lm.family in ("gpt2", "gpt_neox") else 3) * 5 * lm.d_model and merge_slices(some + slices(lm, "mlp.2")) == merge_slices(slices(lm, "mlp.2"))
     for n in (0, lm.d_mlp + 1):
         with pytest.raises(Refusal, match="neurons"): neurons(lm, 0, n)
 
@@ -325,18 +367,18 @@ def test_bad_component_names_are_refused(name):
 
 
 def test_components_the_model_lacks_are_refused(lm):
-    for name in ("mlp.3", "head.0.4"):
+    for name in ("mlp.3", f"head.0.{lm.n_heads}"):
         with pytest.raises(Refusal, match=f"has no component {name}"): slices(lm, name)
     with pytest.raises(Refusal, match="kind of component"): components(lm, ("mlps",))
 
 
 # ---- structure and loading
 
+SMALL = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, vocab_size=10)
+
 def test_unsupported_families_are_refused():
-    with pytest.raises(Refusal, match="'gpt2' is not supported.*no module 'model.embed_tokens'.*FAMILIES"):
-        check_structure(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=10)))
-    mistral = MistralConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, vocab_size=10)
-    with pytest.raises(Refusal, match="'mistral' is not supported.*has all of Llama's modules"): check_structure(MistralForCausalLM(mistral))
+    with pytest.raises(Refusal, match="'cohere' is not supported.*no module 'model.layers.0.post_attention_layernorm'.*--family FILE.json"): check_structure(CohereForCausalLM(CohereConfig(**SMALL)))
+    with pytest.raises(Refusal, match="'granite' is not supported.*has all of Llama's modules: `--family llama` tries that"): check_structure(GraniteForCausalLM(GraniteConfig(**SMALL)))
 
 
 def test_a_missing_module_or_wrong_shape_is_named(tiny):
@@ -479,6 +521,7 @@ def test_the_hook_survives_copies_traces_functional_calls_and_a_second_wrap(lm, 
     with torch.no_grad(): assert torch.allclose(last, back.hf(**batch, logits_to_keep=1).logits, atol=1e-5)
 
 
+@every_family
 def test_unembed_is_the_model_s_own_end(lm):
     batch = lm.encode(PROMPTS)
     with torch.no_grad(), lm.nn.trace(batch):

@@ -1,5 +1,6 @@
 "Answers of several tokens: all of them are trained, all of them are measured. Tiny models, and real tokenizers where they are."
 import pandas as pd, pytest, torch
+from plain import every_family
 from mechunlearn import finetuning as F
 from mechunlearn.questions import answer, completions
 from mechunlearn.facts import Fact, sports_athlete_editing
@@ -89,6 +90,7 @@ def test_one_token_is_what_it_was():
     for loss in (UPDATES["edit"].loss, not_said): assert torch.equal(answer_losses(logits, target, loss), loss(logits[:, 0], torch.tensor(target)[:, 0]))
 
 
+@every_family
 def test_micro_batches_and_own_slices_give_the_same_gradient(lm):
     facts, where = facts_of(), build(lm, "two", [Component("mlp", 0), Component("mlp", 2)])
     rows = fact_rows(lm, facts, [f.edit for f in facts], "forget") + fact_rows(lm, facts, [f.answer for f in facts], "retain")

@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from functools import lru_cache
 from itertools import combinations
 import numpy as np, pandas as pd, pytest, torch
+from plain import every_family
 from pydantic import ValidationError
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -400,6 +401,7 @@ def test_one_part_for_all_facts_is_ordinary_training(llama):
     for s in a: assert b[s].grad.abs().max() > 0 and torch.allclose(a[s].grad, b[s].grad, rtol=1e-3, atol=1e-5 * float(b[s].grad.abs().max())), s
 
 
+@every_family
 def test_facts_change_their_own_part_only(lm):
     task = small(SCALE, lm, forget_size=6)
     _, where = in_two(lm, task)

@@ -1,5 +1,6 @@
 import itertools
 import numpy as np, pytest, torch
+from plain import blocks, every_family, last_norm, parts
 from mechunlearn import tracing
 from mechunlearn.facts import Fact, Task
 from mechunlearn.models import Component, components
@@ -24,13 +25,13 @@ def hidden(args, kwargs): return args[0] if args else kwargs["hidden_states"]
 
 def forward(lm, ids, noise=None, span=None, keep=None, write=None):
     "Last logits; `keep` collects {name: (module, 'in'|'out')}, `write` lists (module, 'in'|'out', columns, position, value)"
-    handles, kept, body = [], {}, lm.hf.model
+    handles, kept = [], {}
     if noise is not None:
         def add(_, args, kwargs):
             x = hidden(args, kwargs).clone()
             x[0, x.shape[1] + span[0]:x.shape[1] + span[1]] += noise
             return (x, *args[1:]), {k: v for k, v in kwargs.items() if k != "hidden_states"}
-        handles.append(body.layers[0].register_forward_pre_hook(add, with_kwargs=True))
+        handles.append(blocks(lm.hf)[0].register_forward_pre_hook(add, with_kwargs=True))
     for name, (module, side) in (keep or {}).items():
         def see(_, args, kwargs, out, name=name, side=side): kept[name] = (hidden(args, kwargs) if side == "in" else out).clone()
         handles.append(module.register_forward_hook(see, with_kwargs=True))
@@ -43,11 +44,9 @@ def forward(lm, ids, noise=None, span=None, keep=None, write=None):
     return logits, kept
 
 def site(lm, kind, layer, head=None):
-    block = lm.hf.model.layers[layer]
-    if kind == "head": return block.self_attn.o_proj, "in", slice(head * lm.head_dim, (head + 1) * lm.head_dim)
-    if kind == "resid": return block, "out", slice(None)
-    if kind == "mlp": return block.mlp, "out", slice(None)
-    return (block.post_attention_layernorm if lm.family == "gemma2" else block.self_attn.o_proj), "out", slice(None)
+    block = parts(lm.hf, layer)
+    if kind == "head": return block.out, "in", slice(head * lm.head_dim, (head + 1) * lm.head_dim)
+    return dict(resid=block.block, mlp=block.mlp, attn=block.attn_adds)[kind], "out", slice(None)
 
 def brute(lm, case, places, noise=None):
     "Logits at the answers [places, k] for (kind, layer, head, position), and the clean and corrupted ones"
@@ -65,6 +64,7 @@ def brute(lm, case, places, noise=None):
 def places(lm): return [(c.kind, c.layer, c.head, None) for c in components(lm)]
 
 
+@every_family
 def test_swap_equals_brute_force(lm):
     s = causal_tracing(lm, make_facts(), batch_size=5, progress=False)
     cases = swap_cases(lm, make_facts())
@@ -75,7 +75,7 @@ def test_swap_equals_brute_force(lm):
 
 
 def test_scores_equal_brute_force_where_denominators_are_large(lm):
-    lm.hf.model.norm.weight.data += 30 # larger logits
+    last_norm(lm.hf).weight.data += 30 # larger logits
     s, cases = causal_tracing(lm, make_facts(), batch_size=5, progress=False), swap_cases(lm, make_facts())
     clean, corrupt, good = (torch.stack(x) for x in zip(*[brute(lm, c, places(lm)) for c in cases]))
     ld = lambda x: (x[..., 0] - x[..., 1]).double().numpy()
@@ -87,11 +87,12 @@ def test_scores_equal_brute_force_where_denominators_are_large(lm):
     np.testing.assert_allclose(normalise(s.raw, "swap", -99).score, gain.mean(1) / gap.mean(), atol=1e-3)
 
 
+@every_family
 def test_noise_equals_brute_force(lm):
     facts, seed, n = make_facts(5), 3, 2
     s = causal_tracing(lm, facts, "noise", noise=2., n_noise=n, seed=seed, batch_size=4, progress=False)
     cases = noise_cases(lm, facts)
-    embedded = [forward(lm, lm.ids([c.fact.prompt])[0], keep={"x": (lm.hf.model.layers[0], "in")})[1]["x"][0] for c in cases]
+    embedded = [forward(lm, lm.ids([c.fact.prompt])[0], keep={"x": (blocks(lm.hf)[0], "in")})[1]["x"][0] for c in cases]
     sd = torch.cat([x[len(x) + c.span[0]:len(x) + c.span[1]].flatten() for x, c in zip(embedded, cases)]).std().item()
     assert s.config["sd"] == pytest.approx(2 * sd, rel=1e-5)
     for (i, c), k in itertools.product(enumerate(cases), range(n)):
@@ -104,7 +105,7 @@ def test_noise_equals_brute_force(lm):
 
 def test_noise_scores_are_restored_probability(tiny):
     lm = tiny("llama")
-    lm.hf.model.norm.weight.data *= 10 # more certain predictions
+    last_norm(lm.hf).weight.data *= 10 # more certain predictions
     top = [lm.tok.decode([i]) for i in record(lm, lm.encode(["Fact: dog plays the sport of"])).logits[0].topk(1).indices]
     f = Fact(id="a", relation="r", subject="dog", answer=" " + top[0], candidates=(" " + top[0],), prompt="Fact: dog plays the sport of")
     s = causal_tracing(lm, [f], "noise", n_noise=3, progress=False)
@@ -115,6 +116,7 @@ def test_noise_scores_are_restored_probability(tiny):
     np.testing.assert_allclose(s.table.patched, p[2].mean((1, 2)).numpy(), atol=1e-6)
 
 
+@every_family
 @pytest.mark.parametrize("kind", ["mlp", "attn", "resid"])
 def test_grid_equals_brute_force(lm, kind):
     cases = swap_cases(lm, make_facts())
@@ -139,6 +141,7 @@ def test_windows_equal_brute_force(lm, kind, width):
             torch.testing.assert_close(raw["patched"][0, j, 0, i], wanted, rtol=0, atol=1e-5)
 
 
+@every_family
 def test_ablation_equals_brute_force(lm):
     facts = [Fact(id=str(i), relation="sport", subject=s, answer=SPORTS[i % 3], candidates=SPORTS, prompt=f"Fact: of\nFact: {s} plays the sport of")
              for i, s in enumerate(["dog", "sport", "player", "league"])]
@@ -160,6 +163,7 @@ def test_a_window_of_one_is_one_layer(): assert [list(Patch("mlp", l).layers(3))
 
 # ---- nothing depends on how the work is cut
 
+@every_family
 @pytest.mark.parametrize("corruption", ["swap", "noise"])
 def test_batches_chunks_and_suffix_do_not_matter(lm, corruption):
     run = lambda **kw: causal_tracing(lm, make_facts(), corruption, n_noise=2, progress=False, **kw).raw
@@ -201,6 +205,7 @@ def test_chunks_cover_every_row_once(n_patches, n_facts, size):
 
 # ---- limits
 
+@every_family
 def test_restoring_everything_and_nothing(lm):
     cases = swap_cases(lm, make_facts(2) + make_facts()[6:])
     group = [c for c in cases if len(lm.ids([c.fact.prompt])[0]) == len(lm.ids([cases[0].fact.prompt])[0])]
@@ -368,7 +373,7 @@ def test_stage_is_made_once(tiny, tmp_path, monkeypatch):
 def plain_gains(lm, case, corruption, noise=None):
     "Gains by token of every MLP [T, L] and head [T, L, H], one fact, plain hooks and autograd"
     clean_ids, bad_ids = lm.ids([case.fact.prompt, case.corrupt])
-    blocks, handles, seen = lm.hf.model.layers, [], {}
+    handles, seen = [], {}
     spots = {(kind, l): site(lm, kind, l, 0)[:2] for l in range(lm.n_layers) for kind in ("mlp", "head")}
     kept = forward(lm, clean_ids, keep=spots)[1]
     def start(_, args, kwargs):
@@ -376,7 +381,7 @@ def plain_gains(lm, case, corruption, noise=None):
         if noise is not None: x[0, x.shape[1] + case.span[0]:x.shape[1] + case.span[1]] += noise
         x.requires_grad_()
         return (x, *args[1:]), {k: v for k, v in kwargs.items() if k != "hidden_states"}
-    handles.append(blocks[0].register_forward_pre_hook(start, with_kwargs=True))
+    handles.append(blocks(lm.hf)[0].register_forward_pre_hook(start, with_kwargs=True))
     for name, (module, side) in spots.items():
         def see(_, args, out, name=name, side=side): seen[name] = args[0] if side == "in" else out
         handles.append(module.register_forward_hook(see))
@@ -391,6 +396,7 @@ def plain_gains(lm, case, corruption, noise=None):
     return torch.stack([gain["mlp", l].sum(-1) for l in range(lm.n_layers)], 1), torch.stack(heads, 1)
 
 
+@every_family
 @pytest.mark.parametrize("corruption", ["swap", "noise"])
 def test_attribution_equals_plain_autograd(lm, corruption):
     facts, seed = make_facts(), 3
