@@ -7,13 +7,13 @@ __all__ = ['DATA', 'DECIDES', 'LARGEST', 'MOST_READS', 'SHIPPED', 'packaged', 's
            'folder_revision', 'weights_hash', 'snapshot', 'why', 'damaged', 'loading', 'locate', 'check_sizes',
            'configuration', 'check_complete', 'not_finite', 'check_finite', 'check_held', 'quiet_loading',
            'only_errors', 'as_dtype', 'quantization', 'read_tokenizer', 'read_weights', 'gguf_tensors', 'check_gguf',
-           'dequantized', 'convert', 'file_hash', 'intact', 'converted', 'read_gguf', 'Shipped', 'known', 'accept',
-           'check_terms', 'read_shipped', 'is_adapter', 'merge_adapter', 'Files']
+           'dequantized', 'convert', 'file_hash', 'intact', 'converted', 'read_gguf', 'Shipped', 'known', 'licence_of',
+           'accept', 'check_terms', 'read_shipped', 'is_adapter', 'merge_adapter', 'Files']
 
 # %% ../nbs/09_loading.ipynb #090002
-import fcntl, hashlib, json, logging, mechunlearn, os, re, shutil, sys, torch, transformers
+import fcntl, hashlib, io, json, logging, mechunlearn, os, re, shutil, sys, torch, transformers
 import huggingface_hub.errors as hub_errors
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from datetime import datetime
 from functools import lru_cache
 from importlib.util import find_spec
@@ -318,7 +318,7 @@ def dequantized(
 ) -> PreTrainedModel: # float32, like any model from a folder
     "Read the weights of a GGUF file into an ordinary model; ValueError if they are incomplete or not finite."
     how = dict(quantization_config=transformers.GgufConfig(dequantize=True)) if hasattr(transformers, "GgufConfig") else {}
-    with quiet_loading(), only_errors():
+    with quiet_loading(), only_errors(), nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):
         read, report = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True, **how)
     check_complete(report)
     with torch.device("meta"): plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -425,6 +425,12 @@ SHIPPED = {
 def known() -> list[str]: # names
     "The models that `load` knows by name."
     return [*packaged(), *SHIPPED]
+
+# %% ../nbs/09_loading.ipynb #09g022a
+def licence_of(name:str) -> str: # empty if it is not known here
+    "The licence of a model that comes as a package."
+    model = SHIPPED.get(name)
+    return f"{model.licence} ({model.terms})" if model and model.terms else model.licence if model else ""
 
 # %% ../nbs/09_loading.ipynb #09g024
 def _accepted(name): return cache_folder() / "accepted" / f"{name}.json"
