@@ -190,7 +190,8 @@ def _chosen(args):
 # %% ../nbs/48_options.ipynb #c27a0004b
 def _paths_of(args):
     "Refuse names that are empty, and places below a home that does not exist"
-    if args.chat is not None and not (args.chat is True or args.chat.strip()): raise Refusal("--chat is empty: say what the user asks for, or --chat alone")
+    chat = getattr(args, "chat", None)
+    if isinstance(chat, str) and not chat.strip(): raise Refusal("--chat is empty: say what the user asks for, or --chat alone")
     for option in ("model", "task", "facts", "text", "out", "edited", "base", "revision", "family"):
         if getattr(args, option, None) == "": raise Refusal(f"--{option} is empty")
         try: Path(getattr(args, option, None) or "").expanduser()

@@ -203,7 +203,8 @@ def test_a_prompt_s_last_line_begins_the_answer(talking):
     assert chat == "[user] one\ntwo\n[model] " and last == "the dog" and chat[at:at + 7] == "one\ntwo"
     assert M.as_chat(lm.tok, "the dog") == (f"[user] {M.REQUEST}\n[model] ", "the dog", -1)
     ids = lm.ids(["the dog"])[0]
-    assert ids[-len(talking.ids(["the dog"])[0]):] == talking.ids(["the dog"])[0] and lm.text_ids(["the dog"]) == talking.ids(["the dog"])
+    bare = lm.tok("the dog", add_special_tokens=False).input_ids
+    assert ids[-len(bare):] == bare and lm.text_ids(["the dog"]) == talking.ids(["the dog"])
     assert str(ids) in lm.shown("the dog")
 
 
@@ -215,8 +216,7 @@ def test_running_text_is_no_chat(talking):
 
 def test_chats_that_cannot_be(tiny, talking):
     assert "no chat template" in refused("organism", chat=True)
-    for chat in ("", " ", 3):
-        if chat == "": continue
+    for chat in (" ", 3):
         with pytest.raises(Refusal, match="chat is true, or"): wrap(talking.hf, talking.tok, chat=chat)
     with pytest.raises(Refusal, match="leave bos out"): wrap(talking.hf, talking.tok, chat=True, bos=True)
     talking.tok.chat_template = "{{ raise_exception('no') }}"
