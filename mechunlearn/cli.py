@@ -293,7 +293,7 @@ def sweep(args):
     job = job_of(args)
     _can_sweep(job)
     if args.dry_run: return _dry_sweep(job, args)
-    how = {k: v for k in ("device", "dtype", "device_map", "revision", "base", "bos", "family") if (v := job.settings.get(k))}
+    how = {k: v for k in ("device", "dtype", "device_map", "revision", "base", "bos", "family", "chat") if (v := job.settings.get(k))}
     with lock(job.run_dir):
         lm = models.load(job.model, **how)
         task, folder = tasks.make_task(job.task, lm, **job.options, seed=job.seeds[0]), Path(job.run_dir)
@@ -332,7 +332,7 @@ def _can_sweep(job):
     from mechunlearn.tasks import kind_of, make_task
     if others := [l for l in job.localizations if l not in trained_in(job)]: raise Refusal(f"{others[0]} was edited elsewhere: there is nothing to train")
     if "lr" in job.settings: raise Refusal("lr: a sweep tries learning rates: name them with --lrs")
-    unused = set(job.settings) - {*SWEEP, "draws", "device", "dtype", "device_map", "revision", "batch_size"}
+    unused = set(job.settings) - {*SWEEP, "draws", "device", "dtype", "device_map", "revision", "family", "chat", "batch_size"}
     if unused: raise Refusal(f"a sweep does not use the setting {sorted(unused)[0]}")
     own = kind_of(job.options.get("facts", "world")) == "own"
     task = make_task(job.task, skeleton(job) if own else None, **job.options, seed=job.seeds[0])
@@ -386,7 +386,7 @@ def export(args):
     try: saved = F.load_edit(folder)
     except (ValueError, KeyError, TypeError): raise Broken(folder/"edit.json", "it describes no edit that this version knows") from None
     if out.exists() and not (out.is_dir() and not any(out.iterdir())): raise Refusal(f"{out} is not empty: name a new folder")
-    how = {k: v for k in ("dtype", "revision", "base", "bos", "family") if (v := job.settings.get(k))}
+    how = {k: v for k in ("dtype", "revision", "base", "bos", "family", "chat") if (v := job.settings.get(k))}
     print(F.export(models.load(job.model, device="cpu", **how), saved, args.out, args.delta))
     return code
 
@@ -405,14 +405,16 @@ def organism(args):
 def check(args):
     "whether a model and a task fit: modules, tokens, facts"
     from mechunlearn import grids, tasks
+    from mechunlearn.loading import licence_of
     _paths_of(args)
-    settings = {k: v for k in ("revision", "family") if (v := getattr(args, k))}
+    settings = {k: v for k in ("revision", "family", "chat") if (v := getattr(args, k))}
     job = grids.make_job(args.model, args.task, task_options_of(args), [], args.seeds, settings)
     lm = grids.skeleton(job)
     size = sum(p.numel() for p in lm.hf.parameters())
-    print(f"model: {lm.name}, {lm.family}, {lm.n_layers} layers of {lm.n_heads} heads, {size:,} parameters")
+    print(f"model: {lm.name}, {lm.family}, {lm.n_layers} layers of {lm.n_heads} heads, {size:,} parameters" + (f"; licence: {licence}" if (licence := licence_of(lm.name)) else ""))
     task = tasks.make_task(job.task, lm, **job.options, seed=job.seeds[0])
     if said := task.remarks(): print(said)
+    if args.chat: print(f"fed, for one prompt: {lm.shown(task.forget[0].prompt)}")
     print("task: " + ", ".join(f"{len(v)} {k}" for k, v in task.groups().items() if len(v)) + " facts; all their words are known to the model")
     return 0
 

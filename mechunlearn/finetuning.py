@@ -127,7 +127,7 @@ def training_rows(
 ) -> dict[str, list[Row]]: # by term
     "Everything a task trains on"
     word = UPDATES[choose(task.update, UPDATES, "update")].word
-    text = [Row("text", ids[:MAX_TOKENS]) for ids in lm.ids(task.text_train)] if task.text_train else []
+    text = [Row("text", ids[:MAX_TOKENS]) for ids in lm.text_ids(task.text_train)] if task.text_train else []
     return dict(forget=fact_rows(lm, task.forget, [word(f) for f in task.forget], "forget"),
         retain=fact_rows(lm, task.retain, [f.answer for f in task.retain], "retain"), text=text)
 

@@ -88,6 +88,7 @@ def folder(
     task:str, # name of the task
     options:dict, # of the task
     lr:float|None=None, # of the edits, if it was chosen by hand
+    chat:bool|str|None=None, # in a chat?
 ) -> str: # <out>/<model>/<task>-<size>[-options]
     "The run folder of a model and task"
     said = [str(options[o]) for o in ["sport", "forget_size"] if o in options]
@@ -95,6 +96,7 @@ def folder(
         if o in ("sport", "forget_size") or v in (False, None, "world", "sports", "counterfact", "other"): continue
         said.append(o if v is True else f"{o}-{Path(str(v)).stem}")
     if lr is not None: said.append(f"lr-{lr:g}" if float(f"{lr:g}") == lr else f"lr-{lr!r}")
+    if chat: said.append("chat" if chat is True else f"chat-{store.cause_hash(chat)[:8]}")
     name = Path(model).name if Path(model).name not in ("", "..", "~") else Path(model).expanduser().resolve().name
     return str(Path(out)/_kept(name)/_kept("-".join([task, *said])))
 
@@ -224,6 +226,7 @@ class Settings(BaseModel, extra="forbid"):
     revision: str|None = None # of a hub model
     base: str|None = None # of an adapter, instead of the model that it names
     family: Annotated[dict|str, AfterValidator(_family)]|None = None # of a model whose family is not listed: a JSON file, its content, or the name of a listed one
+    chat: bool|Annotated[str, Field(min_length=1, max_length=1000)]|None = None # prompts in the tokenizer's chat template: true, or what the user asks for
     bos: bool|None = None # a beginning-of-sequence token before every prompt; default: as the tokenizer does
     batch_size: Whole|None = Field(None, ge=1) # prompts a forward
     edited: str|None = None # folder of a model edited elsewhere, for the localization edited@...
@@ -380,7 +383,7 @@ def make_job(
     options = defaults(task, str(model).startswith("organism"), options)
     once = lambda items: list(dict.fromkeys(items))
     return Job(model=model, task=task, options=options, localizations=once(localizations), seeds=once(seeds), settings=settings,
-               run_dir=folder(out, model, task, options, settings.get("lr")), keep_edits=keep_edits, attacks=attacks)
+               run_dir=folder(out, model, task, options, settings.get("lr"), settings.get("chat")), keep_edits=keep_edits, attacks=attacks)
 
 # %% ../nbs/38_grids.ipynb #400080a
 def grid(
@@ -452,7 +455,7 @@ def skeleton(
         if is_adapter(folder): source, commit = _base(folder, job.settings.get("base"))
         hf = skeleton(configuration(source, commit), family := job.settings.get("family"))
         hf.hf_device_map = {"": "meta"} # or it would be moved to a real device
-        return wrap(hf, tok or read_tokenizer(source, commit), name, revision or commit, job.settings.get("bos"), family)
+        return wrap(hf, tok or read_tokenizer(source, commit), name, revision or commit, job.settings.get("bos"), family, job.settings.get("chat"))
 
 # %% ../nbs/38_grids.ipynb #400086a
 def _check_seeds(seeds):
@@ -488,7 +491,7 @@ def check_job(
     _check_localizations(job)
     if job.settings.get("capabilities", {}).get("names") and not find_spec("lm_eval"):
         raise Refusal("benchmarks need the package lm-eval: pip install mechunlearn[capability]")
-    if job.settings.get("family"): skeleton(job)
+    if job.settings.get("family") or job.settings.get("chat"): skeleton(job)
     for name in (l for l in job.localizations if l.startswith("hand@")): by_hand(skeleton(job), name.removeprefix("hand@"))
     own = "counterfact" in job.task and kind_of(job.options.get("facts", "world")) == "own" # whose words decide what they are kept with
     make_task(job.task, skeleton(job) if own else None, **job.options, seed=job.seeds[0])

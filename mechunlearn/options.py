@@ -75,9 +75,11 @@ LOCALIZATIONS = "flu,causal-tracing-mlps,random-mlps,late,all-mlps,nonlocalized"
 
 def what(p):
     "Options: which model, which task"
-    p.add_argument("--model", default="organism", help="packaged name, folder or hub id (default: organism)")
+    p.add_argument("--model", default="organism", help="organism, organism-late, gemma-3-270m, smollm2-135m, a folder, a .gguf file or a hub id (default: organism)")
     p.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub model")
     p.add_argument("--family", metavar="F", help="of a model whose family is not listed: a JSON file that names its parts, or the family it is built like")
+    p.add_argument("--chat", nargs="?", const=True, metavar="REQUEST",
+                   help="of instruct models: prompts in their chat template; REQUEST: what the user asks for before a prompt of one line")
     p.add_argument("--task", default="sports-athlete-editing", help="name of the task (default: sports-athlete-editing)")
     p.add_argument("--forget-size", type=whole, metavar="N",
                    help="facts to edit (default: 64; at scale 100; of a file of your own all)")
@@ -173,7 +175,7 @@ def settings_of(
 ) -> dict: # those of `grids.Settings` that were given
     "What is said about the stages"
     from mechunlearn.grids import Settings, parse
-    known = ("draws", "device", "dtype", "quantize", "batch_size", "revision", "family")
+    known = ("draws", "device", "dtype", "quantize", "batch_size", "revision", "family", "chat")
     said = {k: v for k in known if (v := getattr(args, k)) is not None} | benchmarks_of(args)
     for key, value in args.set: _put(said, key.split("."), value, key)
     return parse(Settings, over(base or {}, said), "settings").model_dump(exclude_unset=True)
@@ -188,6 +190,8 @@ def _chosen(args):
 # %% ../nbs/48_options.ipynb #c27a0004b
 def _paths_of(args):
     "Refuse names that are empty, and places below a home that does not exist"
+    chat = getattr(args, "chat", None)
+    if isinstance(chat, str) and not chat.strip(): raise Refusal("--chat is empty: say what the user asks for, or --chat alone")
     for option in ("model", "task", "facts", "text", "out", "edited", "base", "revision", "family"):
         if getattr(args, option, None) == "": raise Refusal(f"--{option} is empty")
         try: Path(getattr(args, option, None) or "").expanduser()
@@ -254,7 +258,7 @@ def sweep_words(
 ) -> list[str]: # after `mechunlearn`
     "The sweep whose rates this job would use"
     training = {k: v for k, v in job.settings.items() if k in SWEEP}
-    options = {"model": job.model, "task": job.task, **job.options, **{k: job.settings.get(k) for k in ("device", "dtype", "revision")},
+    options = {"model": job.model, "task": job.task, **job.options, **{k: job.settings.get(k) for k in ("device", "dtype", "revision", "chat")},
                "localizations": ",".join(groups_of(localizations)), "seeds": str(job.seeds[0]), "out": str(Path(job.run_dir).parents[1])}
     own = job.settings.get("family")
     training |= {"family": json.dumps(own)} if isinstance(own, dict) else {}

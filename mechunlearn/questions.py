@@ -196,7 +196,7 @@ def text_loss(
 ) -> pd.DataFrame: # records, one a text: `loss` (mean nats a token), `n_tokens`
     "Loss on running text, the text's own mean. One forward a text."
     rows = [None] * len(texts)
-    for which, batch in batches(lm, list(texts), batch_size):
+    for which, batch in batches(lm, list(texts), batch_size, text=True):
         loss, mask = (x.sum(1).tolist() for x in token_loss(lm, batch))
         for i, l, n in zip(which, loss, mask):
             rows[i] = dict(fact=f"text/{i:04d}", group="text", format="text", loss=l / n, n_tokens=n)

@@ -15,7 +15,7 @@ tables = pytest.mark.skipif(not REFDATA, reason="MECHUNLEARN_REFDATA does not po
 class Words(M.LM):
     "An LM of which only the tokenizer is there."
     def __init__(self, tok, bos=None):
-        self.tok, self.bos, self.name = tok, bos, "words"
+        self.tok, self.bos, self.chat, self.name = tok, bos, None, "words"
         self.hf = torch.nn.Module()
         self.hf.get_input_embeddings = lambda: torch.nn.Embedding(len(tok), 1, device="meta")
 
