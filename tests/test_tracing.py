@@ -163,7 +163,6 @@ def test_a_window_of_one_is_one_layer(): assert [list(Patch("mlp", l).layers(3))
 
 # ---- nothing depends on how the work is cut
 
-@every_family
 @pytest.mark.parametrize("corruption", ["swap", "noise"])
 def test_batches_chunks_and_suffix_do_not_matter(lm, corruption):
     run = lambda **kw: causal_tracing(lm, make_facts(), corruption, n_noise=2, progress=False, **kw).raw
