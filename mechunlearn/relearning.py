@@ -20,7 +20,7 @@ from .facts import Fact, Task
 from .figures import FIGURE_STYLE, baseline, extremes, figure, listed, look, margin_labels, ordered, printed
 from .finetuning import UPDATES, Edit, draws, fact_rows, kept, masters, place, put, step_losses, training_rows, untrainable
 from .jobs import Job, edit_jobs, keep_missing, tried
-from .models import LM, Slice
+from .models import LM, Slice, transposed
 from .questions import answer, completions, multiple_choice, some
 from .stats import METRICS, Chance, best_of, bootstrap_ratio, one_run, summarise
 from .store import Refusal, Run, Unavailable
@@ -71,7 +71,7 @@ def rowwise(
     "The adapters' dropout by rows, for the length of a `with` block"
     rows = dict(seed=seed, step=0, ids=[])
     def look(module, args, given):
-        ids, mask = given["input_ids"], given.get("attention_mask")
+        ids, mask = args[0] if args else given["input_ids"], given.get("attention_mask") # GPT-2 and GPT-NeoX pass them on by place
         n = [ids.shape[1]] * len(ids) if mask is None else mask.sum(1).tolist()
         rows["ids"] = [row[-k:] for row, k in zip(ids.tolist(), n)]
     inside = [m for m in lm.hf.modules() if isinstance(m, torch.nn.ModuleDict)]
@@ -104,7 +104,7 @@ def linear_weights(
 ) -> list[Slice]: # each whole
     "Every matrix that adapters sit on: all linear layers but the unembedding"
     head = lm.hf.get_output_embeddings()
-    found = [(name, m) for name, m in lm.hf.named_modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    found = [(name, m) for name, m in lm.hf.named_modules() if (isinstance(m, torch.nn.Linear) or transposed(m)) and m is not head]
     return [Slice(f"{name}.weight", 0, 0, m.weight.shape[0]) for name, m in found]
 
 # %% ../nbs/30_relearning.ipynb #60f60dd2

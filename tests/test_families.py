@@ -233,3 +233,22 @@ def test_gemma_3_is_read_and_patched_as_by_hand(real_model):
         close(traced.raw["patched"][0, :, 0, i], test_tracing.brute(lm, case, [(c.kind, c.layer, c.head, None) for c in comps])[2])
         for j, c in enumerate(comps[:2]): close(paths.raw["patched"][i, j], test_patching.passed(lm, *both, c, receivers, True)[a])
         for c in comps: close(direct.raw["patched"][i, components(lm).index(c)], test_patching.frozen(lm, *both, c)[a])
+
+
+# ---- what others do with them
+
+@pytest.mark.parametrize("rank", [4, 0])
+@pytest.mark.parametrize("family", ["gpt2", "neox", "phi3", "olmo2"])
+def test_an_attacker_trains_every_matrix_and_leaves_no_trace(tiny, family, rank):
+    from mechunlearn.finetuning import fingerprint
+    from mechunlearn.relearning import Lora, attacker, linear_weights, teach
+    from plain import projections
+    from test_finetuning import task_for
+    lm = tiny(family)
+    task, before, lora = task_for(lm), fingerprint(lm), Lora(rank, 4., 1e-3, .05)
+    n = len(projections(lm.hf))
+    assert {s.param for s in linear_weights(lm)} == set(projections(lm.hf))
+    with attacker(lm, lora) as (params, values):
+        for _ in teach(lm, task, task.forget, params, lora, 2, values=values): pass
+        assert len(params) == (2 if rank else 1) * n
+    assert fingerprint(lm) == before
