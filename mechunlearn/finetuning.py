@@ -30,7 +30,8 @@ from tqdm.auto import tqdm
 from .facts import Task
 from .figures import FIGURE_STYLE, cell_text, figure, listed, look, ordered, printed
 from .localization import Localization
-from .models import LM, Slice, components, is_adapter, load, locate, slices, snapshot, transposed
+from .families import transposed
+from .models import LM, Slice, components, is_adapter, load, locate, slices, snapshot
 from .questions import answer, completions, some, token_loss
 from .store import (Refusal, Run, cause_hash, choose, load_json, load_table, load_tensors, save_json,
     save_table, save_tensors)

@@ -20,7 +20,8 @@ from .facts import Fact, Task
 from .figures import FIGURE_STYLE, baseline, extremes, figure, listed, look, margin_labels, ordered, printed
 from .finetuning import UPDATES, Edit, draws, fact_rows, kept, masters, place, put, step_losses, training_rows, untrainable
 from .jobs import Job, edit_jobs, keep_missing, tried
-from .models import LM, Slice, transposed
+from .families import transposed
+from .models import LM, Slice
 from .questions import answer, completions, multiple_choice, some
 from .stats import METRICS, Chance, best_of, bootstrap_ratio, one_run, summarise
 from .store import Refusal, Run, Unavailable

@@ -8,7 +8,8 @@ from mechunlearn.cli import main
 from mechunlearn.facts import Fact
 from mechunlearn.finetuning import edit_of
 from mechunlearn.grids import PIPELINE, Settings, make_job, parse, skeleton
-from mechunlearn.models import FAMILIES, Component, check_structure, components, load, merge_slices, n_params, read_family, slices, wrap
+from mechunlearn.families import FAMILIES, check_structure, read_family
+from mechunlearn.models import Component, components, load, merge_slices, n_params, slices, wrap
 from mechunlearn.options import sweep_words
 from mechunlearn.patching import direct_effect, through
 from mechunlearn.runs import run_job

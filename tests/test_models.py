@@ -4,7 +4,8 @@ from plain import blocks, embeddings, every_family, every_shape, head_weights, l
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import CohereConfig, CohereForCausalLM, GraniteConfig, GraniteForCausalLM, PreTrainedTokenizerFast
 from mechunlearn import loading, models as M
-from mechunlearn.models import (Component, Slice, batches, check_structure, components, load, merge_slices, n_params, neurons, next_token, resid_at, slices,
+from mechunlearn.families import check_structure
+from mechunlearn.models import (Component, Slice, batches, components, load, merge_slices, n_params, neurons, next_token, resid_at, slices,
     wrap)
 from mechunlearn.store import Refusal
 
