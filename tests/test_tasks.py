@@ -11,13 +11,13 @@ from transformers import PreTrainedTokenizerFast
 from mechunlearn import sources, tasks
 from mechunlearn.evaluation import FORMATS, HELD_OUT, MAX_FACTS, OPEN, asked_of, questionnaire
 from mechunlearn.questions import answer, completions
-from mechunlearn.facts import EDITED, GOLF, Fact, askable, load_world, mcq_options, mcq_prompts, seeded, world_facts
+from mechunlearn import facts as facts_module
+from mechunlearn.facts import EDITED, GOLF, KNOWN, UNKNOWN, probabilities, Fact, askable, load_world, mcq_options, mcq_prompts, seeded, world_facts
 from mechunlearn.finetuning import UPDATES, draws, finetune, fingerprint, heard, load_edit, masters, not_said, own_slices, step_losses, training_rows
 from mechunlearn.localization import Evidence, Part, atoms, build, joined, localize
 from mechunlearn.models import Component, Slice, components, load, wrap
 from mechunlearn.store import Refusal
-from mechunlearn.tasks import (BEGINS, KNOWN, OPEN_RELATIONS, SAME, SPORT_NAMES, TASKS, TWICE, UNKNOWN, counterfact_facts, counterfact_sets, fit_for, make_task,
-    probabilities)
+from mechunlearn.tasks import (BEGINS, OPEN_RELATIONS, SAME, SPORT_NAMES, TASKS, TWICE, counterfact_facts, counterfact_sets, fit_for, make_task)
 
 CF, SEQ, SCALE, FULL, UNLEARN, EDITING = ("counterfact-editing", "sequential-counterfact-editing", "counterfact-at-scale", "full-sports-editing",
     "sports-unlearning", "sports-athlete-editing")
@@ -234,7 +234,7 @@ def reader(tiny):
 @pytest.fixture
 def knows(monkeypatch):
     "The model knows all but every tenth fact, and one exactly well enough."
-    monkeypatch.setattr(tasks, "probabilities", lambda lm, facts: [.4 if i % 10 == 9 else KNOWN if i == 2 else .9 for i in cases_of(facts)])
+    monkeypatch.setattr(facts_module, "probabilities", lambda lm, facts: [.4 if i % 10 == 9 else KNOWN if i == 2 else .9 for i in cases_of(facts)])
 
 
 def test_counterfact_drops_what_cannot_be_edited(rome, reader, knows):
