@@ -35,10 +35,12 @@ class Source(NamedTuple):
 AUTHORS_URL = "https://raw.githubusercontent.com/magikarp01/tasks/HEAD/facts/data"
 ROME_URL = "https://rome.baulab.info/data/dsets/counterfact.json"
 SOURCES = {
-    "sports": Source("MECHUNLEARN_SPORTS", f"athletes and their sports are at {AUTHORS_URL}/sports.csv (others come with the package: facts='athletes')",
+    "sports": Source("MECHUNLEARN_SPORTS", "athletes of our own come with the package (facts='athletes'); "
+        f"the published ones are at {AUTHORS_URL}/sports.csv",
         "sports/sports.csv", f"{AUTHORS_URL}/sports.csv",
         sha256="926857c13eb4c5ecdc646c0358818d731edd21c34b20f4ed76e9d8c7d96db8c1"),
-    "counterfact": Source("MECHUNLEARN_COUNTERFACT", f"CounterFact is at {ROME_URL} and on the hub as azhx/counterfact (other open facts come with the package: facts='atlas')",
+    "counterfact": Source("MECHUNLEARN_COUNTERFACT", "other open facts come with the package (facts='atlas'); "
+        f"CounterFact is at {ROME_URL} and on the hub as azhx/counterfact",
         "counterfact/counterfact_filtered.jsonl.gz", ROME_URL, "azhx/counterfact"),
     "counterfact-mcq": Source("MECHUNLEARN_COUNTERFACT_MCQ",
         f"its questions are at {AUTHORS_URL}/counterfact_mc_questions.parquet",

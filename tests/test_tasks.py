@@ -277,8 +277,8 @@ def test_no_fact_is_lost(rome, right):
 
 
 def test_probabilities_are_asked_once(rome, reader, monkeypatch):
-    facts, asked, ask = counterfact_facts()[:9], [], tasks.next_token
-    monkeypatch.setattr(tasks, "next_token", lambda lm, prompts, *a: asked.append(len(prompts)) or ask(lm, prompts, *a))
+    facts, asked, ask = counterfact_facts()[:9], [], facts_module.next_token
+    monkeypatch.setattr(facts_module, "next_token", lambda lm, prompts, *a: asked.append(len(prompts)) or ask(lm, prompts, *a))
     direct = [reader.hf(torch.tensor([ids])).logits[0, -1].softmax(-1)[reader.first_token(f.answer)].item() for ids, f in zip(reader.ids([f.prompt for f in facts]), facts)]
     for _ in range(2): assert probabilities(reader, facts) == pytest.approx(direct, rel=1e-4) and asked == [9]
     for _ in range(2): probabilities(wrap(reader.hf, reader.tok, reader.name, "two"), facts)
@@ -504,7 +504,7 @@ def test_real_full_sports(refdata, sport, halves, rest):
     ("prob_gemma_2_9b", 2250, {16: (1736, 434), 64: (1697, 425)}, {16: 16, 64: 64})])
 def test_real_counterfact(refdata, monkeypatch, column, known, counts, questions):
     rows = sources.read_counterfact()
-    monkeypatch.setattr(tasks, "fit_for", lambda lm, facts: ([f for f, p in zip(facts, rows[column]) if p >= KNOWN], {}))
+    monkeypatch.setattr(tasks, "fit_for", lambda lm, facts, *known: ([f for f, p in zip(facts, rows[column]) if p >= KNOWN], {}))
     keep = tasks.fit_for(None, counterfact_facts())[0]
     place, prompt, groups = {f.id: i for i, f in enumerate(keep)}, dict(zip(rows.case_id, rows.prompt)), ("forget", "retain", "retain_test")
     assert len(keep) == known
