@@ -6,8 +6,9 @@
 __all__ = ['EDITED', 'BEYOND', 'ATTACKED', 'SIDE', 'COLUMNS', 'KEY', 'LATENT', 'OPPONENTS', 'CONTROL', 'BARS', 'SPIDER', 'ACROSS',
            'about', 'edit_files', 'meta_of', 'finished', 'edit_tables', 'records', 'training', 'settings',
            'localizations', 'mlp_layers', 'scores', 'unavailable', 'gone_lines', 'metrics', 'Column', 'at_column',
-           'column_rows', 'results_table', 'arrow', 'results_text', 'results_html', 'fact_values', 'paired', 'opponent',
-           'holm_by', 'facts_of', 'compare', 'broken', 'plot_bars', 'say_bars', 'plot_spider', 'plot_tasks']
+           'column_rows', 'format_power', 'weak_columns', 'results_table', 'arrow', 'results_text', 'results_html',
+           'fact_values', 'paired', 'opponent', 'holm_by', 'facts_of', 'compare', 'broken', 'plot_bars', 'say_bars',
+           'plot_spider', 'plot_tasks']
 
 # %% ../nbs/41_metrics.ipynb #8514ef06
 import json, textwrap
@@ -21,7 +22,7 @@ from great_tables import GT, loc, style
 from matplotlib.figure import Figure
 from .figures import FIGURE_STYLE, baseline, cell_text, count_text, extremes, figure, look, ordered, printed
 from .progress import edits_in
-from .stats import MCQ_CHANCE, METRICS, METRIC_TYPES, Chance, differs, family, holm, one_run, paired_test, per_fact, summarise
+from .stats import MCQ_CHANCE, METRICS, METRIC_TYPES, Chance, differs, family, has_power, holm, one_run, paired_test, per_fact, summarise
 from .store import Broken, Refusal, choose, load_json, load_table, notes, read_json, sidecar
 
 # %% ../nbs/41_metrics.ipynb #410019
@@ -234,6 +235,35 @@ def column_rows(
     rows = rows[(rows.measure == (c.measure or measure)) & (rows.answer.isna() if c.answer is None else rows.answer == c.answer)]
     return rows.assign(value=1 - rows.value, ci_low=1 - rows.ci_high, ci_high=1 - rows.ci_low) if c.error else rows
 
+# %% ../nbs/41_metrics.ipynb #0a41f002
+def format_power(
+    metrics:pd.DataFrame, # from `metrics`, one run
+    guess:Chance|None=None, # from `chance(records)`; none: 1/4 in multiple choice, elsewhere nothing
+) -> pd.DataFrame: # by format: value, n, guess, power; empty if the unedited model was not asked
+    "What the unedited model gets right in each format, and whether that is surely more than guessing"
+    m = metrics
+    rows = m[(m.localization == "none") & (m.seed == -1) & (m.evaluation == "standard") & (m.measure == "top1") & (m.answer == "truth")]
+    rows = rows[rows.group.isin(["forget", "retain"]) & rows.format.isin(["completion", "paraphrase", "mcq"])]
+    out = rows.assign(right=rows.value*rows.n).groupby("format", sort=False)[["right", "n"]].sum()
+    blind = np.nan_to_num(guess.blind) if guess else 0.
+    least = np.where(out.index == "mcq", max(MCQ_CHANCE, blind), blind)
+    return pd.DataFrame({"value": out.right/out.n, "n": out.n, "guess": least, "power": has_power(out.right, out.n, least)}, index=out.index)
+
+# %% ../nbs/41_metrics.ipynb #0a41f003
+def weak_columns(
+    metrics:pd.DataFrame, # from `metrics`, one run
+    guess:Chance|None=None, # as in `format_power`
+) -> dict: # column -> what the unedited model gets in its format: value, n, guess
+    "Columns of the results table whose format has no power"
+    found = format_power(metrics, guess)
+    weak = found[~found.power.astype(bool)]
+    asked = {c.name: c.formats[0] for c in COLUMNS.values() if c.evaluation == "standard" and c.measure is None and c.formats[0] != "completion" and c.group != "general"}
+    return {name: weak.loc[f, ["value", "n", "guess"]].astype(float).to_dict() for name, f in asked.items() if f in weak.index}
+
+def _no_power(base):
+    "Why a column says nothing"
+    return f"the unedited model gets {base['value']:.2f} of {base['n']:.0f} facts right (guessing: {base['guess']:.2f})"
+
 # %% ../nbs/41_metrics.ipynb #410059
 _STATS = {"value": "value", "lo": "ci_low", "hi": "ci_high", "n": "n"}
 
@@ -241,7 +271,8 @@ _STATS = {"value": "value", "lo": "ci_low", "hi": "ci_high", "n": "n"}
 def results_table(
     metrics:pd.DataFrame, # from `metrics`, one run
     measure:str="top1", # or 'prob', the authors' measure
-) -> pd.DataFrame: # index localization; columns (quantity, value|lo|hi|n), ('params', 'value'), ('matched', 'value')
+    guess:Chance|None=None, # from `chance(records)`, for the power of formats
+) -> pd.DataFrame: # index localization; columns (quantity, value|lo|hi|n), ('params', 'value'), ('matched', 'value'); `attrs['weak']` as of `weak_columns`
     "Value, interval and n of every quantity, one row a localization"
     pooled = one_run(metrics)[metrics.seed == -1]
     names = ordered(pooled[pooled.evaluation.isin(["standard", "relearning"])].localization)
@@ -252,11 +283,24 @@ def results_table(
     for name in COLUMNS:
         rows = column_rows(pooled, name, measure).set_index("localization").reindex(names)
         if rows.value.notna().any(): out |= {(name, to): rows[c] for to, c in _STATS.items()}
-    return pd.DataFrame(out, index=pd.Index(names, name="localization"))
+    table = pd.DataFrame(out, index=pd.Index(names, name="localization"))
+    table.attrs["weak"] = weak_columns(pooled, guess)
+    return table
 
 # %% ../nbs/41_metrics.ipynb #410060
 KEY = ("Value and 95 % interval for another seed: Student's over seeds, never narrower than Wilson's for the facts of one seed. With one seed it says "
        "how far other facts could differ, not another training. n different facts. ↑ higher is better, ↓ lower is better.")
+
+def _weak(table, localization, name):
+    "Whether a cell of the table is about an edit in a format without power"
+    return localization != "none" and name in table.attrs.get("weak", {})
+
+def _weak_note(table):
+    "Columns without power, and what the unedited model gets there"
+    by = {}
+    for name, base in table.attrs.get("weak", {}).items():
+        if name in table.columns.get_level_values(0): by.setdefault(_no_power(base), []).append(name)
+    return " ".join(f"No power in {', '.join(names)}: {why}, so nothing can be said of an edit there." for why, names in by.items())
 
 def _note(table):
     "Which localizations are not of FLU's size"
@@ -278,7 +322,7 @@ def arrow(
 # %% ../nbs/41_metrics.ipynb #410062
 def _block(table, names, sizes):
     "One block of the text rendering, with or without the sizes"
-    cell = lambda r, c: cell_text(*(r[(c, x)] for x in ("value", "lo", "hi")))
+    def cell(r, c): return "no power here" if _weak(table, r.name, c) else cell_text(*(r[(c, x)] for x in ("value", "lo", "hi")))
     size = lambda r: [count_text(r[("params", "value")]), r[("matched", "value")]] if sizes else []
     upper, lower = zip(*[("", *c.rsplit(" ", 1))[-2:] for c in names])
     head = [["", *["", "budget"]*sizes, *upper], ["", *["params", "matched"]*sizes, *(f"{w} {arrow(c)}" for w, c in zip(lower, names))]]
@@ -298,7 +342,7 @@ def results_text(
         names = [c for c in COLUMNS if COLUMNS[c].part == part and c in table.columns.get_level_values(0)]
         if names: out += [part, *_block(table, names, part == EDITED), *gone_lines(gone, True, not out, wide), ""]
     if more := gone_lines(gone, False): out += [*more, ""]
-    return "\n".join(out + textwrap.wrap(KEY, 118) + textwrap.wrap(_note(table), 118))
+    return "\n".join(out + textwrap.wrap(KEY, 118) + textwrap.wrap(_note(table), 118) + textwrap.wrap(_weak_note(table), 118))
 
 # %% ../nbs/41_metrics.ipynb #410065
 def results_html(
@@ -310,7 +354,7 @@ def results_html(
     names = [c for c in COLUMNS if c in table.columns.get_level_values(0)]
     small = "<br><span style='font-size:.78em;color:#666;white-space:nowrap'>"
     text = lambda value, lo, hi: "–" if pd.isna(value) else f"{value:.2f}{small}{'no interval' if pd.isna(lo) else f'{lo:.2f}–{hi:.2f}'}</span>"
-    cell = lambda r, c: text(*(r[(c, x)] for x in ("value", "lo", "hi")))
+    def cell(r, c): return f"{small}no power here</span>" if _weak(table, r.name, c) else text(*(r[(c, x)] for x in ("value", "lo", "hi")))
     head = lambda i, r: [printed(i), count_text(r[("params", "value")]), r[("matched", "value")]]
     rows = [head(i, r) + [cell(r, c) for c in names] for i, r in table.iterrows()]
     missing = [] if gone is None else [(r.what, r.why) for r in gone[gone.stage == "localization"].itertuples()]
@@ -320,7 +364,7 @@ def results_html(
     out = out.cols_label({c: _label(table, c) for c in names}).fmt_markdown(names).cols_align("center").cols_align("left", "localization")
     for part in (EDITED, BEYOND, ATTACKED, SIDE):
         if inside := [c for c in names if COLUMNS[c].part == part]: out = out.tab_spanner(part, inside)
-    return _dress(out, shown, title, _note(table), *(f"{name} is not available: {why}" for name, why in missing))
+    return _dress(out, shown, title, _note(table), _weak_note(table), *(f"{name} is not available: {why}" for name, why in missing))
 
 # %% ../nbs/41_metrics.ipynb #410067
 def _label(table, name):
@@ -433,18 +477,18 @@ def _lines(column, guess):
     return [g for g in guess or () if not np.isnan(g)] if column == "relearned truth" else []
 
 # %% ../nbs/41_metrics.ipynb #410115
-def _bar_panel(ax, rows, each, names, lines, title):
+def _bar_panel(ax, rows, each, names, lines, title, weak=False):
     for r in rows.itertuples():
         y, l = names.index(r.localization), look(r.localization)
         hatch = "////" if "mlps" in r.localization else ""
-        ax.barh(y, r.value, color=l["color"], height=.62, alpha=.85, hatch=hatch, edgecolor="white", lw=0)
+        ax.barh(y, r.value, color=l["color"], height=.62, alpha=.25 if weak and r.localization != "none" else .85, hatch=hatch, edgecolor="white", lw=0)
         ax.plot([r.ci_low, r.ci_high], [y, y], color="#222222", lw=1)
         ax.text(1.04, y, f"{r.value:.2f}", va="center", fontsize=7.5, color="#222222")
     each = each[each.groupby(each.localization.map(family)).value.transform("size") > 1]
     y = [names.index(family(n)) + .3 for n in each.localization]
     ax.scatter(each.value, y, s=5, color="#222222", alpha=.45, lw=0, zorder=3)
     for line in lines: ax.axvline(line, color="#666666", ls=":", lw=1)
-    ax.set(xlim=(0, 1.02), ylim=(len(names) - .4, -.6), title=title, xticks=[0, .5, 1])
+    ax.set(xlim=(0, 1.02), ylim=(len(names) - .4, -.6), title=title + "\nno power here"*weak, xticks=[0, .5, 1])
     ax.spines["left"].set_visible(False); ax.tick_params(axis="y", length=0)
 
 # %% ../nbs/41_metrics.ipynb #410116
@@ -458,10 +502,11 @@ def plot_bars(
     "Bars with 95 % intervals; dots are seeds and draws; dotted: guessing"
     found = {c: column_rows(one_run(metrics), c, measure) for c in columns}
     found = {c: r for c, r in found.items() if (r.localization != "none").any()}
+    weak = weak_columns(metrics, guess)
     names = ordered(n for r in found.values() for n in r[r.seed == -1].localization)
     fig, axes = figure(8, .8 + .24*len(names), 1, len(found), sharey=True, squeeze=False)
     for ax, (c, r) in zip(axes[0], found.items()):
-        _bar_panel(ax, r[r.seed == -1], r[r.seed >= 0], names, _lines(c, guess), f"{c} {arrow(c)}".replace(" ", "\n" if len(found) > 4 else " ", 1))
+        _bar_panel(ax, r[r.seed == -1], r[r.seed >= 0], names, _lines(c, guess), f"{c} {arrow(c)}".replace(" ", "\n" if len(found) > 4 else " ", 1), c in weak)
     axes[0, 0].set(yticks=range(len(names)), yticklabels=[printed(n) for n in names])
     return fig
 
@@ -473,11 +518,12 @@ def say_bars(
     columns=BARS, # keys of COLUMNS
 ) -> str:
     "What the bars show"
-    said = []
+    said, weak = [], weak_columns(metrics, guess)
     for c in columns:
         rows = column_rows(metrics[metrics.seed == -1], c, measure)
         lines = " or ".join(f"{x:.2f}" for x in _lines(c, guess))
         if not (rows.localization != "none").any(): continue
+        if c in weak: said.append(f"{c} has no power here: {_no_power(weak[c])}."); continue
         said.append(f"{c} is {extremes(rows, COLUMNS[c].good)}" + (f" (guessing: {lines})" if lines else "") + ".")
     return " ".join(s[0].upper() + s[1:] for s in said)
 
@@ -491,8 +537,9 @@ def plot_spider(
     names=None, # localizations; none: all edits
     columns=SPIDER, # keys of COLUMNS
 ) -> Figure:
-    "Spider plot (Figures 2 and 4 of the paper): outside is better; columns where less is better are turned round"
-    rows = {c: column_rows(metrics[metrics.seed == -1], c).set_index("localization").value for c in columns}
+    "Spider plot (Figures 2 and 4 of the paper): outside is better; columns where less is better are turned round, columns without power left out"
+    weak = weak_columns(metrics)
+    rows = {c: column_rows(metrics[metrics.seed == -1], c).set_index("localization").value for c in columns if c not in weak}
     rows = {c: (r if COLUMNS[c].good == "high" else 1 - r) for c, r in rows.items() if len(r.drop("none", errors="ignore"))}
     names = names or [n for n in ordered(set().union(*(r.index for r in rows.values()))) if n != "none"]
     angle = np.linspace(0, 2*np.pi, len(rows) + 1)

@@ -6,8 +6,8 @@
 __all__ = ['AUTHORS_URL', 'ROME_URL', 'SOURCES', 'KINDS', 'MAX_BYTES', 'BUILDERS', 'SPLIT_NAMES', 'READERS', 'WHITE', 'UNSPACED',
            'Text', 'Texts', 'Prompt', 'Answer', 'Other', 'WHY', 'ROME', 'FLAT', 'QUESTION', 'NEEDED', 'LISTS',
            'MAX_OWN', 'Source', 'local', 'cache_folder', 'cached', 'fetch', 'Missing', 'find', 'read_rows', 'trim',
-           'spaced', 'check', 'ragged', 'CounterFact', 'read_counterfact', 'QuestionRow', 'read_questions', 'OwnFact',
-           'OwnFacts', 'read_own', 'shape_of', 'TextRow', 'read_texts']
+           'spaced', 'check', 'ragged', 'CounterFact', 'read_counterfact', 'QuestionRow', 'read_questions', 'AtlasRow',
+           'read_atlas', 'OwnFact', 'OwnFacts', 'read_own', 'shape_of', 'TextRow', 'read_texts']
 
 # %% ../nbs/02_sources.ipynb #020003
 import csv, gzip, hashlib, io, json, math, os, re, reprlib, shutil, sys, unicodedata, urllib.request, zlib
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Iterator, NamedTuple
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 from tqdm import tqdm
+from .loading import DATA
 from .store import Refusal, _replace, choose, sha256 as checksum
 
 # %% ../nbs/02_sources.ipynb #020010
@@ -34,10 +35,12 @@ class Source(NamedTuple):
 AUTHORS_URL = "https://raw.githubusercontent.com/magikarp01/tasks/HEAD/facts/data"
 ROME_URL = "https://rome.baulab.info/data/dsets/counterfact.json"
 SOURCES = {
-    "sports": Source("MECHUNLEARN_SPORTS", f"athletes and their sports are at {AUTHORS_URL}/sports.csv",
+    "sports": Source("MECHUNLEARN_SPORTS", "athletes of our own come with the package (facts='athletes'); "
+        f"the published ones are at {AUTHORS_URL}/sports.csv",
         "sports/sports.csv", f"{AUTHORS_URL}/sports.csv",
         sha256="926857c13eb4c5ecdc646c0358818d731edd21c34b20f4ed76e9d8c7d96db8c1"),
-    "counterfact": Source("MECHUNLEARN_COUNTERFACT", f"CounterFact is at {ROME_URL} and on the hub as azhx/counterfact",
+    "counterfact": Source("MECHUNLEARN_COUNTERFACT", "other open facts come with the package (facts='atlas'); "
+        f"CounterFact is at {ROME_URL} and on the hub as azhx/counterfact",
         "counterfact/counterfact_filtered.jsonl.gz", ROME_URL, "azhx/counterfact"),
     "counterfact-mcq": Source("MECHUNLEARN_COUNTERFACT_MCQ",
         f"its questions are at {AUTHORS_URL}/counterfact_mc_questions.parquet",
@@ -457,6 +460,17 @@ def read_questions(
         out[q.case_id] = (q.question, q.wrong)
     if not out: raise Refusal(f"{found} holds no question")
     return out
+
+# %% ../nbs/02_sources.ipynb #0a20f002
+class AtlasRow(BaseModel):
+    "A row of the atlas"
+    relation: Text # capital, continent, country, currency, language
+    subject: Text  # a country, or a city
+    answer: Text   # the truth
+
+def read_atlas() -> pd.DataFrame: # relation, subject, answer
+    "The packaged facts of geography"
+    return pd.DataFrame([check(AtlasRow, where, row).model_dump() for where, row in read_rows(DATA/"atlas.csv")])
 
 # %% ../nbs/02_sources.ipynb #020084
 class OwnFact(BaseModel, frozen=True):

@@ -12,13 +12,13 @@ from transformers import PreTrainedTokenizerFast
 from mechunlearn import sources, tasks
 from mechunlearn.evaluation import FORMATS, HELD_OUT, MAX_FACTS, OPEN, asked_of, questionnaire
 from mechunlearn.questions import answer, completions
-from mechunlearn.facts import EDITED, GOLF, Fact, askable, load_world, mcq_options, mcq_prompts, seeded, world_facts
+from mechunlearn import facts as facts_module
+from mechunlearn.facts import EDITED, GOLF, KNOWN, UNKNOWN, probabilities, Fact, askable, load_world, mcq_options, mcq_prompts, seeded, world_facts
 from mechunlearn.finetuning import UPDATES, draws, finetune, fingerprint, heard, load_edit, masters, not_said, own_slices, step_losses, training_rows
 from mechunlearn.localization import Evidence, Part, atoms, build, joined, localize
 from mechunlearn.models import Component, Slice, components, load, wrap
 from mechunlearn.store import Refusal
-from mechunlearn.tasks import (BEGINS, KNOWN, OPEN_RELATIONS, SAME, SPORT_NAMES, TASKS, TWICE, UNKNOWN, counterfact_facts, counterfact_sets, fit_for, make_task,
-    probabilities)
+from mechunlearn.tasks import (BEGINS, OPEN_RELATIONS, SAME, SPORT_NAMES, TASKS, TWICE, counterfact_facts, counterfact_sets, fit_for, make_task)
 
 CF, SEQ, SCALE, FULL, UNLEARN, EDITING = ("counterfact-editing", "sequential-counterfact-editing", "counterfact-at-scale", "full-sports-editing",
     "sports-unlearning", "sports-athlete-editing")
@@ -235,7 +235,7 @@ def reader(tiny):
 @pytest.fixture
 def knows(monkeypatch):
     "The model knows all but every tenth fact, and one exactly well enough."
-    monkeypatch.setattr(tasks, "probabilities", lambda lm, facts: [.4 if i % 10 == 9 else KNOWN if i == 2 else .9 for i in cases_of(facts)])
+    monkeypatch.setattr(facts_module, "probabilities", lambda lm, facts: [.4 if i % 10 == 9 else KNOWN if i == 2 else .9 for i in cases_of(facts)])
 
 
 def test_counterfact_drops_what_cannot_be_edited(rome, reader, knows):
@@ -278,8 +278,8 @@ def test_no_fact_is_lost(rome, right):
 
 
 def test_probabilities_are_asked_once(rome, reader, monkeypatch):
-    facts, asked, ask = counterfact_facts()[:9], [], tasks.next_token
-    monkeypatch.setattr(tasks, "next_token", lambda lm, prompts, *a: asked.append(len(prompts)) or ask(lm, prompts, *a))
+    facts, asked, ask = counterfact_facts()[:9], [], facts_module.next_token
+    monkeypatch.setattr(facts_module, "next_token", lambda lm, prompts, *a: asked.append(len(prompts)) or ask(lm, prompts, *a))
     direct = [reader.hf(torch.tensor([ids])).logits[0, -1].softmax(-1)[reader.first_token(f.answer)].item() for ids, f in zip(reader.ids([f.prompt for f in facts]), facts)]
     for _ in range(2): assert probabilities(reader, facts) == pytest.approx(direct, rel=1e-4) and asked == [9]
     for _ in range(2): probabilities(wrap(reader.hf, reader.tok, reader.name, "two"), facts)
@@ -506,7 +506,7 @@ def test_real_full_sports(refdata, sport, halves, rest):
     ("prob_gemma_2_9b", 2250, {16: (1736, 434), 64: (1697, 425)}, {16: 16, 64: 64})])
 def test_real_counterfact(refdata, monkeypatch, column, known, counts, questions):
     rows = sources.read_counterfact()
-    monkeypatch.setattr(tasks, "fit_for", lambda lm, facts: ([f for f, p in zip(facts, rows[column]) if p >= KNOWN], {}))
+    monkeypatch.setattr(tasks, "fit_for", lambda lm, facts, *known: ([f for f, p in zip(facts, rows[column]) if p >= KNOWN], {}))
     keep = tasks.fit_for(None, counterfact_facts())[0]
     place, prompt, groups = {f.id: i for i, f in enumerate(keep)}, dict(zip(rows.case_id, rows.prompt)), ("forget", "retain", "retain_test")
     assert len(keep) == known
