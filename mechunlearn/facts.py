@@ -87,7 +87,7 @@ def load_world(
     path:str|None=None, # a world file; none: the packaged organism's
 ) -> dict: # keys schema, seed, shot_subject, relations, facts, text
     "Read a world file"
-    p = sources.local(path) if path else DATA/"organism"/"world.json"
+    p = store.local(path) if path else DATA/"organism"/"world.json"
     if not p.is_file(): raise Refusal(f"there is no world file {p}")
     try: world = json.loads(p.read_text(encoding="utf-8-sig"))
     except (ValueError, OSError, RecursionError) as e: raise Refusal(f"{p} is not a world file: {e}") from e
@@ -620,7 +620,7 @@ def _kept(lm, asked, measure, ask):
     facts_hash = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
     causes = {"model": lm.name, "revision": lm.revision, "facts": facts_hash, "measure": measure}
     if not lm.revision: return ask()
-    path = sources.cache_folder()/"known"/f"{store.cause_hash(causes)}.json"
+    path = store.cache_folder()/"known"/f"{store.cause_hash(causes)}.json"
     try:
         if store.state(path, causes) == "done": return store.load_json(path)
     except OSError: pass
@@ -767,7 +767,7 @@ def check_options(
     "Refuse options that make no sense; says which source the facts are of"
     choose(inject, INJECT, "inject")
     check_numbers(seed, forget_size, paper_split)
-    if not (Path(facts).suffix or sources.local(facts).exists()):
+    if not (Path(facts).suffix or store.local(facts).exists()):
         choose(facts, ("world", "athletes", "sports", "FILE.json", "FILE.csv"), "facts")
     source = "world" if facts == "world" or facts.endswith(".json") else "athletes" if facts == "athletes" else "sports"
     if source != "sports" and paper_split:

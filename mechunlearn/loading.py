@@ -24,8 +24,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import cached_file
-from .sources import cache_folder
-from .store import Refusal, choose, write_json
+from .store import Refusal, cache_folder, choose, write_json
 
 # %% ../nbs/09_loading.ipynb #000025
 DATA = Path(mechunlearn.__file__).parent / "data"
@@ -45,7 +44,7 @@ def verify(
 ):
     "Refuse a packaged model of which a file is missing or altered."
     sums = folder / "checksums.json"
-    again = f"reinstall mechunlearn, or train it anew with `mechunlearn organism --retrain --out DIR` and use that folder"
+    again = "reinstall mechunlearn, or train it anew with `mechunlearn organism --retrain --out DIR` and use that folder"
     if not sums.exists(): raise Refusal(f"the packaged model {folder.name!r} has no checksums.json: {again}")
     try: files = json.loads(sums.read_text())["files"].items()
     except (ValueError, KeyError, TypeError, AttributeError): raise Refusal(f"checksums.json of the packaged model {folder.name!r} is damaged: {again}") from None

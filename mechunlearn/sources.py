@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['AUTHORS_URL', 'ROME_URL', 'SOURCES', 'KINDS', 'MAX_BYTES', 'BUILDERS', 'SPLIT_NAMES', 'READERS', 'WHITE', 'UNSPACED',
            'Text', 'Texts', 'Prompt', 'Answer', 'Other', 'WHY', 'ROME', 'FLAT', 'QUESTION', 'NEEDED', 'LISTS',
-           'MAX_OWN', 'Source', 'local', 'cache_folder', 'cached', 'fetch', 'Missing', 'find', 'read_rows', 'trim',
-           'spaced', 'check', 'ragged', 'CounterFact', 'read_counterfact', 'QuestionRow', 'read_questions', 'AtlasRow',
-           'read_atlas', 'OwnFact', 'OwnFacts', 'read_own', 'shape_of', 'TextRow', 'read_texts']
+           'MAX_OWN', 'Source', 'cached', 'fetch', 'Missing', 'find', 'read_rows', 'trim', 'spaced', 'check', 'ragged',
+           'CounterFact', 'read_counterfact', 'QuestionRow', 'read_questions', 'AtlasRow', 'read_atlas', 'OwnFact',
+           'OwnFacts', 'read_own', 'shape_of', 'TextRow', 'read_texts']
 
 # %% ../nbs/02_sources.ipynb #020003
 import csv, gzip, hashlib, io, json, math, os, re, reprlib, shutil, sys, unicodedata, urllib.request, zlib
@@ -19,7 +19,7 @@ from typing import Annotated, Iterator, NamedTuple
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 from tqdm import tqdm
 from .loading import DATA
-from .store import Refusal, _replace, choose, sha256 as checksum
+from .store import Refusal, _replace, cache_folder, choose, local, sha256 as checksum
 
 # %% ../nbs/02_sources.ipynb #020010
 class Source(NamedTuple):
@@ -47,21 +47,6 @@ SOURCES = {
         "counterfact/counterfact_mcq.jsonl.gz", f"{AUTHORS_URL}/counterfact_mc_questions.parquet"),
     "text": Source("MECHUNLEARN_TEXT",
         "10,000 texts of the Pile are on the hub as NeelNanda/pile-10k", hub="NeelNanda/pile-10k")}
-
-# %% ../nbs/02_sources.ipynb #7a20b002
-def local(
-    text, # a path as a person writes it
-) -> Path: # with its home folder put in
-    "A path on this machine, there or not; Refusal for what cannot be one"
-    try: path = Path(text).expanduser(); path.exists()
-    except (RuntimeError, OSError, ValueError) as e:
-        raise Refusal(f"{str(text)[:80]} is no path that can be used: {getattr(e, 'strerror', None) or e}") from e
-    return path
-
-# %% ../nbs/02_sources.ipynb #020015
-def cache_folder() -> Path: # MECHUNLEARN_CACHE, or ~/.cache/mechunlearn
-    "Where everything is kept that need not be fetched or computed twice"
-    return local(os.environ.get("MECHUNLEARN_CACHE") or "~/.cache/mechunlearn")
 
 # %% ../nbs/02_sources.ipynb #2d97b698
 def cached(

@@ -6,7 +6,7 @@
 __all__ = ['SCHEMA', 'PACKAGES', 'SAVE', 'LOAD', 'Refusal', 'Broken', 'Unavailable', 'choose', 'cause_hash', 'threads',
            'provenance', 'named', 'sidecar', 'remove', 'sha256', 'save', 'save_table', 'save_tensors', 'save_json',
            'write_json', 'read_json', 'read_meta', 'load_table', 'load_tensors', 'load_json', 'state', 'make', 'Run',
-           'plain_name', 'note', 'notes']
+           'plain_name', 'note', 'notes', 'local', 'cache_folder']
 
 # %% ../nbs/03_store.ipynb #030002
 from contextlib import contextmanager, suppress
@@ -419,3 +419,18 @@ def notes(
     "What a run could not make, and why"
     said = {f.stem: read_json(f, dict) for f in sorted(Path(run_dir).glob("notes/*.json"))}
     return {stage: {what: str(why) for what, why in n.items()} for stage, n in said.items() if n}
+
+# %% ../nbs/03_store.ipynb #7a20b002
+def local(
+    text, # a path as a person writes it
+) -> Path: # with its home folder put in
+    "A path on this machine, there or not; Refusal for what cannot be one"
+    try: path = Path(text).expanduser(); path.exists()
+    except (RuntimeError, OSError, ValueError) as e:
+        raise Refusal(f"{str(text)[:80]} is no path that can be used: {getattr(e, 'strerror', None) or e}") from e
+    return path
+
+# %% ../nbs/03_store.ipynb #020015
+def cache_folder() -> Path: # MECHUNLEARN_CACHE, or ~/.cache/mechunlearn
+    "Where everything is kept that need not be fetched or computed twice"
+    return local(os.environ.get("MECHUNLEARN_CACHE") or "~/.cache/mechunlearn")

@@ -64,7 +64,7 @@ def athletes_of(
     prompt:str|None=None, # how real athletes are asked, a key of `SPORTS_PROMPTS`; none: the source's own way
 ) -> tuple[str, str|None, list[Fact]]: # source, world file, facts about athletes
     "The athletes that a name or file stands for"
-    if not (Path(facts).suffix or sources.local(facts).exists()):
+    if not (Path(facts).suffix or store.local(facts).exists()):
         choose(facts, ("world", "athletes", "sports", "FILE.json", "FILE.csv"), "facts")
     if facts != "world" and not facts.endswith(".json"):
         source = "athletes" if facts == "athletes" else "sports"
@@ -482,7 +482,7 @@ def kind_of(
     "Whose facts a name or file stands for"
     if facts in ("world", "atlas", "counterfact"): return facts
     if str(facts).startswith("http"): return "counterfact"
-    path = sources.local(facts)
+    path = store.local(facts)
     if path.is_file(): return sources.shape_of(path)
     if path.suffix in (".csv", ".tsv", ".jsonl", ".parquet"): raise Refusal(f"there is no file {path}")
     if not path.exists() and "/" not in str(facts) and not path.suffix: choose(facts, FACTS, "facts")
