@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['POSITIONS', 'FLU_RULES', 'features', 'fit_probe', 'probe_hits', 'curve_of', 'probe_curve', 'selectivity',
-           'extraction_onset', 'flu_layers', 'plot_probe', 'say_probe', 'run_probing', 'available']
+           'extraction_onset', 'flu_layers', 'flu_frequency', 'layer_ticks', 'draw_probe', 'plot_probe', 'say_probe',
+           'run_probing', 'available']
 
 # %% ../nbs/10_probing.ipynb #100002
 import matplotlib as mpl
@@ -150,44 +151,84 @@ def flu_layers(
     layers = [l for l in c.layer[rises & (c.ci_low > floor)].tolist() if onset is None or l < onset]
     return list(range(layers[0], layers[-1] + 1)) if layers else []
 
+# %% ../nbs/10_probing.ipynb #f00de21f
+def flu_frequency(
+    hits:list[np.ndarray], # from `probe_hits`
+    n_boot:int=200, # resamples of the test facts, relation by relation; the probes stay
+    seed:int=0, # of the bootstrap
+    **rule, # rise, rule: of `flu_layers`
+) -> pd.Series: # layer -> share of the resamples in which it is in FLU
+    "How often each layer is in the FLU set"
+    rng = np.random.default_rng(seed)
+    draws = [[h[rng.integers(len(h), size=len(h))] for h in hits] for _ in range(n_boot)]
+    sets = [flu_layers(curve_of(d), **rule) for d in draws]
+    layers = pd.RangeIndex(hits[0].shape[1] - 1, name="layer")
+    return pd.Series([np.mean([l in s for s in sets]) for l in layers], layers, name="in FLU")
+
 # %% ../nbs/10_probing.ipynb #100023
+def _marks(ax, curve, flu):
+    "Shade FLU, and mark where extraction begins"
+    for l in flu: ax.axvspan(l - .5, l + .5, color="#0072B2", alpha=.12, lw=0)
+    if len(flu): ax.text(np.mean(flu), 1.06, "FLU", color="#0072B2", ha="center", va="center", fontsize=8, weight="bold")
+    if (onset := extraction_onset(curve)) is not None:
+        ax.axvline(onset - .5, color="#D55E00", lw=1, ls=":")
+        ax.text(onset - .4, 1.06, "extraction", color="#D55E00", va="center", fontsize=8)
+
+# %% ../nbs/10_probing.ipynb #98553bf2
+def layer_ticks(
+    ax, # matplotlib axes
+    layers, # the layers that are drawn; -1 are the embeddings
+):
+    "Layers along the horizontal axis"
+    layers = sorted(set(layers))
+    ticks = layers[::1 if len(layers) < 20 else 4]
+    ax.set(xticks=ticks, xticklabels=["emb" if l < 0 else l for l in ticks], xlim=(layers[0] - .6, layers[-1] + .6))
+
+# %% ../nbs/10_probing.ipynb #95632fc7
+def draw_probe(
+    ax, # matplotlib axes
+    curve:pd.DataFrame, # see `plot_probe`
+    flu=(), # layers to shade
+):
+    "The probe curves of both positions and their control"
+    _marks(ax, curve, flu)
+    shuffled = curve[curve.control].groupby("layer", as_index=False)[["accuracy", "ci_low", "ci_high"]].mean()
+    lines = [(_line(curve, "subject"), "subject's last token", "#0072B2", "-"), (_line(curve, "last"), "prompt's last token", "#D55E00", "-"),
+             (shuffled, "shuffled labels", "#8C8C8C", "--")]
+    for g, _, colour, style in lines:
+        ax.plot(g.layer, g.accuracy, color=colour, ls=style, marker="o", ms=3)
+        ax.fill_between(g.layer, g.ci_low, g.ci_high, color=colour, alpha=.15, lw=0)
+    ax.set(xlabel="after layer", ylabel="probe accuracy", ylim=(0, 1.12), yticks=np.arange(0, 1.01, .25))
+    layer_ticks(ax, curve.layer)
+    margin_labels(ax, [n for _, n, *_ in lines], [g.accuracy.iloc[-1] for g, *_ in lines], curve.layer.max(), [c for *_, c, _ in lines])
+
+# %% ../nbs/10_probing.ipynb #1e372775
 @mpl.rc_context(FIGURE_STYLE)
 def plot_probe(
     curve:pd.DataFrame, # layer, position, control, accuracy, ci_low, ci_high: from `probe_curve`
     flu=(), # layers to shade
 ) -> Figure:
-    "Accuracy of linear probes for the answer after each layer; grey: probes trained on shuffled labels"
+    "Accuracy of linear probes for the answer after each layer; grey: shuffled labels; dotted: where extraction begins"
     fig, ax = figure(7.5, 3)
-    for l in flu: ax.axvspan(l - .5, l + .5, color="#0072B2", alpha=.12, lw=0)
-    if len(flu): ax.text(np.mean(flu), 1.06, "FLU", color="#0072B2", ha="center", va="center", fontsize=8, weight="bold")
-    shuffled = curve[curve.control].groupby("layer", as_index=False)[["accuracy", "ci_low", "ci_high"]].mean()
-    subject, last = (curve[(curve.position == p) & ~curve.control].sort_values("layer") for p in POSITIONS)
-    lines = [(subject, "subject's last token", "#0072B2", "-"), (last, "prompt's last token", "#D55E00", "-"),
-             (shuffled, "shuffled labels", "#8C8C8C", "--")]
-    for g, _, colour, style in lines:
-        ax.plot(g.layer, g.accuracy, color=colour, ls=style, marker="o", ms=3)
-        ax.fill_between(g.layer, g.ci_low, g.ci_high, color=colour, alpha=.15, lw=0)
-    layers = sorted(curve.layer.unique()); ticks = layers[::1 if len(layers) < 20 else 4]
-    ax.set(xlabel="after layer", ylabel="probe accuracy", title="Where the answer becomes readable")
-    ax.set(ylim=(0, 1.12), yticks=np.arange(0, 1.01, .25), xlim=(layers[0] - .6, layers[-1] + .6))
-    ax.set(xticks=ticks, xticklabels=["emb" if l < 0 else l for l in ticks])
-    margin_labels(ax, [n for _, n, *_ in lines], [g.accuracy.iloc[-1] for g, *_ in lines], layers[-1], [c for *_, c, _ in lines])
+    draw_probe(ax, curve, flu)
+    ax.set_title("Where the answer becomes readable")
     return fig
 
 # %% ../nbs/10_probing.ipynb #f794a571
+def _place(layer): return "from the embeddings" if layer < 0 else f"after layer {layer}"
+
 def say_probe(
     curve:pd.DataFrame, # see `plot_probe`
     flu=(), # FLU layers
 ) -> str:
     "What the probe curve shows"
-    subject = curve[(curve.position == "subject") & ~curve.control].sort_values("layer")
-    control = curve[curve.control].accuracy.mean()
+    subject, onset = _line(curve, "subject"), extraction_onset(curve)
     first, top = subject.iloc[0], subject[subject.accuracy >= .98*subject.accuracy.max()].iloc[0]
-    place = "from the embeddings" if first.layer < 0 else f"after layer {first.layer}"
-    start = f"{say(first.accuracy, first.ci_low, first.ci_high)} {place}"
-    end = f"{say(top.accuracy, top.ci_low, top.ci_high)} after layer {top.layer}, where it levels off"
+    start = f"{say(first.accuracy, first.ci_low, first.ci_high)} {_place(first.layer)}"
+    end = f"{say(top.accuracy, top.ci_low, top.ci_high)} {_place(top.layer)}, where it levels off"
     text = (f"A linear probe at the subject's last token reads the answer with accuracy {start} and {end} "
-            f"(n={int(top.n_test)}; shuffled labels: {control:.2f}). ")
+            f"(n={int(top.n_test)}; shuffled labels: {curve[curve.control].accuracy.mean():.2f}). ")
+    if onset is not None: text += f"The answer begins to arrive at the last token in layer {onset}. "
     span = f"{min(flu)}–{max(flu)}" if len(flu) > 1 else f"{min(flu)}" if len(flu) else ""
     return text + (f"FLU trains the MLPs of layers {span}." if span else "No layer rises enough for FLU.")
 
