@@ -711,7 +711,7 @@ def _draw_removal(ax, removed, flu):
     "The share lost with each MLP alone, and with all from a layer on"
     for l in flu: ax.axvspan(l - .5, l + .5, color="#0072B2", alpha=.12, lw=0)
     alone, rest = removed[removed["first"] == removed["last"]].drop_duplicates("first"), removed[removed["last"] == removed["last"].max()]
-    rest = rest.drop_duplicates("first")
+    rest = rest.drop_duplicates("first").sort_values("first")
     ax.bar(alone["first"], alone.share, color="#444444", width=.5)
     ax.errorbar(alone["first"], alone.share, [alone.share - alone.ci_low, alone.ci_high - alone.share], fmt="none", ecolor="#8C8C8C", lw=1)
     ax.plot(rest["first"], rest.share, color="#CC79A7", marker="o", ms=3)
