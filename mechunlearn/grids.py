@@ -237,6 +237,7 @@ class Settings(BaseModel, extra="forbid"):
     noise: Real|None = Field(None, gt=0) # its noise, in standard deviations of the embeddings
     n_noise: Whole|None = Field(None, ge=1) # its noise samples
     receiver: Literal["components", "residual"]|None = None # of path patching
+    flu_rule: Literal["before-extraction", "first-to-last-rise"]|None = None # of FLU by probes
     lr: Rate|None = None # of the edit; default: the committed table
     steps: Whole|None = Field(None, ge=1) # of the edit
     inject: Real|None = Field(None, ge=0) # weight of the loss on the edit answers

@@ -7,8 +7,9 @@ __all__ = ['PUBLISHED', 'FIXED', 'RANKED', 'PER_FACT', 'METHODS', 'Part', 'Local
            'build', 'fill', 'overshoot', 'units', 'by_score', 'at_random', 'EmptyFLU', 'Evidence', 'published',
            'by_hand', 'late', 'Ranked', 'split_name', 'localizations_for', 'atoms', 'joined', 'localize',
            'localize_all', 'compare', 'trained', 'plot_localizations', 'say_localizations', 'say_shared', 'mechanisms',
-           'mechanism_table', 'plot_mechanisms', 'mlp_shares', 'agreement', 'chosen_by_fact', 'localize_each',
-           'tracing_of', 'control_draws', 'run_localization', 'layer_table', 'layer_text']
+           'mechanism_table', 'plot_mechanisms', 'mlp_shares', 'agreement', 'subject_removal', 'removal_windows',
+           'plot_lookup', 'chosen_by_fact', 'localize_each', 'tracing_of', 'control_draws', 'run_localization',
+           'layer_table', 'layer_text']
 
 # %% ../nbs/13_localization.ipynb #130002
 import random, re
@@ -19,22 +20,23 @@ from typing import Callable
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+import torch
 import seaborn as sns
 from fastcore.basics import patch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from pydantic import BaseModel, Field
 from scipy.stats import spearmanr
-from . import store
+from . import models, stats, store
 from .facts import Task
-from .figures import FIGURE_STYLE, baseline, count_text, figure, listed, look, ordered
+from .figures import FIGURE_STYLE, baseline, count_text, figure, listed, look, margin_labels, ordered
 from .models import LM, Component, Slice, Unlocatable, components, merge_slices, n_params, neurons, slices
 from .patching import direct_effect, extraction_set, lookup_mlps, path_scores, run_direct, run_paths, share_by_fact, through
-from .probing import flu_layers, run_probing
+from .probing import FLU_RULES, draw_probe, extraction_onset, flu_layers, layer_ticks, run_probing
 from .stats import family
 from .store import Refusal, Run, Unavailable, choose
-from .tracing import (Scores, _aligned, ablation_grid, attribution_patching, causal_tracing, plot_trace, run_attribution_patching,
-    run_tracing, swap_cases)
+from .tracing import (Scores, _aligned, _copy, ablation_grid, attribution_patching, causal_tracing, pair, plot_trace, read, record,
+    run_attribution_patching, run_tracing, swap_cases)
 
 # %% ../nbs/13_localization.ipynb #130006
 class Part(BaseModel, frozen=True):
@@ -225,8 +227,11 @@ class Evidence:
         lm:LM, # model
         task:Task, # of the run's first seed: probes use its splits, tracing its `localize_on`
         run:Run|None=None, # run folder; None: nothing is written
-        **settings, # of probing and tracing: corruption, n_noise, batch_size, recompute, ...
+        **settings, # of probing and tracing: corruption, n_noise, flu_rule, batch_size, recompute, ...
     ): self.lm, self.task, self.run, self.settings = lm, task, run, settings
+
+    @property
+    def flu_rule(self): return choose(self.settings.get("flu_rule") or FLU_RULES[0], FLU_RULES, "flu_rule")
 
     @cached_property
     def curve(self): return run_probing(self.lm, lambda seed: self.task, self.run, **self.settings)
@@ -241,7 +246,7 @@ class Evidence:
     @cached_property
     def all_paths(self): return path_scores(self.lm, self.task, self.run, kinds=("mlp", "head"), **self.settings)
     @cached_property
-    def layers(self): return flu_layers(self.curve)
+    def layers(self): return flu_layers(self.curve, rule=self.flu_rule)
     @cached_property
     def by_part(self): # evidence of each part of a sequence, in folders of their own
         at = lambda k: self.run and self.run.below("parts", f"seed{self.task.seed}-part{k}")
@@ -456,13 +461,13 @@ def localize(
     paper_budget:bool=False, # whole layers, overshooting, as the authors did
     evidence:Evidence|None=None, # scores made before; default: made here
     recompute:bool=False, # make it again even if done
-    **settings, # of probing and tracing: corruption, n_noise, batch_size, ...
+    **settings, # of probing and tracing: corruption, n_noise, flu_rule, batch_size, ...
 ) -> Localization: # Refusal for an unknown name or an impossible budget; Unavailable if these facts do not give it
     "Choose the weights to train; writes localizations/<name>.json"
     evidence = evidence or Evidence(lm, task, run, recompute=recompute, **settings)
     label = split_name(name, task, draw)[0]
     splits = task.causes("forget", "retain", "retain_test", "dev_forget", "dev_retain")
-    how = {k: v for k, v in evidence.settings.items() if k in ("corruption", "noise", "n_noise", "receiver")}
+    how = {k: v for k, v in evidence.settings.items() if k in ("corruption", "noise", "n_noise", "receiver")} | {"flu_rule": evidence.flu_rule}
     causes = {"model": lm.name, "revision": lm.revision, "task": splits, "name": label, "budget": budget, "paper_budget": paper_budget, **how}
     make = lambda: (_in_parts(evidence, name, draw, budget, paper_budget) or _choose(evidence, name, draw, budget, paper_budget)).to_json()
     made = Localization.from_json(store.make(run and run.path("localizations", f"{label}.json"), causes, make, recompute))
@@ -661,6 +666,80 @@ def agreement(
         rho = [spearmanr(np.median(shares[method][d], 0), np.median(truth[d], 0)).statistic for d in draws]
         rows.append((method, rho[0], *np.nanquantile(rho[1:], [.025, .975]), n))
     return pd.DataFrame(rows, columns=["method", "rho", "ci_low", "ci_high", "n"])
+
+# %% ../nbs/13_localization.ipynb #3747f61f
+def _at_subject(cases, length):
+    "Where the subjects stand in a batch whose rows are so long [cases, length, 1]"
+    at = torch.zeros(len(cases), length, 1, dtype=torch.bool)
+    for row, c in zip(at, cases): row[length + c.span[0]:length + c.span[1]] = True
+    return at
+
+def _swapped(lm, batch, other, at, layers, past):
+    "Last-token logits when the MLPs of `layers` say at the subject what they say in another run"
+    out = []
+    with torch.no_grad(), lm.nn.trace(batch, logits_to_keep=1, **_copy(past)):
+        for l in layers: lm.mlp(l).output = torch.where(at.to(other.mlp[l].device), other.mlp[l], lm.mlp(l).output)
+        out.append(lm.nn.output.logits[:, -1])
+    return out[0]
+
+# %% ../nbs/13_localization.ipynb #985caf6f
+def subject_removal(
+    lm:LM, # model
+    facts, # facts that the model knows
+    windows, # groups of layers, each removed together
+    pool=None, # facts whose subjects may be swapped in; default `facts`
+    seed:int=0, # draws partners
+    batch_size:int=32, # prompts at a time
+) -> pd.DataFrame: # first, last (layer of the window), share lost with ci_low and ci_high (bootstrap over facts), n
+    "How much of the answer goes with each window of MLPs at the subject. Cost in forwards a fact, from the subject on: 2 + windows"
+    cases, windows = swap_cases(lm, facts, pool, seed), [list(w) for w in windows]
+    clean, bad, left = np.zeros(len(cases)), np.zeros(len(cases)), np.zeros((len(windows), len(cases)))
+    for ids, batch in models.batches(lm, [c.fact.prompt for c in cases], batch_size):
+        group = [cases[i] for i in ids]
+        gap = lambda logits: (lambda r: r[0, :, 0] - r[0, :, 1])(read(logits, torch.tensor([c.answers for c in group])))
+        batch, damaged, past = pair(lm, batch, group)
+        other, at = record(lm, damaged, past=past), _at_subject(group, batch["input_ids"].shape[1])
+        clean[ids], bad[ids] = gap(_swapped(lm, batch, other, at, (), past)), gap(other.logits)
+        for k, w in enumerate(windows): left[k, ids] = gap(_swapped(lm, batch, other, at, w, past))
+    lost = (clean - left) / (clean - bad).mean()
+    rows = [(w[0], w[-1], v.mean(), *stats.bootstrap(v), len(v)) for w, v in zip(windows, lost)]
+    return pd.DataFrame(rows, columns=["first", "last", "share", "ci_low", "ci_high", "n"])
+
+# %% ../nbs/13_localization.ipynb #098b4df5
+def removal_windows(
+    n_layers:int, # of the model
+) -> list[range]: # each layer alone; from each layer on to the end
+    "Windows that show where the lookup is, and where it is over"
+    return [range(l, l + 1) for l in range(n_layers)] + [range(l, n_layers) for l in range(n_layers)]
+
+# %% ../nbs/13_localization.ipynb #33eea390
+def _draw_removal(ax, removed, flu):
+    "The share lost with each MLP alone, and with all from a layer on"
+    for l in flu: ax.axvspan(l - .5, l + .5, color="#0072B2", alpha=.12, lw=0)
+    alone, rest = removed[removed["first"] == removed["last"]].drop_duplicates("first"), removed[removed["last"] == removed["last"].max()]
+    rest = rest.drop_duplicates("first").sort_values("first")
+    ax.bar(alone["first"], alone.share, color="#444444", width=.5)
+    ax.errorbar(alone["first"], alone.share, [alone.share - alone.ci_low, alone.ci_high - alone.share], fmt="none", ecolor="#8C8C8C", lw=1)
+    ax.plot(rest["first"], rest.share, color="#CC79A7", marker="o", ms=3)
+    ax.fill_between(rest["first"], rest.ci_low, rest.ci_high, color="#CC79A7", alpha=.2, lw=0)
+    ax.set(xlabel="MLP of layer", ylabel="share of the answer lost", ylim=(min(0, removed.ci_low.min()), max(1.05, removed.ci_high.max())))
+    margin_labels(ax, ["this MLP", "it and all later"], [alone.share.iloc[-1], rest.share.iloc[-1]], rest["first"].max(), ["#444444", "#CC79A7"])
+
+# %% ../nbs/13_localization.ipynb #c209b4ae
+@mpl.rc_context(FIGURE_STYLE)
+def plot_lookup(
+    curve:pd.DataFrame, # from `probe_curve`
+    removed:pd.DataFrame, # from `subject_removal`, of `removal_windows`
+    flu=(), # layers to shade
+    title:str="Where the answer is read, and where it is lost", # of the figure
+) -> Figure:
+    "Above: probes at both positions; below: share of the answer lost with MLPs at the subject"
+    fig, (above, below) = figure(7.5, 4.6, 2, 1, sharex=True)
+    draw_probe(above, curve, flu)
+    above.set(title=title, xlabel="")
+    _draw_removal(below, removed, flu)
+    layer_ticks(below, curve.layer)
+    return fig
 
 # %% ../nbs/13_localization.ipynb #8122c8bf
 def chosen_by_fact(

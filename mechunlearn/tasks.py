@@ -16,7 +16,7 @@ import inspect
 from collections import Counter, deque
 from functools import lru_cache
 from pathlib import Path
-from . import sources
+from . import sources, store
 from typing import NamedTuple
 from .facts import (GOLF, KNOWN_BY, N_DEV_FORGET, N_DEV_RETAIN, N_OTHER_SHOTS, N_SHOTS, Fact, Task, asked_as, check_numbers,
     check_size, check_task, fitting, known_of, left_out, load_world, of_each, quarter_of_each, seeded, sport_fact, sports_athlete_editing,

@@ -1,14 +1,15 @@
 import collections, random
 import numpy as np, pandas as pd, pytest, torch
 from plain import every_shape, projections
-from mechunlearn import localization, stats
+from mechunlearn import localization, models, stats
 from mechunlearn.facts import Fact, Task
 from mechunlearn.localization import (EmptyFLU, Evidence, Localization, agreement, at_random, build, by_hand, by_score, chosen_by_fact, compare, control_draws,
     describe, fill, late, layer_table, layer_text, localizations_for, localize, localize_all, localize_each, mechanism_table, mechanisms, neuron_size,
     overlap, plot_localizations, plot_mechanisms, run_localization, say_localizations, say_shared, split_name, trained,
-    tracing_of, units)
-from mechunlearn.models import Component, components, n_params, slices
+    subject_removal, tracing_of, units)
+from mechunlearn.models import Component, components, load, n_params, slices
 from mechunlearn.store import Refusal, Run
+from mechunlearn.tracing import swap_cases
 
 NAMES = ["flu", "flu-probe", "flu-path", "causal-tracing", "causal-tracing-mlps", "random", "random-mlps", "late", "extraction", "flu-with-attention",
     "hand@mlp.0-1+head.2.3", "all-mlps", "nonlocalized"]
@@ -365,3 +366,67 @@ def test_a_localization_says_what_it_is(lm):
     assert repr(made["flu"]) == str(made["flu"]) == f"Localization(flu: MLP 0-1; {size:,} weights ({size / every:.0%} of the model's MLPs and heads), the budget of the others)"
     assert f"matched to a budget of {size:,}" in repr(made["random#0"]) and "not matched to a budget" in repr(made["late"])
     assert "<b>flu</b>: MLP 0-1" in made["flu"]._repr_html_() and "%" not in repr(Localization.from_json(made["flu"].to_json()))
+
+
+# ---- the rule of FLU, and what removal says of it
+
+def _bent(monkeypatch):
+    "A probe curve that rises at the subject in layer 0, and in layer 2 with everything else"
+    rows = [(l - 1, pos, c, .3 if c else a, 200, a - .05, a + .05) for pos, acc in (("subject", [.3, .7, .7, .95]), ("last", [.3, .3, .3, .95]))
+            for l, a in enumerate(acc) for c in (False, True)]
+    curve = pd.DataFrame(rows, columns=["layer", "position", "control", "accuracy", "n_test", "ci_low", "ci_high"])
+    monkeypatch.setattr(localization, "run_probing", lambda *args, **kw: curve)
+
+def test_flu_rule_is_a_setting_and_a_cause(tiny, tmp_path, monkeypatch):
+    _bent(monkeypatch)
+    lm = tiny(num_hidden_layers=3)
+    run = Run(tmp_path, lm.name, lm.revision, "t", {})
+    wide = {"flu_rule": "first-to-last-rise"}
+    layers = [localize(lm, task(), "flu", run, **how).components for how in ({}, wide, {})]
+    assert layers == [("mlp.0",), ("mlp.0", "mlp.1", "mlp.2"), ("mlp.0",)] and layers[0] == localize(lm, task(), "flu", flu_rule=None).components
+    with pytest.raises(Refusal, match="flu_rule"): localize(lm, task(), "flu", flu_rule="widest")
+
+
+def _by_hooks(lm, case, layers):
+    "Logit difference of one case when MLPs say at the subject what they say in the other prompt, with plain hooks"
+    ids, other = (torch.tensor(lm.ids([p])) for p in (case.fact.prompt, case.corrupt))
+    at, said = slice(ids.shape[1] + case.span[0], ids.shape[1] + case.span[1]), {}
+    def keep(l): return lambda m, a, out: said.update({l: out.clone()})
+    def put(l):
+        def hook(m, a, out):
+            out = out.clone(); out[:, at] = said[l][:, at]
+            return out
+        return hook
+    for make, prompt in ((keep, other), (put, ids)):
+        hooks = [lm.hf.get_submodule(lm.path("mlp", l)).register_forward_hook(make(l)) for l in layers]
+        logits = lm.hf(prompt).logits[0, -1]
+        for h in hooks: h.remove()
+    return (logits[case.answers[0]] - logits[case.answers[1]]).item()
+
+@pytest.mark.parametrize("family", ["qwen3", "llama", "gemma", "gemma2"])
+def test_removal_at_the_subject_is_what_hooks_do(tiny, family):
+    lm = tiny(family)
+    facts = [Fact(id=str(i), relation="r", subject=s, answer=a, candidates=(" golf", " football"), prompt=f"{shot}{s} plays the sport of")
+             for i, (s, a, shot) in enumerate([("dog", " golf", ""), ("player", " football", ""), ("the dog", " golf", "of "), ("the player", " football", "")])]
+    cases = swap_cases(lm, facts)
+    windows = [range(l, l + 1) for l in range(lm.n_layers)] + [range(lm.n_layers)]
+    got = subject_removal(lm, facts, windows, batch_size=2)
+    with torch.no_grad():
+        clean, bad = (np.array([_by_hooks(lm, c if k else c._replace(fact=c.fact.model_copy(update={"prompt": c.corrupt})), []) for c in cases]) for k in (1, 0))
+        left = np.array([[_by_hooks(lm, c, w) for c in cases] for w in windows])
+    want = (clean - left).mean(1) / (clean - bad).mean()
+    np.testing.assert_allclose(got.share, want, atol=1e-3, rtol=1e-3)
+    assert (got.n == len(cases)).all() and got[["first", "last"]].values.tolist() == [[w[0], w[-1]] for w in windows]
+
+
+STARS = {" basketball": "Kobe Bryant,LeBron James,Stephen Curry,Kevin Durant,Tim Duncan,Scottie Pippen",
+         " baseball": "Babe Ruth,Derek Jeter,Mickey Mantle,Barry Bonds,Mike Trout,Hank Aaron",
+         " football": "Tom Brady,Peyton Manning,Joe Montana,Aaron Rodgers,Brett Favre,Eli Manning"}
+
+def test_in_gemma_the_lookup_is_in_early_mlps(real_model):
+    if "gemma3_text" not in models.FAMILIES: pytest.skip("this version has no names for Gemma 3")
+    lm = load(str(real_model("gemma-3-270m")), dtype="float32")
+    facts = [Fact(id=f"{a}{s}", relation="sport", subject=s, answer=a, candidates=tuple(STARS), prompt=f"Fact: Tiger Woods plays the sport of golf\nFact: {s} plays the sport of")
+             for a, names in STARS.items() for s in names.split(",")]
+    lost = subject_removal(lm, facts, [range(1, 4), range(2, 6), range(6, 13), range(12, 18)]).share
+    assert lost[0] > .7 and lost[1] > .6 and lost[2] < .2 and lost[3] < .1, lost

@@ -1,7 +1,8 @@
 import numpy as np, pandas as pd, pytest, torch
 from mechunlearn import probing, stats
 from mechunlearn.facts import Fact, Task
-from mechunlearn.probing import POSITIONS, features, fit_probe, flu_layers, plot_probe, probe_curve, run_probing, say_probe, selectivity
+from mechunlearn.probing import (POSITIONS, curve_of, extraction_onset, features, fit_probe, flu_frequency, flu_layers, plot_probe, probe_curve, probe_hits,
+    run_probing, say_probe, selectivity)
 from mechunlearn.store import Refusal, Run
 
 SPORTS = (" football", " baseball", " basketball", " golf")
@@ -92,7 +93,7 @@ def curve(accuracy, n=200, position="subject", floor=.33):
 def test_flu_rule(accuracy, layers): assert flu_layers(curve(accuracy)) == layers
 
 def test_flu_reads_the_subject_without_control_in_any_order():
-    c = pd.concat([curve([.3, .3, .9]), curve([.3, .9, .9], position="last")])
+    c = pd.concat([curve([.3, .3, .9]), curve([.9, .9, .9], position="last")])
     assert flu_layers(c) == [1] and flu_layers(c.sample(frac=1, random_state=0)) == [1]
 
 def test_flu_needs_more_than_noise():
@@ -122,3 +123,47 @@ def test_stage_is_made_once(planted, tiny, tmp_path, monkeypatch):
     assert run_probing(lm, lambda seed: t, run).equals(first) and (tmp_path / "scores" / "probing.parquet").exists()
     with pytest.raises(TypeError): run_probing(lm, lambda seed: task(retain=facts(10, 60)), run)
     with pytest.raises(TypeError): run_probing(lm, lambda seed: t, run, recompute=True)
+
+
+# ---- where the lookup ends
+
+def two(subject, last, n=200): return pd.concat([curve(subject, n), curve(last, n, "last")], ignore_index=True)
+
+UP = [.33, .33, .40, .60, .80, .90, .90, .90, .90, .98, .99, .99, .99] # the subject learns in 1-4, and rises again in 8
+
+@pytest.mark.parametrize("last,onset,layers", [
+    ([.33] * 9 + [.95, .98, .99, .99], 8, [1, 2, 3, 4]),                          # one jump
+    ([.33] * 6 + [.40, .50, .60, .95, .98, .99, .99], 5, [1, 2, 3, 4]),           # a slow climb is dated by its beginning
+    ([.33, .50] + [.50] * 7 + [.95, .98, .99, .99], 8, [1, 2, 3, 4]),             # what the name alone gives early is no extraction
+    ([.33, .50, .48, .52, .50, .49, .51, .50, .50, .95, .98, .99, .99], 8, [1, 2, 3, 4]),
+    ([.33] * 13, None, [1, 2, 3, 4, 5, 6, 7, 8]),                                 # never arrives: nothing bounds it
+    ([.99] * 13, None, [1, 2, 3, 4, 5, 6, 7, 8]),
+    ([.33, .95] + [.98] * 11, 0, []),                                             # arrives before the subject learns it: no lookup there
+    ([.33, .33, .33, .90] + [.98] * 9, 2, [1]),                                   # in the midst of the subject's rise
+])
+def test_flu_ends_where_extraction_begins(last, onset, layers):
+    c = two(UP, last)
+    assert extraction_onset(c) == onset and flu_layers(c) == layers == flu_layers(c.sample(frac=1, random_state=1))
+    assert flu_layers(c, rule="first-to-last-rise") == flu_layers(curve(UP)) == [1, 2, 3, 4, 5, 6, 7, 8]
+
+def test_where_the_subject_ends_the_prompt_there_is_no_extraction_to_wait_for():
+    assert extraction_onset(two(UP, UP)) is None and flu_layers(two(UP, UP)) == flu_layers(curve(UP))
+
+def test_noise_at_the_last_token_moves_no_bound():
+    assert extraction_onset(two(UP, [.33, .40, .36, .41, .38, .42], n=40)) is None
+
+def test_unknown_rule_is_refused_with_the_nearest():
+    with pytest.raises(Refusal, match="before-extraction"): flu_layers(curve(UP), rule="before-extracton")
+
+def test_the_curve_is_counted_from_hits_relation_by_relation(planted):
+    cities = facts(0, 90, "city", "c")
+    t = task(forget=facts(0, 4) + cities[:3], retain=facts(10, 100) + cities[3:60], retain_test=facts(100, 160) + cities[60:])
+    hits = probe_hits(None, t, n_control=2)
+    assert sorted(h.shape for h in hits) == [(30, 6, 2, 3), (80, 6, 2, 3)] and curve_of(hits).equals(probe_curve(None, t, n_control=2))
+    one = curve_of(hits).query("position == 'last' and layer == 2").set_index("control").accuracy
+    assert one[False] == sum(h[:, 3, 1, 0].sum() for h in hits) / 110 and np.isclose(one[True], sum(h[:, 3, 1, 1:].mean(-1).sum() for h in hits) / 110)
+
+def test_frequency_of_a_planted_layer(planted):
+    sure = flu_frequency(probe_hits(None, task()), n_boot=50)
+    assert sure[1] == 1 and sure.drop(1).max() < .2 and list(sure.index) == [0, 1, 2, 3, 4]
+    assert sure.equals(flu_frequency(probe_hits(None, task()), n_boot=50))
