@@ -13,8 +13,8 @@ import matplotlib as mpl
 import matplotlib.patches
 from matplotlib.figure import Figure
 from .figures import FIGURE_STYLE, figure, listed, ordered
-from .metrics import COLUMNS, CONTROL, LATENT, OPPONENTS, compare, facts_of, opponent
-from .stats import WORTH, differs, holm
+from .metrics import COLUMNS, CONTROL, LATENT, OPPONENTS, compare, facts_of, opponent, weak_columns
+from .stats import WORTH, chance, differs, holm, summarise
 
 # %% ../nbs/43_claims.ipynb #410153
 class Claim(NamedTuple):
@@ -39,7 +39,8 @@ CLAIMS = [
     Claim("In the training format all localizations maintain other facts alike", "maintain", "A.7.1", True)]
 
 # %% ../nbs/43_claims.ipynb #410155
-def _verdict(row, good, equal):
+def _verdict(row, good, equal, weak):
+    if weak: return "no power here"
     if not row.differs: return "no difference seen"
     if equal: return "differs"
     return "appears" if (row.difference > 0) == (good == "low") else "reversed"
@@ -51,10 +52,12 @@ def orderings(
 ) -> pd.DataFrame: # claim, source, column, and the columns of `compare`, and verdict
     "The paper's orderings, each tested against every localization of the run"
     facts, out = facts_of(data), []
+    before = facts[(facts.localization == "none") & (facts.evaluation == "standard")]
+    weak = weak_columns(summarise(before), chance(facts)) if len(before) else {}
     for claim in CLAIMS:
         tests, column = compare(facts, claim.column, measure), (COLUMNS | LATENT)[claim.column]
         for row in tests.itertuples(index=False):
-            verdict = _verdict(row, column.good, claim.equal)
+            verdict = _verdict(row, column.good, claim.equal, claim.column in weak)
             out.append({"claim": claim.says, "source": claim.source, "column": claim.column, **row._asdict(), "verdict": verdict})
     return pd.DataFrame(out)
 
@@ -64,12 +67,13 @@ def say_orderings(
 ) -> list[str]: # one sentence a claim
     "Plain sentences: which orderings appear, which are reversed, which were not seen"
     words, out = {"appears": "appears against", "differs": "a difference appears from", "reversed": "REVERSED against",
-                  "no difference seen": "no difference seen to"}, []
+                  "no difference seen": "no difference seen to",
+             "no power here": "the unedited model is at chance here, so nothing is said about"}, []
     for claim, g in tests.groupby("claim", sort=False) if len(tests) else ():
         parts = []
         for verdict, word in words.items():
             v = g[g.verdict == verdict]
-            names = [r.localization + ("" if verdict == "no difference seen" else f" ({r.difference:+.2f})") for r in v.itertuples()]
+            names = [r.localization + ("" if verdict in ("no difference seen", "no power here") else f" ({r.difference:+.2f})") for r in v.itertuples()]
             if names: parts.append(f"{word} {listed(names)}")
         low, high = f"{g.reference.min():.2f}", f"{g.reference.max():.2f}"
         flu = low if low == high else f"{low}–{high}"
@@ -77,7 +81,7 @@ def say_orderings(
     return out
 
 # %% ../nbs/43_claims.ipynb #410163
-_VERDICTS = {"appears": "#9CCBE8", "reversed": "#F4B48C", "differs": "#D9C7E0", "no difference seen": "#EFEFEF"}
+_VERDICTS = {"appears": "#9CCBE8", "reversed": "#F4B48C", "differs": "#D9C7E0", "no difference seen": "#EFEFEF", "no power here": "#FFFFFF"}
 _KINDS = (*OPPONENTS, "others", CONTROL)
 
 def _kind(name): return kind if (kind := opponent(name)) in _KINDS else "others"
@@ -104,7 +108,7 @@ def plot_orderings(
     for r in tests.itertuples():
         x, y = at[r.localization], columns.index(r.column)
         ax.add_patch(mpl.patches.Rectangle((x - .48, y - .45), .96, .9, fc=_VERDICTS[r.verdict], lw=0))
-        ink = "#888888" if r.verdict == "no difference seen" else "#222222"
+        ink = "#888888" if r.verdict in ("no difference seen", "no power here") else "#222222"
         ax.text(x, y, f"{r.difference:+.2f}", ha="center", va="center", fontsize=7.5, color=ink)
     ax.set(xlim=(-.5, max(at.values()) + .5), ylim=(len(columns) - .5, -.5), xticks=list(at.values()), yticks=range(len(columns)))
     ax.set_yticklabels([f"{c} {_wish(c)}" for c in columns])
@@ -117,7 +121,7 @@ def plot_orderings(
 def _verdict_key(ax):
     for i, (verdict, colour) in enumerate(_VERDICTS.items()):
         darker = np.array(mpl.colors.to_rgb(colour))*.8
-        ax.text(.02 + .25*i, -.04, f"■ {verdict}", color=darker, transform=ax.transAxes, va="top", fontsize=8.5)
+        ax.text(.02 + .2*i, -.04, f"■ {verdict}", color=darker, transform=ax.transAxes, va="top", fontsize=8.5)
 
 # %% ../nbs/43_claims.ipynb #410164
 def _wish(column):
@@ -135,7 +139,8 @@ def tally(
     return out.assign(tested=out.sum(axis=1)).rename_axis(columns=None).reset_index()
 
 def _one_sided(tests, opponents):
-    "Tests of claims that have a direction, against these opponents"
+    "Tests of claims that have a direction and a format with power, against these opponents"
+    tests = tests[tests.verdict != "no power here"]
     return tests[~tests.column.isin([c.column for c in CLAIMS if c.equal]) & tests.opponent.isin(opponents)]
 
 # %% ../nbs/43_claims.ipynb #5c3a0004

@@ -105,10 +105,12 @@ def show_run(
 ):
     "Print the results of a run, write its report, say where everything is"
     from mechunlearn import report
+    from mechunlearn.stats import chance
     metrics, gone = report.metrics(run_dir), report.unavailable(run_dir)
     page = report.write_report(run_dir)
     if args.json: return _json_lines(metrics, gone)
-    print(report.results_text(report.results_table(metrics), gone))
+    guess = chance(facts) if len(facts := report.records(run_dir)) else None
+    print(report.results_text(report.results_table(metrics, guess=guess), gone))
     if len(parts := report.parts_table(metrics)): print("\n" + report.parts_text(parts))
     if len(asked := report.capability_table(metrics)): print("\n" + report.capability_text(asked))
     print(f"\nreport: {page}\nexecuted notebooks: {Path(run_dir)/'notebooks'}")

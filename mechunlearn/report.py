@@ -100,7 +100,7 @@ def _done(f):
 
 def _results(f):
     if not f.has("standard"): return _missing(f, "The results table", "evaluation")
-    return _one_seed(f) + f'<div class="wide">{results_html(results_table(f.metrics), gone=f.gone).as_raw_html()}</div>'
+    return _one_seed(f) + f'<div class="wide">{results_html(results_table(f.metrics, guess=f.guess), gone=f.gone).as_raw_html()}</div>'
 
 def _not_made(f): return _html_table(f.gone) if len(f.gone) else ""
 
