@@ -7,10 +7,9 @@ __all__ = ['reversed_questions', 'choices', 'known_by_format']
 
 # %% ../nbs/14_known.ipynb #0a140004
 import pandas as pd
-from .facts import GOLF, MCQ, Fact, N_SHOTS, known_of, of_each, seeded, without
+from .facts import GOLF, LETTERS, MCQ, N_SHOTS, Fact, has_options, known_of, mcq_prompts, of_each, seeded, without
 from .models import LM
 from .questions import Question, answer, completions, paraphrases, some
-from .facts import LETTERS, has_options, mcq_prompts
 from .stats import MCQ_CHANCE, has_power, per_fact, wilson
 from .tasks import ATLAS, open_fact
 
