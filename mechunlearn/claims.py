@@ -119,9 +119,9 @@ def plot_orderings(
 
 # %% ../nbs/43_claims.ipynb #5c3a0003
 def _verdict_key(ax):
-    for i, (verdict, colour) in enumerate(_VERDICTS.items()):
+    for x, (verdict, colour) in zip((.02, .18, .34, .48, .76), _VERDICTS.items()):
         darker = np.array(mpl.colors.to_rgb(colour))*.8
-        ax.text(.02 + .2*i, -.04, f"■ {verdict}", color=darker, transform=ax.transAxes, va="top", fontsize=8.5)
+        ax.text(x, -.04, f"■ {verdict}", color=darker, transform=ax.transAxes, va="top", fontsize=8.5)
 
 # %% ../nbs/43_claims.ipynb #410164
 def _wish(column):

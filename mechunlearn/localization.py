@@ -723,7 +723,9 @@ def _draw_removal(ax, removed, flu):
     ax.plot(rest["first"], rest.share, color="#CC79A7", marker="o", ms=3)
     ax.fill_between(rest["first"], rest.ci_low, rest.ci_high, color="#CC79A7", alpha=.2, lw=0)
     ax.set(xlabel="MLP of layer", ylabel="share of the answer lost", ylim=(min(0, removed.ci_low.min()), max(1.05, removed.ci_high.max())))
-    margin_labels(ax, ["this MLP", "it and all later"], [alone.share.iloc[-1], rest.share.iloc[-1]], rest["first"].max(), ["#444444", "#CC79A7"])
+    top, second = alone.loc[alone.share.idxmax()], rest.iloc[min(1, len(rest) - 1)]
+    ax.text(top["first"] + .35, top.share, "this MLP", color="#444444", va="center", fontsize=8)
+    ax.text(second["first"] + .25, second.share + .03, "it and all later", color="#CC79A7", fontsize=8)
 
 # %% ../nbs/13_localization.ipynb #c209b4ae
 @mpl.rc_context(FIGURE_STYLE)

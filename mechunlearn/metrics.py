@@ -571,7 +571,7 @@ def plot_tasks(
             y, l = at[r.task, r.localization], look(r.localization)
             ax.plot([r.ci_low, r.ci_high], [y, y], color=l["color"], lw=1.2)
             ax.plot(r.value, y, color=l["color"], marker=l["marker"], ms=4.5, lw=0)
-        ax.set(title=f"{column} {arrow(column)}".replace(" ", "\n", 1), xlim=(-.03, 1.03), xticks=[0, .5, 1])
+        ax.set(title=column.replace(" ", "\n", 1) + f" {arrow(column)}", xlim=(-.03, 1.03), xticks=[0, .5, 1])
     middle = [i*(len(names) + 1) + (len(names) - 1)/2 for i in range(len(tasks))]
     axes[0, 0].set(yticks=middle, yticklabels=tasks, ylim=(len(tasks)*(len(names) + 1) - .5, -1))
     lines = [axes[0, -1].plot([], [], label=n, color=look(n)["color"], marker=look(n)["marker"], lw=1.2)[0] for n in names]
