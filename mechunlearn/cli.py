@@ -109,7 +109,8 @@ def show_run(
     metrics, gone = report.metrics(run_dir), report.unavailable(run_dir)
     page = report.write_report(run_dir)
     if args.json: return _json_lines(metrics, gone)
-    guess = chance(facts) if len(facts := report.records(run_dir)) else None
+    guess = None
+    with suppress(Refusal): guess = chance(report.records(run_dir))
     print(report.results_text(report.results_table(metrics, guess=guess), gone))
     if len(parts := report.parts_table(metrics)): print("\n" + report.parts_text(parts))
     if len(asked := report.capability_table(metrics)): print("\n" + report.capability_text(asked))
