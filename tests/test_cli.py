@@ -98,7 +98,7 @@ def test_check_reads_the_tokenizer(capsys):
 def test_a_run_is_shown_as_table_or_json(tmp_path, monkeypatch, capsys):
     from mechunlearn import report
     metrics = pd.DataFrame({"localization": ["flu"], "value": [.5], "layer": pd.array([None], dtype="Int64")})
-    stubs = {"metrics": lambda d: metrics, "write_report": lambda d: "r/report.html", "results_table": lambda m: m, "results_text": lambda t, gone: "TABLE", "parts_table": lambda m: [], "capability_table": lambda m: []}
+    stubs = {"metrics": lambda d: metrics, "write_report": lambda d: "r/report.html", "results_table": lambda m, guess: m, "results_text": lambda t, gone: "TABLE", "parts_table": lambda m: [], "capability_table": lambda m: []}
     for name, fn in stubs.items():
         monkeypatch.setattr(report, name, fn)
     cli.show_run(tmp_path, read(["run"])); out = capsys.readouterr().out
