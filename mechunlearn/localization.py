@@ -807,12 +807,13 @@ def run_localization(
     draws:int=5, # draws of each random one
     budget:int|None=None, # parameters; default: as many as FLU has
     paper_budget:bool=False, # whole layers, overshooting
+    flu_rule:str|None=None, # of FLU by probes, one of `FLU_RULES`; none: the first
     recompute:bool=False, # make it again even if done
     **settings, # of probing and tracing; the options of other stages are ignored
 ) -> pd.DataFrame: # as `compare`, with a column `note` for those that could not be made
     "Localization as a stage; writes localizations/<name>.json"
     task = task_for_seed(seeds[0])
-    evidence = Evidence(lm, task, run, recompute=recompute, **settings)
+    evidence = Evidence(lm, task, run, recompute=recompute, flu_rule=flu_rule, **settings)
     made, refused = localize_all(lm, task, localizations, run, draws, evidence, budget, paper_budget, recompute, keep=True)
     try: flu = localize(lm, task, "flu", run, evidence=evidence, budget=budget)
     except (Unavailable, Unlocatable): flu = None
