@@ -56,6 +56,8 @@ class LM:
             f"{f' ({self.n_kv_heads} key-value heads)' if self.n_kv_heads < self.n_heads else ''} and {self.d_mlp} MLP neurons, "
             f"width {self.d_model}" + (f"; licence: {licence}" if (licence := licence_of(self.name)) else ""))
 
+    def __repr__(self): return self._repr_markdown_().replace("**", "")
+
 # %% ../nbs/00_models.ipynb #000019
 @patch
 def path(self:LM,
