@@ -332,13 +332,12 @@ def _tried(lm, args):
 def _can_sweep(job):
     "Refuse, before a model is loaded, what a sweep cannot do"
     from mechunlearn.grids import skeleton
-    from mechunlearn.tasks import kind_of, make_task
+    from mechunlearn.tasks import make_task, of_own
     if others := [l for l in job.localizations if l not in trained_in(job)]: raise Refusal(f"{others[0]} was edited elsewhere: there is nothing to train")
     if "lr" in job.settings: raise Refusal("lr: a sweep tries learning rates: name them with --lrs")
     unused = set(job.settings) - {*SWEEP, "draws", "device", "dtype", "device_map", "revision", "family", "chat", "batch_size"}
     if unused: raise Refusal(f"a sweep does not use the setting {sorted(unused)[0]}")
-    own = kind_of(job.options.get("facts", "world")) == "own"
-    task = make_task(job.task, skeleton(job) if own else None, **job.options, seed=job.seeds[0])
+    task = make_task(job.task, skeleton(job) if of_own(job.task, job.options) else None, **job.options, seed=job.seeds[0])
     if not task.dev_forget:
         raise Refusal(f"{job.task} has no facts set aside to choose a learning rate on: give one with --set lr=...")
 

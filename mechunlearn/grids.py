@@ -483,7 +483,7 @@ def check_job(
     "Refuse names that do not exist, task options out of range and unusable models, without loading a model"
     from mechunlearn.localization import by_hand
     from mechunlearn.models import locate
-    from mechunlearn.tasks import kind_of, make_task
+    from mechunlearn.tasks import make_task, of_own
     locate(job.model)
     _check_seeds(job.seeds)
     parse(Settings, job.settings, "settings")
@@ -494,8 +494,7 @@ def check_job(
         raise Refusal("benchmarks need the package lm-eval: pip install mechunlearn[capability]")
     if job.settings.get("family") or job.settings.get("chat"): skeleton(job)
     for name in (l for l in job.localizations if l.startswith("hand@")): by_hand(skeleton(job), name.removeprefix("hand@"))
-    own = "counterfact" in job.task and kind_of(job.options.get("facts", "world")) == "own" # whose words decide what they are kept with
-    make_task(job.task, skeleton(job) if own else None, **job.options, seed=job.seeds[0])
+    make_task(job.task, skeleton(job) if of_own(job.task, job.options) else None, **job.options, seed=job.seeds[0])
 
 # %% ../nbs/38_grids.ipynb #400090
 def trained(

@@ -9,7 +9,7 @@ __all__ = ['SPORT_NAMES', 'OPEN_RELATIONS', 'N_NEIGHBORS', 'N_OPEN_DEV', 'SAME',
            'by_turns', 'open_fixed', 'open_seeded', 'open_world_sets', 'told_apart', 'editable', 'fit_for',
            'counterfact_facts', 'counterfact_sets', 'AtlasRelation', 'atlas_facts', 'distinct', 'atlas_sets',
            'own_facts', 'own_sets', 'kind_of', 'aimed', 'counterfact_editing', 'sequential_counterfact_editing',
-           'counterfact_at_scale', 'task_options', 'defaults', 'make_task']
+           'counterfact_at_scale', 'task_options', 'of_own', 'defaults', 'make_task']
 
 # %% ../nbs/06_tasks.ipynb #a76fbced
 import inspect
@@ -18,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from . import sources, store
 from typing import NamedTuple
-from .facts import (GOLF, KNOWN_BY, N_DEV_FORGET, N_DEV_RETAIN, N_OTHER_SHOTS, N_SHOTS, Fact, Task, asked_as, check_numbers,
+from .facts import (GOLF, N_DEV_FORGET, N_DEV_RETAIN, N_OTHER_SHOTS, N_SHOTS, Fact, Task, asked_as, check_numbers,
     check_size, check_task, fitting, known_of, left_out, load_world, of_each, quarter_of_each, seeded, sport_fact, sports_athlete_editing,
     sports_facts, split_retain, texts, with_edit_answers, without, world_facts, world_groups)
 from .models import LM
@@ -627,6 +627,13 @@ def task_options(
     return [p for p in inspect.signature(TASKS[choose(name, TASKS, "task")]).parameters if p not in ("lm", "seed")]
 
 # %% ../nbs/06_tasks.ipynb #866ece34
+def of_own(
+    name:str, # a key of `TASKS`
+    options:dict, # what is said about the task
+) -> bool: # whose words decide what they are kept with
+    "Whether a task edits a file of somebody's own"
+    return "counterfact" in name and kind_of(options.get("facts", "world")) == "own"
+
 def defaults(
     name:str, # a key of `TASKS`
     organism:bool, # or another model
@@ -634,8 +641,7 @@ def defaults(
 ) -> dict: # options
     "How many facts, and whose, if nobody says: of the world for an organism, real ones for others"
     facts = {} if organism else {"facts": "counterfact" if "counterfact" in name else "sports"}
-    own = "counterfact" in name and kind_of(options.get("facts", "world")) == "own"
-    sized = "forget_size" in task_options(name) and not own
+    sized = "forget_size" in task_options(name) and not of_own(name, options)
     size = {"forget_size": 100 if name == "counterfact-at-scale" else 64} if sized else {}
     return size | facts | {k: v for k, v in options.items() if v is not None}
 

@@ -215,6 +215,12 @@ def test_a_sweep_can_be_tried_dry(capsys, nothing_starts, tmp_path, monkeypatch)
     assert "12 edits of dev facts" in out and "0.001, 0.002" in out and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("task,facts", [("sports-athlete-editing", "athletes"), ("full-sports-editing", "athletes"), ("counterfact-editing", "atlas")])
+def test_a_sweep_knows_every_source(task, facts, capsys, nothing_starts, tmp_path):
+    argv = ["sweep", "--dry-run", "--task", task, "--facts", facts, "--localizations", "late", "--out", str(tmp_path)]
+    assert main(argv) == 0 and "edits of dev facts" in capsys.readouterr().out
+
+
 # errors that nobody foresaw
 
 @pytest.mark.parametrize("error", [RecursionError("too deep"), MemoryError(), KeyError("x"), ValueError("two\nlines"), AssertionError()])
