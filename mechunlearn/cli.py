@@ -302,9 +302,10 @@ def sweep(args):
         task, folder = tasks.make_task(job.task, lm, **job.options, seed=job.seeds[0]), Path(job.run_dir)
         lrs, injects = _tried(lm, args)
         training = {k: v for k, v in job.settings.items() if k in SWEEP}
+        rule = {k: v for k, v in job.settings.items() if k == "flu_rule"}
         seen = task.causes("dev_forget", "dev_retain", "retain", "text_train")
         causes = dict(model=lm.name, revision=lm.revision, task=seen, localizations=job.localizations, lrs=list(lrs), injects=list(injects),
-                      training=training, seeds=job.seeds)
+                      training=training, seeds=job.seeds, **rule)
         made = lambda: rates.sweep(lm, task, _sweep_where(lm, task, job, args), lrs, job.seeds, injects, not args.quiet, **training)
         table = store.make(folder/"sweep.parquet", causes, made, args.recompute == "all")
     return show_sweep(table, folder, args)
@@ -314,7 +315,7 @@ def _sweep_where(lm, task, job, args):
     "The localizations that a sweep tries; those that are not available are named"
     from mechunlearn.localization import Evidence, localize
     from mechunlearn.store import Unavailable
-    evidence, found = Evidence(lm, task, progress=not args.quiet), []
+    evidence, found = Evidence(lm, task, progress=not args.quiet, flu_rule=job.settings.get("flu_rule")), []
     for name in job.localizations:
         try: found.append(localize(lm, task, name, evidence=evidence))
         except Unavailable as e: print(f"{name}  not available: {e}", file=sys.stderr)
@@ -335,7 +336,7 @@ def _can_sweep(job):
     from mechunlearn.tasks import make_task, of_own
     if others := [l for l in job.localizations if l not in trained_in(job)]: raise Refusal(f"{others[0]} was edited elsewhere: there is nothing to train")
     if "lr" in job.settings: raise Refusal("lr: a sweep tries learning rates: name them with --lrs")
-    unused = set(job.settings) - {*SWEEP, "draws", "device", "dtype", "device_map", "revision", "family", "chat", "batch_size"}
+    unused = set(job.settings) - {*SWEEP, "draws", "flu_rule", "device", "dtype", "device_map", "revision", "family", "chat", "batch_size"}
     if unused: raise Refusal(f"a sweep does not use the setting {sorted(unused)[0]}")
     task = make_task(job.task, skeleton(job) if of_own(job.task, job.options) else None, **job.options, seed=job.seeds[0])
     if not task.dev_forget:

@@ -259,7 +259,7 @@ def sweep_words(
     localizations, # names
 ) -> list[str]: # after `mechunlearn`
     "The sweep whose rates this job would use"
-    training = {k: v for k, v in job.settings.items() if k in SWEEP}
+    training = {k: v for k, v in job.settings.items() if k in SWEEP or k == "flu_rule"}
     options = {"model": job.model, "task": job.task, **job.options, **{k: job.settings.get(k) for k in ("device", "dtype", "revision", "chat")},
                "localizations": ",".join(groups_of(localizations)), "seeds": str(job.seeds[0]), "out": str(Path(job.run_dir).parents[1])}
     own = job.settings.get("family")
