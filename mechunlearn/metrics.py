@@ -536,9 +536,10 @@ def plot_spider(
     metrics:pd.DataFrame, # from `metrics`, one run
     names=None, # localizations; none: all edits
     columns=SPIDER, # keys of COLUMNS
+    guess:Chance|None=None, # from `chance(records)`, for the power of formats
 ) -> Figure:
     "Spider plot (Figures 2 and 4 of the paper): outside is better; columns where less is better are turned round, columns without power left out"
-    weak = weak_columns(metrics)
+    weak = weak_columns(metrics, guess)
     rows = {c: column_rows(metrics[metrics.seed == -1], c).set_index("localization").value for c in columns if c not in weak}
     rows = {c: (r if COLUMNS[c].good == "high" else 1 - r) for c, r in rows.items() if len(r.drop("none", errors="ignore"))}
     names = names or [n for n in ordered(set().union(*(r.index for r in rows.values()))) if n != "none"]

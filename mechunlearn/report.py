@@ -138,7 +138,7 @@ def _capable(f):
 
 # %% ../nbs/44_report.ipynb #9c57ea65
 def _spider(f):
-    return _shown(plot_spider(f.metrics), "Outside is better on every axis.") if f.has("standard") else ""
+    return _shown(plot_spider(f.metrics, guess=f.guess), "Outside is better on every axis.") if f.has("standard") else ""
 
 def _frontier(f):
     if not f.has("standard"): return _missing(f, "The frontier", "evaluation")

@@ -6,7 +6,7 @@
 __all__ = ['SCHEMA', 'PACKAGES', 'SAVE', 'LOAD', 'Refusal', 'Broken', 'Unavailable', 'choose', 'cause_hash', 'threads',
            'provenance', 'named', 'sidecar', 'remove', 'sha256', 'save', 'save_table', 'save_tensors', 'save_json',
            'write_json', 'read_json', 'read_meta', 'load_table', 'load_tensors', 'load_json', 'state', 'make', 'Run',
-           'plain_name', 'note', 'notes', 'local', 'cache_folder']
+           'plain_name', 'note', 'alone', 'notes', 'local', 'cache_folder']
 
 # %% ../nbs/03_store.ipynb #030002
 from contextlib import contextmanager, suppress
@@ -396,7 +396,7 @@ def note(
     if run is None or run.root is None: return
     file = run.path("notes", f"{stage}.json")
     if why is None and not file.exists(): return
-    with _alone(file.parent):
+    with alone(file.parent/".lock"):
         try: old = read_json(file, dict) or {}
         except Broken: remove(file); old = {}
         new = {k: v for k, v in old.items() if k != what} | ({} if why is None else {what: str(why)})
@@ -404,11 +404,13 @@ def note(
 
 # %% ../nbs/03_store.ipynb #03005303
 @contextmanager
-def _alone(folder):
-    "Wait until no other process changes files of a folder"
+def alone(
+    lock:Path, # a lock file, made where it is not
+):
+    "Hold a lock, for the length of a `with` block; whoever comes second waits"
     import fcntl
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder/".lock", "a") as f:
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "a") as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         yield
 

@@ -36,7 +36,10 @@ def test_few_facts_have_no_power():
 
 
 def test_guessing_among_few_answers_is_counted():
-    assert format_power(rows(.9)).power["paraphrase"] and not format_power(rows(.9), Chance(.75, .8)).power["paraphrase"]
+    m, guess = rows(.9), Chance(.75, .8)
+    assert format_power(m).power["paraphrase"] and not format_power(m, guess).power["paraphrase"]
+    axes = lambda guess: "".join(t.get_text() for t in plot_spider(m, guess=guess).axes[0].get_xticklabels())
+    assert "paraphrase" in axes(None) and "paraphrase" not in axes(guess)
 
 
 def test_nothing_is_said_where_the_unedited_model_was_not_asked():
