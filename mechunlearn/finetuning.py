@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['UPDATES', 'MAX_TOKENS', 'FILES', 'LEARNING_RATES', 'RATE_GROUPS', 'LIKE', 'VISITS', 'DTYPES', 'SAME', 'place',
            'untrainable', 'masters', 'matrices', 'Update', 'not_said', 'Row', 'fact_rows', 'training_rows', 'draws',
-           'shared_prefix', 'may_share', 'end_logits', 'last_logits', 'answer_losses', 'heard', 'fact_losses',
-           'text_losses', 'step_losses', 'slice_key', 'parse_slice', 'Edit', 'put', 'kept', 'load_edit', 'Rate',
-           'learning_rate', 'rates', 'missing_rates', 'can_train', 'ask_parts', 'own_slices', 'finetune',
-           'plot_training', 'say_training', 'fingerprint', 'parts_table', 'parts_text', 'plot_parts', 'say_parts',
-           'export', 'stored_dtype', 'finer', 'differences', 'edit_of']
+           'end_logits', 'last_logits', 'answer_losses', 'heard', 'fact_losses', 'text_losses', 'step_losses',
+           'slice_key', 'parse_slice', 'Edit', 'put', 'kept', 'load_edit', 'Rate', 'learning_rate', 'rates',
+           'missing_rates', 'can_train', 'ask_parts', 'own_slices', 'finetune', 'plot_training', 'say_training',
+           'fingerprint', 'parts_table', 'parts_text', 'plot_parts', 'say_parts', 'export', 'stored_dtype', 'finer',
+           'differences', 'edit_of']
 
 # %% ../nbs/20_finetuning.ipynb #200002
 import math
@@ -27,6 +27,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.func import functional_call
 from tqdm.auto import tqdm
+from . import models
 from .facts import Task
 from .figures import FIGURE_STYLE, cell_text, figure, listed, look, ordered, printed
 from .localization import Localization
@@ -145,39 +146,19 @@ def draws(
         yield [r for term, n in sizes.items() for r in (rows[term] if len(rows[term]) <= n else
             [rows[term][i] for i in rng.choice(len(rows[term]), n, replace=False)])]
 
-# %% ../nbs/20_finetuning.ipynb #200019
-def shared_prefix(
-    ids:list[list[int]], # token ids of several prompts
-) -> int: # tokens that all of them begin with, if they are of one length; at least one token of each is left over
-    "How much of the prompts needs to be computed once only"
-    if len(ids) == 1 or len(set(map(len, ids))) > 1: return 0
-    columns = list(zip(*ids))[:-1]
-    return next((i for i, c in enumerate(columns) if len(set(c)) > 1), len(columns))
-
-# %% ../nbs/20_finetuning.ipynb #cdcbb792
-def may_share(
-    lm:LM, # model
-) -> bool: # false in training where activations are made again on the way back, or where each row drops its own
-    "Whether a cache of keys and values can stand for the beginning of all rows"
-    redo = lambda m: getattr(m, "gradient_checkpointing", False) or (isinstance(m, torch.nn.Dropout) and m.p > 0)
-    return not (lm.hf.training and any(map(redo, lm.hf.modules())))
-
 # %% ../nbs/20_finetuning.ipynb #c127234b
 def end_logits(
     lm:LM, # model
     weights:dict[str, Tensor], # from `matrices`
     ids:list[list[int]], # prompts, each with its answer but for the last token
     n:int=1, # positions at the end
-    share:bool=True, # compute a common beginning once
+    share:bool=True, # read once what several prompts begin with
 ) -> Tensor: # [prompts, n, vocab], float32
     "Logits at the end of prompts, differentiable"
-    run = lambda **batch: functional_call(lm.hf, weights, (), batch | dict(logits_to_keep=n))
-    k = min(shared_prefix(ids), len(ids[0]) - n) if share and may_share(lm) else 0
-    if not k: return run(**lm.pad(ids), use_cache=False).logits[:, -n:].float()
-    ids = torch.tensor(ids, device=lm.device)
-    cache = run(input_ids=ids[:1, :k], use_cache=True).past_key_values
-    cache.batch_repeat_interleave(len(ids))
-    return run(input_ids=ids[:, k:], past_key_values=cache).logits[:, -n:].float()
+    run = lambda **batch: functional_call(lm.hf, weights, (), batch)
+    found = list(models.parts(ids, len(ids), n, share and models.may_share(lm, ids)))
+    order = torch.tensor([i for p in found for i in p.rows]).argsort()
+    return torch.cat([models.end_logits(lm, ids, p, n, run) for p in found])[order.to(lm.device)].float()
 
 # %% ../nbs/20_finetuning.ipynb #e10a26e6
 def last_logits(

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['REQUEST', 'UNSPACED', 'COMPOUND', 'LM', 'contiguous', 'make_input_contiguous', 'opening', 'as_chat', 'check_chat',
            'check_parts', 'wrap', 'skeleton', 'read_model', 'read_adapter', 'load', 'Unlocatable', 'wordlike', 'joined',
-           'compounded', 'occurrence', 'span', 'unlocatable', 'batches', 'next_token', 'resid_at', 'Component',
-           'components', 'Slice', 'cut', 'neurons', 'slices', 'merge_slices', 'n_params']
+           'compounded', 'occurrence', 'span', 'unlocatable', 'batches', 'begin_alike', 'Part', 'parts', 'may_share',
+           'end_logits', 'next_token', 'resid_at', 'Component', 'components', 'Slice', 'cut', 'neurons', 'slices',
+           'merge_slices', 'n_params']
 
 # %% ../nbs/00_models.ipynb #000003
-import hashlib, json, re, torch, unicodedata
+import hashlib, json, math, re, torch, unicodedata
 from pathlib import Path
-from typing import Iterator, Mapping, NamedTuple
+from typing import Callable, Iterator, Mapping, NamedTuple
 from fastcore.basics import patch
 from huggingface_hub import snapshot_download
 from jaxtyping import Float, Int
@@ -638,6 +639,73 @@ def batches(
         rows = order[k:k + batch_size]
         yield rows, lm.pad([ids[i] for i in rows])
 
+# %% ../nbs/00_models.ipynb #c78d68c2
+def begin_alike(
+    ids:list[list[int]], # token ids of prompts
+    keep:int=1, # tokens at a prompt's end that belong to no beginning
+) -> list[tuple[list[int], list[int]]]: # prompts, and what they begin with; a prompt alone begins with nothing
+    "Groups of prompts whose beginning is worth reading once."
+    groups = []
+    for i in sorted(range(len(ids)), key=ids.__getitem__):
+        own, (rows, head) = ids[i][:max(0, len(ids[i]) - keep)], groups[-1] if groups else ([], [])
+        n = next((k for k, (a, b) in enumerate(zip(head, own)) if a != b), min(len(head), len(own)))
+        if rows and n > (len(head) - n) * len(rows): groups[-1] = (rows + [i], head[:n])
+        else: groups.append(([i], own))
+    return [(rows, head if len(rows) > 1 else []) for rows, head in groups]
+
+# %% ../nbs/00_models.ipynb #bc67ae02
+class Part(NamedTuple):
+    "Prompts of one forward"
+    rows: list[int] # which
+    heads: list[list[int]] = [] # what they begin with, each once; none: nothing is shared
+    of: list[int] = [] # which head each of them begins with
+
+# %% ../nbs/00_models.ipynb #0787e26d
+def parts(
+    ids:list[list[int]], # token ids of prompts
+    batch_size:int=64, # prompts a forward
+    keep:int=1, # tokens at a prompt's end that belong to no beginning
+    share:bool=True, # look for beginnings
+) -> Iterator[Part]:
+    "Every prompt once."
+    groups = sorted(begin_alike(ids, keep) if share else [([i], []) for i in range(len(ids))], key=lambda g: len(g[1]))
+    alone = sorted((i for rows, head in groups if not head for i in rows), key=lambda i: len(ids[i]))
+    for k in range(0, len(alone), batch_size): yield Part(alone[k:k + batch_size])
+    shared = [(i, g) for g, (rows, head) in enumerate(groups) if head for i in rows]
+    for k in range(0, len(shared), batch_size):
+        rows, of = map(list, zip(*shared[k:k + batch_size]))
+        kinds = sorted(set(of))
+        yield Part(rows, [groups[g][1] for g in kinds], [kinds.index(g) for g in of])
+
+# %% ../nbs/00_models.ipynb #4ea00c90
+def may_share(
+    lm:LM,
+    ids:list[list[int]], # token ids of prompts
+) -> bool: # false where layers see a window shorter than a prompt; in training, where activations are made again or each row drops its own
+    "Whether keys and values of a beginning can stand for it."
+    redo = lambda m: getattr(m, "gradient_checkpointing", False) or (isinstance(m, torch.nn.Dropout) and m.p > 0)
+    window = getattr(lm.hf.config, "sliding_window", None) or math.inf
+    return max(map(len, ids), default=0) < window and not (lm.hf.training and any(map(redo, lm.hf.modules())))
+
+# %% ../nbs/00_models.ipynb #cabd1988
+def end_logits(
+    lm:LM,
+    ids:list[list[int]], # token ids of prompts
+    part:Part, # of `parts`, with at least `n` for `keep`
+    n:int=1, # positions at the end
+    run:Callable|None=None, # stands in for the model
+) -> Float[Tensor, "prompt n vocab"]: # in the model's dtype; differentiable
+    "Logits at the end of the prompts of a part, in its order."
+    run = run or lm.hf
+    if not part.heads: return run(**lm.pad([ids[i] for i in part.rows]), logits_to_keep=n, use_cache=False).logits[:, -n:]
+    of, head = torch.tensor(part.of, device=lm.device), lm.pad(part.heads)
+    past = run(**head, logits_to_keep=of[:0], use_cache=True).past_key_values # no logits
+    for layer in past.layers: layer.batch_select_indices(of.to(layer.device))
+    batch = lm.pad([ids[i][len(part.heads[k]):] for i, k in zip(part.rows, part.of)])
+    batch["position_ids"] += head["attention_mask"].sum(1)[of, None]
+    batch["attention_mask"] = torch.cat([head["attention_mask"][of], batch["attention_mask"]], 1)
+    return run(**batch, past_key_values=past, logits_to_keep=n, use_cache=True).logits[:, -n:]
+
 # %% ../nbs/00_models.ipynb #000053
 @torch.no_grad()
 def next_token(
@@ -645,14 +713,16 @@ def next_token(
     prompts:list[str], # texts up to the answer
     ids:list[list[int]], # token ids to score, for each prompt
     batch_size:int=64, # prompts a forward
+    share:bool=True, # read once what several prompts begin with
 ) -> tuple[Float[Tensor, "prompt id"], Int[Tensor, "prompt"]]: # log-probabilities (ragged rows end in nan) and most probable token, on the CPU
-    "Log-probability of tokens after prompts, over the whole vocabulary. One forward a prompt."
+    "Log-probability of tokens after prompts, over the whole vocabulary. One forward a prompt; what several begin with, once."
     width = max(map(len, ids), default=0)
     want = torch.tensor([row + [0] * (width - len(row)) for row in map(list, ids)], dtype=torch.long).reshape(len(ids), width)
     given = torch.tensor([[j < len(row) for j in range(width)] for row in ids], dtype=torch.bool).reshape(len(ids), width)
     logp, top1 = torch.full(want.shape, torch.nan), torch.zeros(len(prompts), dtype=torch.long)
-    for rows, batch in batches(lm, prompts, batch_size):
-        logits = lm.hf(**batch, logits_to_keep=1).logits[:, -1].float()
+    asked = lm.ids(prompts) if prompts else []
+    for part in parts(asked, batch_size, share=share and may_share(lm, asked)):
+        logits, rows = end_logits(lm, asked, part)[:, -1].float(), part.rows
         logp[rows] = (logits.gather(1, want[rows].to(logits.device)) - logits.logsumexp(-1, keepdim=True)).cpu()
         top1[rows] = logits.argmax(-1).cpu()
     return logp.where(given, torch.nan), top1

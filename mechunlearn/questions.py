@@ -17,7 +17,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from .facts import LETTERS, Fact, Task, askable, mcq_prompts
-from .models import LM, batches, next_token
+from .models import LM, batches, end_logits, may_share, next_token, parts
 from .sources import spaced
 
 # %% ../nbs/08_questions.ipynb #150006
@@ -110,10 +110,11 @@ def whole_answers(
     logp, written = first.clone(), written.clone()
     pieces = {w: lm.pieces(w) for w in {w for q in questions for w in q.choices}}
     long = [(i, j, p) for i, q in enumerate(questions) for j, w in enumerate(q.choices) if len(p := pieces[w]) > 1]
-    for part in (long[k:k + batch_size] for k in range(0, len(long), batch_size)):
-        given = [ids + p[:-1] for ids, (_, _, p) in zip(lm.ids([questions[i].prompt for i, _, _ in part]), part)]
-        logits = lm.hf(**lm.pad(given), logits_to_keep=max(len(p) for _, _, p in part) - 1, use_cache=False).logits.float()
-        for row, (i, j, p) in zip(logits, part):
+    given = [ids + p[:-1] for ids, (_, _, p) in zip(lm.ids([questions[i].prompt for i, _, _ in long]), long)]
+    n = max((len(p) - 1 for _, _, p in long), default=1)
+    for part in parts(given, batch_size, n, may_share(lm, given)):
+        for k, row in zip(part.rows, end_logits(lm, given, part, n).float()):
+            i, j, p = long[k]
             row, later = row[1 - len(p):], torch.tensor(p[1:], device=row.device)
             logp[i, j] += row.log_softmax(-1).gather(1, later[:, None]).sum().cpu()
             written[i, j] &= bool((row.argmax(-1) == later).all())

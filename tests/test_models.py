@@ -532,3 +532,38 @@ def test_unembed_is_the_model_s_own_end(lm):
     x = hidden[:, -1].clone().requires_grad_()
     lm.unembed(x).sum().backward()
     assert x.grad.abs().sum() > 0 and lm.hf.lm_head.weight.grad is None
+
+
+# ---- beginnings
+
+ALIKE = ["Fact: the dog plays the sport of", "Fact: the dog plays", "of", "Fact: the sport of the dog", "Fact: the sport of the dog ?", "Question: What sport does the dog play ?",
+    "Question: What sport does the player play ? Answer:", "Question: What sport does the league play ?", "dog"]
+
+
+@every_family
+def test_what_prompts_begin_with_is_read_once_and_nothing_else_changes(lm):
+    ids, lm.hf.config.sliding_window = lm.ids(ALIKE), 64 # tiny ones have a window of four tokens or fewer
+    assert M.may_share(lm, ids)
+    for n, size in ((1, 64), (1, 3), (2, 64)):
+        parts = list(M.parts(ids, size, n))
+        assert sorted(i for p in parts for i in p.rows) == list(range(len(ids))) and max(len(p.rows) for p in parts) <= size
+        for p in parts:
+            with torch.no_grad(): got = M.end_logits(lm, ids, p, n)
+            assert all(ids[i][:len(p.heads[k])] == p.heads[k] for i, k in zip(p.rows, p.of))
+            for i, row in zip(p.rows, got): assert torch.allclose(row[-n:][-len(ids[i]):], lm.hf(torch.tensor([ids[i]])).logits[0, -n:], atol=1e-4)
+    assert any(p.heads for p in M.parts(ids, 64))
+    want = [[lm.first_token(" dog"), 5][:1 + k % 2] for k in range(len(ids))]
+    for a, b in zip(next_token(lm, ALIKE, want), next_token(lm, ALIKE, want, share=False)): assert torch.allclose(a, b, atol=1e-4, equal_nan=True)
+
+
+def test_prompts_longer_than_a_window_are_read_whole(lm):
+    lm.hf.config.sliding_window = 6
+    try: assert M.may_share(lm, [[1] * 5] * 2) and not M.may_share(lm, [[1] * 5, [1] * 6])
+    finally: del lm.hf.config.sliding_window
+
+
+@pytest.mark.parametrize("ids, groups", [
+    ([], []), ([[1]], [([0], [])]), ([[1, 2, 3], [1, 2, 4]], [([0, 1], [1, 2])]), ([[1, 2, 3], [1, 2, 3]], [([0, 1], [1, 2])]),
+    ([[1, 2], [3, 2]], [([0], []), ([1], [])]), ([[1, 2, 3, 4, 5], [1, 9]], [([0], []), ([1], [])]),
+    ([[1, 2, 3, 4, 9], [1, 2, 3, 7], [1, 2, 3, 4, 8]], [([2, 0, 1], [1, 2, 3])])])
+def test_groups_save_tokens(ids, groups): assert M.begin_alike(ids) == groups

@@ -6,7 +6,7 @@ from mechunlearn.questions import answer, completions
 from mechunlearn.facts import Fact, sports_athlete_editing
 from mechunlearn.finetuning import UPDATES, answer_losses, fact_losses, fact_rows, finetune, masters, not_said, step_losses
 from mechunlearn.localization import build
-from mechunlearn.models import Component, components, load
+from mechunlearn.models import Component, begin_alike, components, load
 from mechunlearn.relearning import Lora, relearn
 from mechunlearn.store import Refusal
 from mechunlearn.softprompts import logits_behind, prompted, random_words, read_once, soft_prompt
@@ -61,7 +61,7 @@ def test_a_shared_beginning_gives_the_same(lm):
     facts = [f.model_copy(update=dict(prompt=p, answer=" the market")) for f, p in zip(facts_of(), ["the bright fox watches", "the bright saw watches", "the bright fox watches"])]
     rows = fact_rows(lm, facts, [" the river", " the market", " the market"], "forget")
     one, many = (fact_losses(lm, {}, rows, UPDATES["edit"].loss, own=own) for own in (None, lambda row: []))
-    assert F.shared_prefix([r.ids for r in rows]) > 1 and torch.allclose(one, many, atol=1e-4)
+    assert len(begin_alike([r.ids for r in rows])[0][1]) > 1 and torch.allclose(one, many, atol=1e-4)
     same = fact_rows(lm, facts[:1] * 2, [" the river"] * 2, "forget") # the whole prompt is shared
     assert torch.allclose(fact_losses(lm, {}, same, UPDATES["edit"].loss), one[[0, 0]], atol=1e-4)
 
