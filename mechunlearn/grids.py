@@ -522,10 +522,11 @@ def estimate(
 ): # DataFrame: run_dir, localization, edits (seeds times draws), trained, exact, memory_gb, disk_gb
     "What each localization of a job will train and need"
     import pandas as pd
+    from mechunlearn.loading import usual_dtype
     from mechunlearn.localization import localizations_for
     lm = skeleton(job)
     total = sum(p.numel() for p in lm.hf.parameters())
-    kind = job.settings.get("quantize") or job.settings.get("dtype") or ("float32" if total < 1e8 else "bfloat16")
+    kind = job.settings.get("quantize") or job.settings.get("dtype") or str(usual_dtype(total, job.settings.get("device") == "cpu")).removeprefix("torch.")
     every = localizations_for(job.localizations, job.settings.get("draws", 1))
     rows = pd.DataFrame([(job.run_dir, name.split("#")[0], len(job.seeds), *trained(job, lm, name)) for name in every],
                         columns=["run_dir", "localization", "edits", "trained", "exact"])

@@ -6,9 +6,9 @@
 __all__ = ['DATA', 'DECIDES', 'LARGEST', 'MOST_READS', 'SHIPPED', 'packaged', 'verify', 'is_packaged', 'folder_revision',
            'weights_hash', 'snapshot', 'why', 'damaged', 'loading', 'locate', 'check_sizes', 'configuration',
            'check_complete', 'not_finite', 'check_finite', 'check_held', 'quiet_loading', 'only_errors', 'as_dtype',
-           'quantization', 'read_tokenizer', 'read_weights', 'gguf_tensors', 'check_gguf', 'dequantized', 'convert',
-           'file_hash', 'intact', 'converted', 'read_gguf', 'Shipped', 'known', 'licence_of', 'accept', 'check_terms',
-           'read_shipped', 'is_adapter', 'merge_adapter', 'Files']
+           'multiplies_bfloat16', 'usual_dtype', 'quantization', 'read_tokenizer', 'read_weights', 'gguf_tensors',
+           'check_gguf', 'dequantized', 'convert', 'file_hash', 'intact', 'converted', 'read_gguf', 'Shipped', 'known',
+           'licence_of', 'accept', 'check_terms', 'read_shipped', 'is_adapter', 'merge_adapter', 'Files']
 
 # %% ../nbs/09_loading.ipynb #090002
 import hashlib, io, json, logging, mechunlearn, os, re, shutil, sys, torch, transformers
@@ -238,6 +238,19 @@ def as_dtype(
 ) -> torch.dtype:
     "A floating point type by name."
     return dtype if isinstance(dtype, torch.dtype) else getattr(torch, choose(dtype, ("float32", "bfloat16", "float16"), "dtype"))
+
+# %% ../nbs/09_loading.ipynb #4f99dea2
+def multiplies_bfloat16() -> bool:
+    "Whether this processor has instructions for bfloat16 products."
+    return any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
+
+def usual_dtype(
+    n:int, # parameters
+    cpu:bool=True, # on the CPU
+) -> torch.dtype:
+    "What a model of this size is loaded in."
+    small = 1e9 if cpu and not multiplies_bfloat16() else 1e8
+    return torch.float32 if n < small else torch.bfloat16
 
 # %% ../nbs/09_loading.ipynb #000034
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda line: "gemm_4bit_forward" not in line.getMessage())

@@ -22,7 +22,7 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from .families import FAMILIES, PARTS, check_structure, matrix_shape, option, read_family, sizes, transposed
 from .loading import DATA, Files, as_dtype, check_held, configuration, folder_revision, is_adapter, licence_of, loading, locate
-from .loading import merge_adapter, packaged, quantization, read_tokenizer, read_weights, snapshot, weights_hash
+from .loading import merge_adapter, packaged, quantization, read_tokenizer, read_weights, snapshot, usual_dtype, weights_hash
 from .store import Refusal, cause_hash, choose
 
 # %% ../nbs/00_models.ipynb #000017
@@ -349,7 +349,7 @@ def skeleton(
 def read_model(
     model:str, # "organism", a folder, or a hub id
     device:str|None=None, # default: cuda if there is one, else cpu
-    dtype:str|torch.dtype|None=None, # default: float32 below 100 M parameters, else bfloat16
+    dtype:str|torch.dtype|None=None, # default: `usual_dtype`
     device_map:str|dict|None=None, # e.g. "auto"
     quantize:str|None=None, # "8bit" or "4bit"
     revision:str|None=None, # hub branch, tag or commit
@@ -364,8 +364,8 @@ def read_model(
         config = configuration(source, commit)
         n = skeleton(config, family).num_parameters()
         if rev: check_held(folder, n)
-        dtype = as_dtype(dtype or ("float32" if n < 1e8 else "bfloat16"))
         device_map = device_map or {"": device or ("cuda" if torch.cuda.is_available() else "cpu")}
+        dtype = as_dtype(dtype) if dtype else usual_dtype(n, device_map == {"": "cpu"})
         tok = read_tokenizer(source, commit)
         hf = read_weights(source, dtype, n < 1e8, revision=commit, device_map=device_map, quantization_config=quantization(quantize, dtype) if quantize else None)
     precision = quantize or str(dtype).removeprefix("torch.")
@@ -400,7 +400,7 @@ def read_adapter(
 def load(
     model:str, # a name ("organism", "gemma-3-270m"), a folder (of a model, or of an adapter), a `.gguf` file, or a hub id such as "google/gemma-7b"
     device:str|None=None, # default: cuda if there is one, else cpu
-    dtype:str|torch.dtype|None=None, # default: float32 below 100 M parameters, else bfloat16
+    dtype:str|torch.dtype|None=None, # default: float32 below 100 M parameters, else bfloat16; see `usual_dtype`
     device_map:str|dict|None=None, # e.g. "auto" to spread over several GPUs; `device` is then not used
     quantize:str|None=None, # "8bit" or "4bit" (bitsandbytes)
     revision:str|None=None, # hub branch, tag or commit

@@ -423,3 +423,10 @@ def test_no_line_about_a_package_that_nothing_needs():
             "log.warning('Failed to load CPU gemm_4bit_forward from kernels-community: %s. Please make sure you already `pip install kernels`', 'x'); log.warning('another %s', 'line')")
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert said.returncode == 0 and "kernels" not in said.stdout + said.stderr and "another line" in said.stderr
+
+
+def test_a_processor_without_bfloat16_gets_float32(monkeypatch):
+    assert loading.usual_dtype(4e6) == torch.float32 and loading.usual_dtype(9e9) == loading.usual_dtype(2.7e8, cpu=False) == torch.bfloat16
+    for native in (True, False):
+        monkeypatch.setattr(loading, "multiplies_bfloat16", lambda: native)
+        assert loading.usual_dtype(2.7e8) == (torch.bfloat16 if native else torch.float32) and loading.usual_dtype(9e9) == torch.bfloat16

@@ -1,4 +1,5 @@
 "The relearning attack: what it leaves alone, what it trains on, what it counts."
+from types import SimpleNamespace
 import pandas as pd, pytest, torch
 from mechunlearn.questions import answer, completions
 from mechunlearn.facts import Fact, Task, sports_athlete_editing
@@ -136,8 +137,10 @@ def test_one_fact_cannot_be_halved(tiny):
 
 def test_default_settings_follow_the_width(tiny):
     assert lora_for(tiny()) == ORGANISM
-    class Wide: d_model = 3072
-    assert lora_for(Wide) == PUBLISHED and PUBLISHED.alpha / PUBLISHED.rank == 1 / 16
+    wide = lambda n: lora_for(SimpleNamespace(d_model=n))
+    assert wide(3072) == wide(3584) == wide(4096) == PUBLISHED and PUBLISHED.alpha / PUBLISHED.rank == 1 / 16
+    assert [wide(n).rank for n in (576, 640, 1152, 2048)] == [64, 128, 128, 256] and wide(2048) == Lora(256, 256, 5e-4, 0.)
+    assert {l.rank for l, _ in grid_for(SimpleNamespace(d_model=640))} == {0, 16, 128} != {l.rank for l, _ in grid_for(SimpleNamespace(d_model=3072))}
 
 
 def a_task(truths, edits, known=(" a", " b", " c"), relation="sport"):
