@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['SPORTS', 'GOLF', 'SPORTS_PROMPT', 'SPORTS_PROMPTS', 'SPORTS_SYSTEM', 'SPORTS_PARAPHRASES', 'EDITED', 'SPLITS',
-           'LETTERS', 'SQUARE', 'MATE', 'COUNTERFACT_MCQ', 'MCQ', 'N_SETS', 'INJECT', 'N_SHOTS', 'N_DEV_RETAIN',
-           'N_DEV_FORGET', 'N_OTHER', 'N_OTHER_SHOTS', 'KNOWN', 'KNOWN_BY', 'UNKNOWN', 'NOT_KNOWN', 'N_TEXTS',
-           'ODD_WORDS', 'NO_SUBJECT', 'JOINED', 'Fact', 'WorldRelation', 'WorldFact', 'World', 'load_world', 'fill',
-           'world_shot', 'world_facts', 'sport_fact', 'sports_path', 'Athlete', 'read_sports', 'sports_facts', 'Task',
-           'McqFormat', 'mcq_block', 'seeded', 'mcq_options', 'has_options', 'usable_shots', 'mcq_shots', 'askable',
-           'McqItem', 'mcq_example', 'mcq_prompts', 'every_order', 'with_edit_answers', 'of_each', 'without',
-           'in_proportion', 'quarter_of_each', 'fixed_sets', 'check_size', 'split_retain', 'seeded_sets',
-           'world_groups', 'paper_sets', 'probabilities', 'likeliest', 'known_of', 'asked_as', 'left_out', 'texts',
-           'world_sets', 'table_sets', 'check_numbers', 'check_options', 'sports_athlete_editing', 'unknown_words',
-           'check_words', 'check_candidates', 'check_boundary', 'unfit', 'fitting', 'check_facts', 'check_task']
+           'LETTERS', 'SQUARE', 'MATE', 'COUNTERFACT_MCQ', 'MCQ', 'INJECT', 'N_SHOTS', 'N_DEV_RETAIN', 'N_DEV_FORGET',
+           'N_OTHER', 'N_OTHER_SHOTS', 'KNOWN', 'KNOWN_BY', 'UNKNOWN', 'NOT_KNOWN', 'N_TEXTS', 'ODD_WORDS',
+           'NO_SUBJECT', 'JOINED', 'Fact', 'WorldRelation', 'WorldFact', 'World', 'load_world', 'fill', 'world_shot',
+           'world_facts', 'sport_fact', 'sports_path', 'Athlete', 'read_sports', 'sports_facts', 'Task', 'McqFormat',
+           'mcq_block', 'seeded', 'mcq_options', 'has_options', 'usable_shots', 'mcq_shots', 'askable', 'McqItem',
+           'mcq_example', 'mcq_prompts', 'every_order', 'with_edit_answers', 'of_each', 'without', 'in_proportion',
+           'quarter_of_each', 'fixed_sets', 'check_size', 'split_retain', 'seeded_sets', 'world_groups', 'paper_sets',
+           'probabilities', 'likeliest', 'known_of', 'asked_as', 'left_out', 'texts', 'world_sets', 'table_sets',
+           'check_numbers', 'check_options', 'sports_athlete_editing', 'unknown_words', 'check_words',
+           'check_candidates', 'check_boundary', 'unfit', 'fitting', 'check_facts', 'check_task']
 
 # %% ../nbs/01_facts.ipynb #010003
 import hashlib, json, random
@@ -391,15 +391,14 @@ def mcq_shots(
     n:int, # how many
     rng:random.Random, # draws
     mixed:bool=False, # of any relation
-    k:int=0, # which set: each begins with other answers, and with another fact of each
 ) -> list[Fact]:
     "Choose the examples before a question: same relation unless `mixed`, other subjects, different answers first"
-    pool, by = [s for s in shots if (mixed or s.relation == fact.relation) and has_options(s)], {}
-    for s in rng.sample(pool, len(pool)): by.setdefault(s.answer, []).append(s)
-    turn = {s.id: ((i - k) % len(v), (j - 3*k) % len(by)) for j, v in enumerate(by.values()) for i, s in enumerate(v)}
-    chosen = usable_shots(fact, sorted(pool, key=lambda s: turn[s.id]), mixed)[:n]
-    if len(chosen) == n: return chosen
-    raise Refusal(f"multiple choice needs {n} examples{'' if mixed else f' of {fact.relation!r}'}; there are {len(chosen)}")
+    pool = usable_shots(fact, shots, mixed)
+    if len(pool) < n:
+        raise Refusal(f"multiple choice needs {n} examples{'' if mixed else f' of {fact.relation!r}'}; there are {len(pool)}")
+    pool, count, rank = rng.sample(pool, len(pool)), {}, {}
+    for s in pool: rank[s.id] = count[s.answer] = count.get(s.answer, 0) + 1
+    return sorted(pool, key=lambda s: rank[s.id])[:n]
 
 # %% ../nbs/01_facts.ipynb #010050
 def askable(
@@ -430,23 +429,20 @@ def mcq_example(
     return mcq_block(source, fact, wrong[:letter] + [fact.answer] + wrong[letter:]) + LETTERS[letter] + MCQ[source].end
 
 # %% ../nbs/01_facts.ipynb #010052
-N_SETS = 4 # of examples
-
 def mcq_prompts(
     source, # a Task, or the name of a source: "world", "sports"
     fact:Fact, # what is asked
     shots=None, # facts that examples are chosen from; none: the task's
-    seed:int=0, # draws options, their order and the set of examples, for each fact on its own; and the sets
+    seed:int=0, # draws options, order and examples, for each fact on its own
     n_shots:int|None=None, # examples before the question; none: as many as the format has
 ) -> list[McqItem]: # four versions
     "Ask a fact as multiple choice, in four balanced versions"
     if isinstance(source, Task): source, shots = source.source, source.shots if shots is None else shots
     n_shots = MCQ[source].shots if n_shots is None else n_shots
     draw, items = seeded("mcq", seed, fact.id), []
-    options, mixed = mcq_options(fact, draw), MCQ[source].mixed
-    of, k = ("examples", seed, "" if mixed else fact.relation), draw.randrange(N_SETS)
-    before, columns = mcq_shots(fact, shots or (), n_shots, seeded(*of), mixed, k), seeded(*of, k).sample(range(4), 4)
-    examples = [(s, mcq_options(s, seeded(*of, k, s.id)), columns[j % 4]) for j, s in enumerate(before)]
+    options, columns = mcq_options(fact, draw), draw.sample(range(4), 4)
+    before = mcq_shots(fact, shots or (), n_shots, draw, MCQ[source].mixed)
+    examples = [(s, mcq_options(s, draw), columns[j % 4]) for j, s in enumerate(before)]
     for square, mate in zip(SQUARE, MATE):
         placed = tuple(options[i] for i in square)
         text = MCQ[source].header + "".join(mcq_example(source, s, opts, mate[c]) for s, opts, c in examples)
