@@ -336,11 +336,12 @@ class McqFormat(NamedTuple):
     capital: bool  # options with a capital letter
     shots: int     # examples before the question
     mixed: bool    # examples of any relation
+    sets: int      # of examples, which the facts take turns with; 0: each fact draws its own
 
 # %% ../nbs/01_facts.ipynb #46531cd2
-MCQ = {"world": McqFormat("", "Question: {q} A: {A} B: {B} C: {C} D: {D} Answer:", "\n", False, 3, False),
-       "sports": McqFormat(SPORTS_SYSTEM + "\n", "Question: {q}\nA: {A}\nB: {B}\nC: {C}\nD: {D}\n\nAnswer:", "\n\n", True, 3, False),
-       "counterfact": McqFormat("", COUNTERFACT_MCQ, "\n\n", False, 8, True)}
+MCQ = {"world": McqFormat("", "Question: {q} A: {A} B: {B} C: {C} D: {D} Answer:", "\n", False, 3, False, 0),
+       "sports": McqFormat(SPORTS_SYSTEM + "\n", "Question: {q}\nA: {A}\nB: {B}\nC: {C}\nD: {D}\n\nAnswer:", "\n\n", True, 3, False, 4),
+       "counterfact": McqFormat("", COUNTERFACT_MCQ, "\n\n", False, 8, True, 4)}
 MCQ |= {"athletes": MCQ["sports"], "atlas": MCQ["counterfact"]} # ask as these do
 
 # %% ../nbs/01_facts.ipynb #010042
@@ -380,9 +381,9 @@ def has_options(
     return len({a for a in (fact.answer, fact.edit, *(fact.wrong or fact.candidates)) if a}) >= 4
 
 # %% ../nbs/01_facts.ipynb #86c6f159
-def usable_shots(fact, shots, mixed):
-    "Facts that can be an example before a question"
-    return [s for s in shots if (mixed or s.relation == fact.relation) and s.subject != fact.subject and has_options(s)]
+def usable_shots(fact, shots, mixed, itself=False):
+    "Facts that can be an example before a question; or before any of its kind, `itself` among them"
+    return [s for s in shots if (mixed or s.relation == fact.relation) and (itself or s.subject != fact.subject) and has_options(s)]
 
 # %% ../nbs/01_facts.ipynb #b50eaf5b
 def mcq_shots(
@@ -391,14 +392,16 @@ def mcq_shots(
     n:int, # how many
     rng:random.Random, # draws
     mixed:bool=False, # of any relation
+    k:int|None=None, # which of the sets, that begin with different answers and different facts; none: a draw for this fact
 ) -> list[Fact]:
     "Choose the examples before a question: same relation unless `mixed`, other subjects, different answers first"
-    pool = usable_shots(fact, shots, mixed)
-    if len(pool) < n:
-        raise Refusal(f"multiple choice needs {n} examples{'' if mixed else f' of {fact.relation!r}'}; there are {len(pool)}")
-    pool, count, rank = rng.sample(pool, len(pool)), {}, {}
-    for s in pool: rank[s.id] = count[s.answer] = count.get(s.answer, 0) + 1
-    return sorted(pool, key=lambda s: rank[s.id])[:n]
+    pool, by = usable_shots(fact, shots, mixed, itself=k is not None), {} # what is drawn for all must not depend on one
+    pool = rng.sample(pool, len(pool))
+    for s in pool: by.setdefault(s.answer, []).append(s)
+    turn = {s.id: (i, 0) if k is None else ((i - k) % len(v), (j - 3*k) % len(by)) for j, v in enumerate(by.values()) for i, s in enumerate(v)}
+    chosen = usable_shots(fact, sorted(pool, key=lambda s: turn[s.id]), mixed)[:n]
+    if len(chosen) == n: return chosen
+    raise Refusal(f"multiple choice needs {n} examples{'' if mixed else f' of {fact.relation!r}'}; there are {len(chosen)}")
 
 # %% ../nbs/01_facts.ipynb #010050
 def askable(
@@ -433,16 +436,19 @@ def mcq_prompts(
     source, # a Task, or the name of a source: "world", "sports"
     fact:Fact, # what is asked
     shots=None, # facts that examples are chosen from; none: the task's
-    seed:int=0, # draws options, order and examples, for each fact on its own
+    seed:int=0, # draws options, their order and the set of examples, for each fact on its own; and the sets
     n_shots:int|None=None, # examples before the question; none: as many as the format has
 ) -> list[McqItem]: # four versions
     "Ask a fact as multiple choice, in four balanced versions"
     if isinstance(source, Task): source, shots = source.source, source.shots if shots is None else shots
     n_shots = MCQ[source].shots if n_shots is None else n_shots
     draw, items = seeded("mcq", seed, fact.id), []
-    options, columns = mcq_options(fact, draw), draw.sample(range(4), 4)
-    before = mcq_shots(fact, shots or (), n_shots, draw, MCQ[source].mixed)
-    examples = [(s, mcq_options(s, draw), columns[j % 4]) for j, s in enumerate(before)]
+    options, form = mcq_options(fact, draw), MCQ[source]
+    k = draw.randrange(form.sets) if form.sets else None
+    rng = lambda *more: draw if k is None else seeded("examples", seed, "" if form.mixed else fact.relation, *more)
+    columns = rng(k).sample(range(4), 4)
+    before = mcq_shots(fact, shots or (), n_shots, rng(), form.mixed, k)
+    examples = [(s, mcq_options(s, rng(k, s.id)), columns[j % 4]) for j, s in enumerate(before)]
     for square, mate in zip(SQUARE, MATE):
         placed = tuple(options[i] for i in square)
         text = MCQ[source].header + "".join(mcq_example(source, s, opts, mate[c]) for s, opts, c in examples)

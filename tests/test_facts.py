@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from mechunlearn.facts import (EDITED, GOLF, LETTERS, SPORTS, Task, check_boundary, check_candidates, check_task, load_world,
-    mcq_prompts, read_sports, seeded, sport_fact, sports_athlete_editing, sports_facts, with_edit_answers, world_facts)
+    MCQ, mcq_prompts, mcq_shots, read_sports, seeded, sport_fact, sports_athlete_editing, sports_facts, with_edit_answers, world_facts)
 from mechunlearn.models import wrap
 from mechunlearn.tasks import make_task
 from mechunlearn.store import Refusal, cause_hash
@@ -161,6 +161,20 @@ def test_golf_is_among_the_examples():
     shown = [m for f in task.forget for m in mcq_prompts(task, f)[:1]]
     golf = [m for m in shown if any(re.search(rf"{l}: golf[^?]*Answer: {l}\n", m.prompt) for l in "ABCD")]
     assert .5 < len(golf) / len(shown) < 1      # three examples of four answers: 3/4 expected
+
+
+@pytest.mark.parametrize("source", ["athletes", "sports"])
+def test_real_facts_take_turns_with_four_sets_of_examples(source):
+    shots = [sport_fact(f"Ann {a} {i}", a, f"s/{a}{i}") for a in ("golf", "football", "baseball", "basketball") for i in range(6)]
+    facts = [sport_fact(f"Joe {i}", "football", f"x/{i}") for i in range(64)]
+    head = lambda m: m.prompt.rsplit("Question:", 1)[0]
+    asked = [mcq_prompts(source, f, shots, seed=1) for f in facts]
+    assert len({head(items[0]) for items in asked}) == MCQ[source].sets == 4 and len({head(m) for items in asked for m in items}) == 16
+    shown = [set(re.findall(r"play\?\n.*?Answer: ([A-D])", head(items[0]), re.S)) for items in asked]
+    truths = {frozenset(f.answer for f in mcq_shots(facts[0], shots, 3, seeded("x"), k=k)) for k in range(4)}
+    assert len(truths) == 4 and all(len(t) == 3 for t in truths)                        # in turn each answer is left out
+    own = mcq_prompts(source, shots[0], shots, seed=1)                                   # a fact is no example for itself
+    assert all(m.prompt.count(shots[0].subject) == 1 for m in own) and all(len(s) == 3 for s in shown)
 
 
 def test_mcq_without_examples_or_options():

@@ -1,0 +1,125 @@
+"""What a real model costs: the whole standard pipeline on Gemma 3 270M, stage by stage, beside what its products alone must take.
+
+    python benchmarks/real_model.py [--model gemma-3-270m] [--facts athletes] [--forget-size 16] [--localizations A,B,...]
+        [--threads 2] [--lr 1e-4] [--out FOLDER] [--save NAME]
+
+The notebooks of the pipeline run one after another in this process, with the parameters that `mechunlearn run` would give them. One JSON object
+a line, for each stage and for all: seconds, peak_mb (of the process), tflop (products of linear layers, forwards and backwards, counted
+as they happen), floor_s (tflop over the rate that this machine multiplies matrices of the model's own sizes at, in its dtype), over_floor.
+The first line is the machine: its rate, the model's dtype. `equal` repeats what is read once for several prompts (`models.parts`) without
+it: the largest difference of a log-probability in float32, and the seconds of both, for the whole questionnaire of an edit and for a step of fine-tuning.
+`--save NAME` also writes results/NAME.jsonl.
+"""
+import argparse, json, os, tempfile, threading, time
+from pathlib import Path
+import matplotlib; matplotlib.use("agg")
+import psutil, torch
+from IPython.core.interactiveshell import InteractiveShell
+from mechunlearn import finetuning as F, models
+from mechunlearn.evaluation import questionnaire
+from mechunlearn.grids import make_job
+from mechunlearn.localization import build
+from mechunlearn.models import Component, load, next_token
+from mechunlearn.runs import stage_notebook
+from mechunlearn.tasks import make_task
+
+SIX = "flu,causal-tracing-mlps,random-mlps,late,all-mlps,nonlocalized"
+
+
+class Products:
+    "Counts the products of linear layers: a forward, and on the way back one for the input and one for the weight, where they have a gradient"
+    def __init__(self): self.flop, self.handle = 0, torch.nn.modules.module.register_module_forward_hook(self.see)
+    def see(self, module, args, out):
+        if not isinstance(module, torch.nn.Linear) or not args: return
+        once = 2 * args[0].numel() * module.weight.shape[0]
+        self.flop += once * (1 + (out.requires_grad and args[0].requires_grad) + (out.requires_grad and module.weight.requires_grad))
+
+
+class Peak:
+    "The most memory this process had in a `with` block"
+    def __enter__(self):
+        self.go, self.high = True, 0
+        self.thread = threading.Thread(target=self.watch, daemon=True); self.thread.start()
+        return self
+    def watch(self):
+        while self.go: self.high = max(self.high, psutil.Process().memory_info().rss); time.sleep(.02)
+    def __exit__(self, *_): self.go = False; self.thread.join()
+
+
+def seconds(fn, n=1):
+    start = time.perf_counter()
+    for _ in range(n): fn()
+    return (time.perf_counter() - start) / n
+
+
+def rate(lm):
+    "TFLOP a second in products as large as those of 64 prompts of 16 tokens"
+    x, w = torch.randn(1024, lm.d_model).to(lm.hf.dtype), torch.randn(lm.d_mlp, lm.d_model).to(lm.hf.dtype)
+    fn = lambda: torch.nn.functional.linear(x, w)
+    seconds(fn, 5)
+    return 2 * x.numel() * len(w) / min(seconds(fn, 20) for _ in range(5)) / 1e12
+
+
+def run_stage(shell, stage, job):
+    "The cells of a stage's notebook; an error ends the benchmark"
+    for c in stage_notebook(stage).cells:
+        if c.cell_type != "code": continue
+        parameters = "parameters" in c.metadata.get("tags", [])
+        source = "\n".join(f"{k} = {v!r}" for k, v in job.parameters.items()) if parameters else c.source
+        shell.run_cell(source, silent=True).raise_error()
+
+
+def equal(args):
+    "With what prompts begin with read once, and without"
+    lm = load(args.model, device="cpu", dtype="float32")
+    task = make_task("sports-athlete-editing", lm, forget_size=args.forget_size, **({"facts": args.facts} if args.facts else {}))
+    asked = questionnaire(task)
+    prompts, ids = [q.prompt for q in asked], [[lm.first_token(c) for c in q.choices] for q in asked]
+    ask = lambda share: next_token(lm, prompts, ids, share=share)[0]
+    (a, b), took = [ask(s) for s in (True, False)], [seconds(lambda: ask(s)) for s in (True, False)]
+    where = build(lm, "hand@first", [Component("mlp", l) for l in range(lm.n_layers // 4)])
+    batch = next(F.draws(F.training_rows(lm, task), dict(forget=64, retain=48), 1, 0))
+    def step(share):
+        values = F.masters(lm, where.slices)
+        logits = F.end_logits(lm, F.matrices(lm, values), [r.ids for r in batch], share=share)
+        logits.logsumexp(-1).mean().backward()
+        return torch.cat([v.grad.flatten() for v in values.values()])
+    g, h = step(True), step(False)
+    yield dict(name="equal/questionnaire", prompts=len(prompts), max_abs_diff=(a - b)[~a.isnan()].abs().max().item(), ours_s=took[0], theirs_s=took[1])
+    yield dict(name="equal/step", prompts=len(batch), max_abs_diff=((g - h).abs().max() / h.abs().max()).item(), ours_s=seconds(lambda: step(True), 2), theirs_s=seconds(lambda: step(False), 2))
+
+
+def main():
+    p = argparse.ArgumentParser()
+    for name, default in dict(model="gemma-3-270m", facts="athletes", localizations=SIX, out=None, save=None).items(): p.add_argument(f"--{name}", default=default)
+    p.add_argument("--forget-size", type=int, default=16); p.add_argument("--threads", type=int, default=2); p.add_argument("--lr", type=float)
+    p.add_argument("--skip-equal", action="store_true")
+    args, lines = p.parse_args(), []
+    torch.set_num_threads(args.threads)
+    def say(**line):
+        line = {k: round(v, 4 if v < 1 else 2) if isinstance(v, float) and v > 1e-3 else v for k, v in line.items()}
+        lines.append(line); print(json.dumps(line), flush=True)
+    lm = load(args.model, device="cpu")
+    tflops = rate(lm)
+    say(name="machine", cores=os.cpu_count(), threads=args.threads, torch=torch.__version__, model=lm.name, dtype=str(lm.hf.dtype).removeprefix("torch."), tflop_per_s=tflops)
+    del lm
+    if not args.skip_equal:
+        for line in equal(args): say(**line)
+    settings = {"device": "cpu"} | ({"lr": args.lr} if args.lr else {})
+    out = args.out or tempfile.mkdtemp()
+    job = make_job(args.model, "sports-athlete-editing", {"forget_size": args.forget_size} | ({"facts": args.facts} if args.facts else {}), args.localizations.split(","), [0], settings, out)
+    Path(job.run_dir).mkdir(parents=True, exist_ok=True)
+    shell, counted, total = InteractiveShell.instance(), Products(), dict(seconds=0., tflop=0., peak_mb=0)
+    for stage in job.stages:
+        before = counted.flop
+        with Peak() as peak: s = seconds(lambda: run_stage(shell, stage, job))
+        shell.reset(new_session=False)
+        tflop = (counted.flop - before) / 1e12
+        line = dict(seconds=s, tflop=tflop, peak_mb=round(peak.high / 2**20))
+        say(name=stage.name, **line, floor_s=tflop / tflops, over_floor=s * tflops / tflop if tflop else None)
+        total = {k: max(v, line[k]) if k == "peak_mb" else v + line[k] for k, v in total.items()}
+    say(name="all", localizations=args.localizations, **total, minutes=total["seconds"] / 60, floor_s=total["tflop"] / tflops, over_floor=total["seconds"] * tflops / total["tflop"])
+    if args.save: (Path(__file__).parent/"results"/f"{args.save}.jsonl").write_text("".join(json.dumps(l) + "\n" for l in lines))
+
+
+if __name__ == "__main__": main()
