@@ -396,8 +396,7 @@ def mcq_shots(
 ) -> list[Fact]:
     "Choose the examples before a question: same relation unless `mixed`, other subjects, different answers first"
     pool, by = usable_shots(fact, shots, mixed, itself=k is not None), {} # what is drawn for all must not depend on one
-    pool = rng.sample(pool, len(pool))
-    for s in pool: by.setdefault(s.answer, []).append(s)
+    for s in (pool := rng.sample(pool, len(pool))): by.setdefault(s.answer, []).append(s)
     turn = {s.id: (i, 0) if k is None else ((i - k) % len(v), (j - 3*k) % len(by)) for j, v in enumerate(by.values()) for i, s in enumerate(v)}
     chosen = usable_shots(fact, sorted(pool, key=lambda s: turn[s.id]), mixed)[:n]
     if len(chosen) == n: return chosen
