@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['HARD', 'RECOVERED', 'KEPT', 'REST', 'TEXT', 'FORMAT_NAMES', 'ATTACK_NAMES', 'OTHERS', 'QUESTIONS', 'WHY_NOT',
-           'Attacks', 'attack', 'TableRow', 'answers_to', 'guess_of', 'AttackTable', 'run_more_attacks']
+           'Attacks', 'attack', 'TableRow', 'answers_to', 'guess_of', 'AttackTable', 'without_power',
+           'run_more_attacks']
 
 # %% ../nbs/33_more_attacks.ipynb #330002
 from contextlib import nullcontext
@@ -24,6 +25,7 @@ from .latent import latent, strongest
 from .models import LM
 from .relearning import blind_guesses, low_resource, measured_on, of_job, relearn
 from .softprompts import soften
+from .stats import MCQ_CHANCE, has_power, per_fact
 from .store import Run, choose
 
 # %% ../nbs/33_more_attacks.ipynb #330006
@@ -198,7 +200,18 @@ def card(self:Attacks) -> pd.DataFrame: # the columns of `scorecard.scorecard`
 
 # %% ../nbs/33_more_attacks.ipynb #a7c164c4
 WHY_NOT = dict(hardened="none of these facts can be asked with four options: they lack wrong answers, or solved examples",
-    generation="there are no facts to ask")
+    generation="there are no facts to ask",
+    weak="the unedited model is at chance in multiple choice ({:.2f} at best, n = {}), so nothing could be said of an edit: edits were not asked")
+
+# %% ../nbs/33_more_attacks.ipynb #b41e7108
+def without_power(
+    records:pd.DataFrame, # of `harden`, the unedited model
+) -> str|None: # none: there is a setting in which it is surely better than chance
+    "Why hardened multiple choice can say nothing about edits of this model"
+    facts = per_fact(records.assign(localization="none", draw=0, seed=0))
+    by = facts[facts.group.isin(["forget", "retain"])].groupby("setting").top1_truth.agg(["sum", "count", "mean"])
+    if not len(by) or has_power(by["sum"], by["count"], MCQ_CHANCE).any(): return None
+    return WHY_NOT["weak"].format(by["mean"].max(), by["count"].max())
 
 # %% ../nbs/33_more_attacks.ipynb #cfcd7ddd
 def run_more_attacks(
@@ -215,14 +228,16 @@ def run_more_attacks(
 ) -> pd.DataFrame: # the rows of `stats.summarise`
     "Ask the unedited model and each edit; writes `<localization>/seed<k>/hardened.parquet` and `generation.parquet`"
     options = dict(hardened=HARD | hardened, generation=dict(max_facts=64, more=8) | generation)
-    tables, missing = [], {}
+    tables, missing, weak = [], {}, {}
     for job in tqdm(edit_jobs(lm, task_for_seed, run, ["none", *localizations], seeds, recompute, **settings), "more attacks", disable=None):
         edit = cache(job.edit) # trained once, also where nothing is written
         for name, ask in (("hardened", harden), ("generation", speak)):
+            if name == "hardened" and (why := weak.get(job.task.seed)): missing[name] = why; continue
             def records(edit):
                 with edit.applied(lm) if edit else nullcontext(): return ask(lm, job.task, batch_size=batch_size, **options[name])
             table = job.table(f"{name}.parquet", records, recompute, edit, **{name: options[name]})
             if len(table): tables.append(of_job(table, job))
-            else: missing[name] = WHY_NOT[name]
+            if len(table) and name == "hardened" and job.name == "none": weak[job.task.seed] = without_power(table)
+            if not len(table): missing[name] = WHY_NOT[name]
     keep_missing(run, "more_attacks", list(options), missing)
     return measured_on(tables)

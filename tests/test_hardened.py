@@ -3,7 +3,7 @@ import hashlib, json
 from collections import Counter
 import pandas as pd, pytest, torch
 from mechunlearn import evaluation as E
-from mechunlearn.attacks import run_more_attacks
+from mechunlearn.attacks import run_more_attacks, without_power
 from mechunlearn.evaluation import answer_letters, continuations, first_named, generate_answers, hard_choice, harden, letter_logprobs, letter_priors, questionnaire, shown_shots, speak, with_majority
 from mechunlearn.questions import as_records, RECORD, answer, completions, multiple_choice, paraphrases
 from mechunlearn.facts import LETTERS, Fact, every_order, mcq_prompts, sports_athlete_editing
@@ -257,6 +257,7 @@ def test_stage_writes_both_tables_once(tiny, task, tmp_path, monkeypatch):
     lm = tiny()
     run = Run(tmp_path, lm.name, lm.revision, task.name, {})
     how = dict(hardened=dict(shots=[0, 1], n_all_orders=1, max_facts=2), generation=dict(max_facts=2, more=1), steps=2, lr=1e-2, progress=False)
+    monkeypatch.setattr("mechunlearn.attacks.without_power", lambda records: None)          # a random model is at chance
     first = run_more_attacks(lm, lambda seed: task, run, ["late"], [0], **how)
     assert set(first.localization) == {"none", "late"} and set(first.evaluation) == {"hardened", "generation"} and (first.n <= 2).all()
     tables = {name: load_table(tmp_path / name / "seed1/hardened.parquet") for name in ("none", "late")}
@@ -265,6 +266,22 @@ def test_stage_writes_both_tables_once(tiny, task, tmp_path, monkeypatch):
     for ask in ("harden", "speak"): monkeypatch.setattr(f"mechunlearn.attacks.{ask}", lambda *a, **kw: pytest.fail("made again"))
     pd.testing.assert_frame_equal(run_more_attacks(lm, lambda seed: task, run, ["late"], [0], **how), first)
     with pytest.raises(pytest.fail.Exception): run_more_attacks(lm, lambda seed: task, run, ["late"], [0], **how | dict(generation=dict(max_facts=1)))
+
+
+def test_edits_of_a_model_that_cannot_do_multiple_choice_are_not_asked(tiny, task, tmp_path):
+    run = Run(tmp_path, (lm := tiny()).name, lm.revision, task.name, {})
+    got = run_more_attacks(lm, lambda seed: task, run, ["late"], [0], hardened=dict(shots=[0], n_all_orders=0, max_facts=8), generation=dict(max_facts=1), steps=1, lr=1e-3, progress=False)
+    asked = set(zip(got.localization, got.evaluation))
+    assert asked == {("none", "hardened"), ("none", "generation"), ("late", "generation")} and not (tmp_path / "late/seed1/hardened.parquet").exists()
+    assert "at chance in multiple choice" in json.loads((tmp_path / "notes/more_attacks.json").read_text())["hardened"]
+
+
+@pytest.mark.parametrize("right, weak", [(.9, False), (.25, True), (.5, False)])
+def test_power_of_hardened_questions_is_that_of_the_best_setting(right, weak):
+    rows = [dict(evaluation="hardened", fact=f"f/{i}", subject="s", relation="r", truth=" A", edit=None, group=g, format="mcq", variant=0, setting=s, top1_truth=i < n, compliance=1.)
+            for g in ("forget", "retain") for s, n in (("0-shot", 10), ("4-shot", round(40 * right))) for i in range(40)]
+    said = without_power(as_records(rows))
+    assert bool(said) == weak and (not weak or "(0.25 at best, n = 80)" in said)
 
 
 def test_stage_trains_an_edit_once_where_nothing_is_written(tiny, task, monkeypatch):
