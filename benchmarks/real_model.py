@@ -103,9 +103,7 @@ def main():
     tflops = rate(lm)
     say(name="machine", cores=os.cpu_count(), threads=args.threads, torch=torch.__version__, model=lm.name, dtype=str(lm.hf.dtype).removeprefix("torch."), tflop_per_s=tflops)
     del lm
-    if not args.skip_equal:
-        for line in equal(args): say(**line)
-    settings = {"device": "cpu"} | ({"lr": args.lr} if args.lr else {})
+    settings = {"device": "cpu", "draws": 1} | ({"lr": args.lr} if args.lr else {})
     out = args.out or tempfile.mkdtemp()
     job = make_job(args.model, "sports-athlete-editing", {"forget_size": args.forget_size} | ({"facts": args.facts} if args.facts else {}), args.localizations.split(","), [0], settings, out)
     Path(job.run_dir).mkdir(parents=True, exist_ok=True)
@@ -119,6 +117,8 @@ def main():
         say(name=stage.name, **line, floor_s=tflop / tflops, over_floor=s * tflops / tflop if tflop else None)
         total = {k: max(v, line[k]) if k == "peak_mb" else v + line[k] for k, v in total.items()}
     say(name="all", localizations=args.localizations, **total, minutes=total["seconds"] / 60, floor_s=total["tflop"] / tflops, over_floor=total["seconds"] * tflops / total["tflop"])
+    if not args.skip_equal:
+        for line in equal(args): say(**line)
     if args.save: (Path(__file__).parent/"results"/f"{args.save}.jsonl").write_text("".join(json.dumps(l) + "\n" for l in lines))
 
 

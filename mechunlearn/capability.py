@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['PAIRED', 'PUBLISHED', 'PANELS', 'RULES', 'TINY_MMLU', 'texts_for', 'noise', 'capability', 'paired_changes',
-           'plot_capability', 'Rule', 'destroyed', 'benchmarks', 'accuracies', 'one_order', 'write_benchmark',
-           'capability_table', 'capability_text', 'run_capability']
+           'plot_capability', 'Rule', 'destroyed', 'ask_atlas', 'benchmarks', 'accuracies', 'one_order',
+           'write_benchmark', 'capability_table', 'capability_text', 'run_capability']
 
 # %% ../nbs/26_capability.ipynb #160002
 import copy, json, logging, random, sys
 from contextlib import chdir, contextmanager, nullcontext
 from functools import lru_cache
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
 import matplotlib as mpl, numpy as np, pandas as pd, torch, yaml
@@ -27,12 +28,13 @@ from .models import LM, components, packaged
 from .questions import Question, answer, as_records, multiple_choice, text_loss
 from .sources import find, read_texts
 from .stats import MCQ_CHANCE, METRICS, bootstrap, mcnemar, paired_bootstrap, wilson
+from .tasks import atlas_facts
 from .store import Refusal, Run, Unavailable, choose
 
 # %% ../nbs/26_capability.ipynb #160006
 def texts_for(
     lm:LM, # tokenizes
-    source:str|None=None, # text file, folder or hub id; none: the organism's own, for other models what MECHUNLEARN_TEXT names
+    source:str|None=None, # text file, folder, hub id or "python"; none: the organism's own, for other models what MECHUNLEARN_TEXT names
     n:int=200, # texts, at most
     ctx:int=128, # tokens; a longer text is cut
     seed:int=0, # draws them
@@ -40,7 +42,7 @@ def texts_for(
     "Held-out texts to measure the loss on; the same for every edit of a model"
     if source is None and lm.name in packaged(): pool = held_out("world")["text_test"]
     else:
-        pool = read_texts(find("text", source), 10_000)
+        pool = read_texts(source if source == "python" else find("text", source), 10_000)
         pool = pool[min(len(pool), sum(N_TEXTS)) * N_TEXTS[0] // sum(N_TEXTS):]
     if odd := unknown_words(lm, pool): raise Refusal(f"{lm.name} does not know {len(odd)} words of these texts ({', '.join(odd[:4])}): take others")
     return tuple(t for t in (_cut(lm, t, ctx) for t in seeded("texts", seed).sample(pool, min(n, len(pool)))) if t)
@@ -235,15 +237,28 @@ def _sample(benchmark, task, s):
     return dict(fact=f"{task}/{s['doc_id']:05d}", relation=task, group=benchmark, format="benchmark", variant=0, truth=choices[truth],
         prob_truth=logp.softmax(0)[truth].item(), full_truth=logp[truth].exp().item(), top1_truth=int(logp.argmax()) == truth)
 
+# %% ../nbs/26_capability.ipynb #537a43a1
+def ask_atlas(
+    lm:LM, # as it is now, edited or not
+    limit:int|None=None, # questions of each relation, from the first; none: all 918
+    batch_size:int=64, # prompts a forward
+) -> pd.DataFrame: # records, one a fact: `top1_truth` whether the model would write the answer
+    "General knowledge: facts of the atlas, in the words of the task of that name. One forward a fact, and one where an answer has several tokens."
+    facts = [f for _, group in groupby(atlas_facts(), lambda f: f.relation) for f in islice(group, limit)]
+    asked = [Question(f, "atlas", "benchmark", 0, f.prompt, (f.answer,), f.answer, None, True) for f in facts]
+    return answer(lm, asked, batch_size, evaluation="capability")
+
 # %% ../nbs/26_capability.ipynb #160035
 def benchmarks(
     lm:LM, # as it is now, edited or not
-    names:Sequence[str]=("tinyMMLU",), # tinyMMLU, mmlu, sciq, or another multiple-choice task of the harness, or of the folder
+    names:Sequence[str]=("tinyMMLU",), # atlas (see `ask_atlas`), tinyMMLU, mmlu, sciq, or another multiple-choice task of the harness, or of the folder
     limit:int|None=None, # questions of each task, from the first (MMLU is 57 tasks); none: all
     batch_size:int=4, # questions a forward; all logits are kept, and benchmark prompts are long
     tasks_folder:str|None=None, # task files (YAML) with their data, whose names are then the only ones; paths in them start there
 ) -> pd.DataFrame: # records, one a question: `group` the benchmark, `fact` the question, `top1_truth` whether it is right
-    "Ask benchmarks with the harness. One forward a question, if its choices are single tokens, else one a choice."
+    "Ask benchmarks, those but the atlas with the harness. One forward a question, if its choices are single tokens, else one a choice."
+    atlas = [ask_atlas(lm, limit)] if "atlas" in names else []
+    if atlas and len(names) == 1: return atlas[0]
     try:
         from lm_eval import evaluate as ask
         from lm_eval.models.huggingface import HFLM
@@ -252,10 +267,10 @@ def benchmarks(
     if not sys.stderr.isatty(): disable_progress_bars()
     model, asked = HFLM(pretrained=lm.hf, tokenizer=copy.deepcopy(lm.tok), batch_size=batch_size, softmax_dtype="float32"), {}
     with _same_draws():
-        found = {name: _benchmark(name, tasks_folder) for name in names}
+        found = {name: _benchmark(name, tasks_folder) for name in names if name != "atlas"}
         for name, tasks in found.items(): asked[name] = ask(model, tasks, limit=limit, bootstrap_iters=0)["samples"]
     rows = [_sample(name, task, s) for name, samples in asked.items() for task, each in samples.items() for s in each]
-    return as_records(rows, evaluation="capability")
+    return pd.concat([*atlas, as_records(rows, evaluation="capability")], ignore_index=True)
 
 # %% ../nbs/26_capability.ipynb #160036
 def accuracies(

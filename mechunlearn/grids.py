@@ -200,9 +200,9 @@ class Generation(BaseModel, extra="forbid"):
 # %% ../nbs/38_grids.ipynb #400015f
 class Capabilities(BaseModel, extra="forbid"):
     "Of what a model can do besides the edited facts"
-    names: list[str] = []                    # benchmarks: tinyMMLU, mmlu, sciq, or others of lm-eval
+    names: list[str] = []                    # benchmarks: atlas, tinyMMLU, mmlu, sciq, or others of lm-eval
     limit: Whole|None = Field(None, ge=1)      # questions of each benchmark task
-    texts: str|None = None                   # file, folder or hub id of held-out text, such as NeelNanda/pile-10k
+    texts: str|None = None                   # file, folder or hub id of held-out text, such as NeelNanda/pile-10k, or python
     tasks_folder: str|None = None            # of benchmarks of one's own
 
 # %% ../nbs/38_grids.ipynb #400015g
@@ -490,7 +490,7 @@ def check_job(
     _check_devices(job.settings)
     writable(job.run_dir)
     _check_localizations(job)
-    if job.settings.get("capabilities", {}).get("names") and not find_spec("lm_eval"):
+    if set(job.settings.get("capabilities", {}).get("names", ())) - {"atlas"} and not find_spec("lm_eval"):
         raise Refusal("benchmarks need the package lm-eval: pip install mechunlearn[capability]")
     if job.settings.get("family") or job.settings.get("chat"): skeleton(job)
     for name in (l for l in job.localizations if l.startswith("hand@")): by_hand(skeleton(job), name.removeprefix("hand@"))

@@ -109,7 +109,7 @@ def where(p):
     p.add_argument("--quantize", help="8bit or 4bit")
     p.add_argument("--batch-size", type=whole, metavar="N", help="prompts a forward")
     p.add_argument("--benchmarks", type=names, metavar="A,B",
-                   help="ask these of every edit, too: tinyMMLU, mmlu, sciq (pip install mechunlearn[capability])")
+                   help="ask these of every edit, too: atlas (capitals, continents, ...), or tinyMMLU, mmlu, sciq (pip install mechunlearn[capability])")
     p.add_argument("--set", type=setting, action="append", default=[], metavar="KEY=VALUE",
                    help="any other setting of a stage, such as steps=20 or relearning.steps=40")
     p.add_argument("--keep-edits", action="store_true", help="keep the edits' tensors after the attacks")

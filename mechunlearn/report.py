@@ -195,8 +195,8 @@ SECTIONS = {
     "Scorecard": (_card, "Every attack that was run against every edit, and the worst case."),
     "All at once": (_spider, "The paper's way to look at it (Figures 2 and 4)."),
     "Part after part": (_parts, "All facts were asked after each part of the training; the line of a part should rise at its own turn and stay."),
-    "Robustness against side effects": (_frontier, "Up: the strongest attack does not get the old answer back. Right: other facts "
-        "of the same subjects survive. Small points are single seeds and draws; the grey line joins the edits that no other beats in both."),
+    "Robustness against side effects": (_frontier, "Up: the strongest attack does not get the old answer back. Right: other facts survive, "
+        "those about the same subjects where there are any. Small points are single seeds and draws; the grey line joins the edits that no other beats in both."),
     "Relearning": (_relearn, "The edited model is retrained on the true answers of one half of the edited facts and asked about the other."),
     "Latent knowledge": (_probes, "Probes fitted on retained facts of the edited model, applied to the edited facts."),
     "Besides facts": (_capable, "Benchmarks with four choices (guessing: .25), and text that was not trained on."),

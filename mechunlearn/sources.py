@@ -7,7 +7,7 @@ __all__ = ['AUTHORS_URL', 'ROME_URL', 'SOURCES', 'KINDS', 'MAX_BYTES', 'BUILDERS
            'Text', 'Texts', 'Prompt', 'Answer', 'Other', 'WHY', 'ROME', 'FLAT', 'QUESTION', 'NEEDED', 'LISTS',
            'MAX_OWN', 'Source', 'cached', 'fetch', 'Missing', 'find', 'read_rows', 'trim', 'spaced', 'check', 'ragged',
            'CounterFact', 'read_counterfact', 'QuestionRow', 'read_questions', 'AtlasRow', 'read_atlas', 'OwnFact',
-           'OwnFacts', 'read_own', 'shape_of', 'TextRow', 'read_texts']
+           'OwnFacts', 'read_own', 'shape_of', 'TextRow', 'python_texts', 'read_texts']
 
 # %% ../nbs/02_sources.ipynb #020003
 import csv, gzip, hashlib, io, json, math, os, re, reprlib, shutil, sys, unicodedata, urllib.request, zlib
@@ -554,12 +554,20 @@ class TextRow(BaseModel):
     "A row of a collection of texts"
     text: str # may be blank; such rows are passed over
 
+# %% ../nbs/02_sources.ipynb #8bd0f962
+def python_texts() -> list[str]: # as many as the running Python has
+    "Paragraphs of prose from the reference of the Python language"
+    from pydoc_data.topics import topics
+    every = (" ".join(p.split()) for t in topics.values() for p in re.split(r"\n\s*\n", t))
+    return [p for p in dict.fromkeys(every) if len(p) > 300 and sum(c.isalpha() or c == " " for c in p) > .9 * len(p)]
+
 # %% ../nbs/02_sources.ipynb #020095
 def read_texts(
-    place=None, # a path, an address, or a hub id; none: what is configured
+    place=None, # a path, an address, a hub id, or "python"; none: what is configured
     n:int=1000, # how many, from the start
 ) -> list[str]|None: # none if nothing is configured
     "Plain texts: paragraphs of a .txt, or the column `text` of the split train"
+    if place == "python": return python_texts()[:n]
     try: found = find("text", place)
     except Missing: return None
     if _kind(found) == ".txt": texts = (p.strip() for p in re.split(r"\n\s*\n", _text(found)))

@@ -8,7 +8,7 @@ from mechunlearn.capability import (RULES, accuracies, paired_changes, benchmark
 from mechunlearn.evaluation import evaluate
 from mechunlearn.jobs import labelled
 from mechunlearn.questions import RECORD, answer, as_records, multiple_choice
-from mechunlearn.facts import LETTERS, sports_athlete_editing
+from mechunlearn.facts import LETTERS, Fact, sports_athlete_editing
 from mechunlearn.finetuning import finetune, fingerprint
 from mechunlearn.models import load
 from mechunlearn.stats import mcnemar, wilson, summarise
@@ -392,3 +392,40 @@ def test_stage_writes_each_table_once(tiny, task, tmp_path, monkeypatch):
     assert set(first.localization) == {"none", "late"} and (tmp_path / "late/seed0/capability.parquet").exists()
     monkeypatch.setattr("mechunlearn.capability.capability", lambda *a, **kw: pytest.fail("made again"))
     pd.testing.assert_frame_equal(first, run_capability(lm, lambda seed: task, run, ["late"], [0], **how))
+
+
+def test_the_reference_of_python_is_text_on_every_machine(stand_in):
+    from mechunlearn.sources import python_texts, read_texts
+    every = python_texts()
+    assert len(every) > 150 and len(set(every)) == len(every) and all(len(t) > 300 and "\n" not in t for t in every)
+    assert read_texts("python") == every and read_texts("python", n=3) == every[:3]
+    lm = stand_in("gemma-3")
+    asked = texts_for(lm, "python", ctx=16)
+    assert len(asked) > 40 and all(any(t.startswith(a) for t in every) for a in asked)
+
+
+# ---- the atlas
+
+def test_the_atlas_is_a_benchmark_without_the_harness(tiny, task, monkeypatch):
+    from mechunlearn import capability as C
+    facts = [Fact(id=f"{r}/{i}", relation=r, subject="x", prompt="the dog plays the sport of", answer=a) for r in ("capital", "currency")
+             for i, a in enumerate((" football", " golf", " the dog"))]
+    monkeypatch.setattr(C, "atlas_facts", lambda: tuple(facts))
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    lm = tiny()
+    got = C.benchmarks(lm, ["atlas"])
+    assert len(got) == 6 and set(got.group) == {"atlas"} and set(got.format) == {"benchmark"} and set(got.evaluation) == {"capability"}
+    assert C.accuracies(got).n.tolist() == [6] and len(C.benchmarks(lm, ["atlas"], limit=2)) == 4
+    top = lm.hf(**lm.encode([facts[0].prompt])).logits[0, -1].argmax().item()
+    assert [bool(t) for t in got.top1_truth] == [lm.first_token(f.answer) == top and len(lm.pieces(f.answer)) == 1 for f in facts]
+    both = C.capability(lm, None, None, ["atlas"], ["the dog plays"])
+    assert both.groupby("group").size().to_dict() == {"atlas": 6, "text": 1}
+    with pytest.raises(Refusal, match="lm-eval"): C.benchmarks(lm, ["atlas", "sciq"])
+
+
+def test_a_real_model_knows_some_of_the_atlas(real_model):
+    from mechunlearn.capability import accuracies, ask_atlas
+    lm = load(str(real_model("gemma-3-270m")), device="cpu", dtype="float32")
+    got = ask_atlas(lm, limit=60)
+    assert len(got) == 300 and .2 < accuracies(got).value.item() < .8
+'''

@@ -424,6 +424,22 @@ def test_a_frontier_of_before_is_read(found):
     old = r.at_worst(found.card, found.metrics).drop(columns="power")
     assert "earlier rule" in r.say_frontier(found.metrics, rows=old) and isinstance(r.plot_frontier(found.metrics, rows=old), Figure)
 
+def test_where_nothing_is_known_about_the_same_people_retained_facts_are_the_side_effect(found):
+    m = found.metrics[found.metrics.group != "same-subject"]
+    rows = r.frontier(m)
+    assert r.side_of(found.metrics) == "same subject" and r.side_of(m) == "maintain" and set(rows.side) == {"maintain"} and len(rows)
+    assert set(rows.kept) <= set(m[(m.group == "retain") & (m.format == "completion")].value) and "of the facts that were to be retained still right" in r.say_frontier(m)
+    assert r.plot_frontier(m).axes[0].get_xlabel() == "facts that were to be retained that are still right"
+    assert set(r.at_worst(found.card, m).side) == {"maintain"} and "of the other facts still right" in r.say_frontier(found.metrics)
+
+
+def test_a_format_without_power_has_no_place_in_the_frontier(found):
+    m = found.metrics.copy()
+    weak = (m.localization == "none") & (m.format == "mcq") & (m.answer == "truth") & (m.measure == "top1") & m.group.isin(["forget", "retain"])
+    m.loc[weak, "value"] = .25
+    assert "MCQ" in r.frontier(found.metrics).attacks.iloc[0] and set(r.frontier(m).attacks) == {"relearning"}
+
+
 def test_an_edit_without_power_has_no_place_in_the_frontier(found):
     rows = r.at_worst(found.card, found.metrics)
     rows.loc[rows.localization == "late", ["robust", "robust_low", "robust_high", "power"]] = [np.nan, np.nan, np.nan, 0]
