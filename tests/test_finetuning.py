@@ -291,6 +291,25 @@ def test_sweep_edits_dev_facts_only(qwen):
     with pytest.raises(Refusal, match="no dev facts"): dev_task(dev)
 
 
+def test_an_interrupted_sweep_goes_on(qwen, tmp_path, monkeypatch):
+    from mechunlearn import rates as R
+    task, how = task_for(qwen), {k: v for k, v in SMALL.items() if k not in ("lr", "progress")} | dict(progress=False)
+    made, plain = [], R.finetune
+    def stops(*a, **kw):
+        if len(made) == 3: raise KeyboardInterrupt
+        made.append(1); return plain(*a, **kw)
+    monkeypatch.setattr(R, "finetune", stops)
+    go = lambda **kw: sweep(qwen, task, [mixed(qwen)], lrs=[1e-3, 2e-3], seeds=[0, 1], injects=[1., 2.], folder=tmp_path, **how | kw)
+    with pytest.raises(KeyboardInterrupt): go()
+    assert len(list(tmp_path.glob("*.parquet"))) == 3
+    monkeypatch.setattr(R, "finetune", lambda *a, **kw: made.append(1) or plain(*a, **kw))
+    table = go()
+    assert len(table) == len(made) == 6 and go().equals(table) and len(made) == 6
+    pd.testing.assert_frame_equal(table, sweep(qwen, task, [mixed(qwen)], lrs=[1e-3, 2e-3], seeds=[0, 1], injects=[1., 2.], **how), check_dtype=False)
+    made.clear(); go(steps=4)
+    assert len(made) == 6                                                                   # another training is another sweep
+
+
 # ---- the stage
 
 def test_stage_trains_once_and_repairs(qwen, tmp_path, monkeypatch):
