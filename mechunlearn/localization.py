@@ -246,7 +246,7 @@ class Evidence:
     @cached_property
     def all_paths(self): return path_scores(self.lm, self.task, self.run, kinds=("mlp", "head"), **self.settings)
     @cached_property
-    def removed(self): return run_removal(self.lm, lambda seed: self.task, self.run, self.lookup, **self.settings)
+    def removed(self): return run_removal(self.lm, self.task, self.run, self.lookup, **self.settings)
     @cached_property
     def lookup(self): return [c.layer for c in _if_any(self.flu)] # layers of FLU, if there are any
     @cached_property
@@ -766,16 +766,15 @@ def say_lookup(
 # %% ../nbs/13_localization.ipynb #e24d620e
 def run_removal(
     lm:LM, # model
-    task_for_seed, # seed -> Task
+    task:Task, # of the run's first seed
     run:Run|None=None, # run folder; None: nothing is written
     flu=(), # layers of FLU, removed together as well
-    seeds=(0,), # the first one's task is used
     batch_size:int=32, # prompts at a time
     recompute:bool=False, # make it again even if done
     **other, # options of other stages
 ) -> pd.DataFrame: # as `subject_removal`
-    "What goes with MLPs at the subject, as a stage; writes scores/removal.parquet"
-    task, flu = task_for_seed(seeds[0]), sorted(flu)
+    "What goes with MLPs at the subject, kept with the run; writes scores/removal.parquet"
+    flu = sorted(flu)
     windows = removal_windows(lm.n_layers) + [flu] * bool(flu)
     make = lambda: subject_removal(lm, task.localize_on, windows, _pool(task), batch_size=batch_size)
     return store.make(run and run.path("scores", "removal.parquet"), _causes(lm, task, method="removal", flu=flu), make, recompute)
