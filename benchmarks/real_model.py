@@ -15,7 +15,7 @@ from pathlib import Path
 import matplotlib; matplotlib.use("agg")
 import psutil, torch
 from IPython.core.interactiveshell import InteractiveShell
-from mechunlearn import finetuning as F, models
+from mechunlearn import finetuning as F
 from mechunlearn.evaluation import questionnaire
 from mechunlearn.grids import make_job
 from mechunlearn.localization import build

@@ -682,7 +682,8 @@ def parts(
     alone = sorted((i for rows, head in groups if not head for i in rows), key=lambda i: len(ids[i]))
     for k in range(0, len(alone), batch_size): yield Part(alone[k:k + batch_size])
     window = getattr(lm.hf.config, "sliding_window", None) or math.inf
-    alike = lambda row: (len(groups[row[1]][1]), len(ids[row[0]])) if len(ids[row[0]]) > window else None # no padding between them
+    head, tail = (max((f(rows, h) for rows, h in groups if h), default=0) for f in (lambda _, h: len(h), lambda rows, h: max(len(ids[i]) for i in rows) - len(h)))
+    alike = lambda row: (len(groups[row[1]][1]), len(ids[row[0]])) if head + tail > window else None # no padding between them
     shared = [(i, g) for g in sorted(range(len(groups)), key=lambda g: len(groups[g][1])) if groups[g][1] for i in groups[g][0]]
     for _, rows in groupby(sorted(shared, key=lambda r: alike(r) or ()), alike):
         for part in iter(lambda: list(islice(rows, batch_size)), []):

@@ -567,6 +567,16 @@ def test_nothing_is_padded_between_a_beginning_and_its_end_within_a_window(tiny,
     assert len(parts) == 1 if window == 64 else all(len(l) == 1 for l in lengths)
 
 
+def test_a_short_prompt_padded_beyond_the_window_is_read_as_alone(tiny):
+    lm = tiny("gemma2")
+    lm.hf.config.sliding_window = 7
+    ids = [[5, 6, 7, 8, 9, 10, 3], [5, 6, 7, 8, 9, 10, 4], [20, 21, 22, 1], [20, 21, 22, 2, 3, 4, 5]] # none longer than the window, in one part 10 wide
+    got = {}
+    for p in M.parts(lm, ids):
+        with torch.no_grad(): got |= dict(zip(p.rows, M.end_logits(lm, ids, p)[:, -1]))
+    for i, x in enumerate(ids): assert torch.allclose(got[i], lm.hf(torch.tensor([x])).logits[0, -1], atol=1e-5)
+
+
 @pytest.mark.parametrize("ids, groups", [
     ([], []), ([[1]], [([0], [])]), ([[1, 2, 3], [1, 2, 4]], [([0, 1], [1, 2])]), ([[1, 2, 3], [1, 2, 3]], [([0, 1], [1, 2])]),
     ([[1, 2], [3, 2]], [([0], []), ([1], [])]), ([[1, 2, 3, 4, 5], [1, 9]], [([0], []), ([1], [])]),
