@@ -428,12 +428,17 @@ def rates(
     lr:float|None, # given, or none
     inject:float|None, # given, or none
     run:Run|None=None, # with the table of a sweep of its own, or not
+    loss:str|None=None, # if it is not the task's own
 ) -> tuple[float, float]: # learning rate, weight of the forget loss
-    "What is given, else what the run's table says, else the committed one"
+    "What is given, else what the run's table says, else the committed one, which is for the tasks' own losses"
     if lr is not None: return lr, 1. if inject is None else inject
     asked, own = (lm.name, task.name, len(task.forget), where.name), run and run.path("learning_rates.csv")
-    try: rate = learning_rate(*asked, pd.read_csv(own) if own and own.exists() else None)
-    except Refusal: rate = learning_rate(*asked)
+    table = pd.read_csv(own) if own and own.exists() else None
+    if loss and table is None: raise Refusal(f"no learning rate is known for the loss {loss}: give one (lr=...), or let a sweep find it (`mechunlearn run --sweep`)")
+    try: rate = learning_rate(*asked, table)
+    except Refusal:
+        if loss: raise
+        rate = learning_rate(*asked)
     return rate.lr, rate.inject if inject is None else inject
 
 # %% ../nbs/20_finetuning.ipynb #200035b
@@ -572,7 +577,7 @@ def finetune(
 ) -> Edit: # Refusal if memory runs out; `Diverged`, with the last good state, if training diverges
     "Localized fine-tuning (paper, section 2.3). `steps` forwards and backwards of `batch + retain_batch` prompts and `text_batch` texts."
     update, chosen = choose_update(lm, task, loss, beta, l1, preferred)
-    lr, inject = rates(lm, task, where, lr, inject)
+    lr, inject = rates(lm, task, where, lr, inject, loss=loss)
     seed, sizes = task.seed if seed is None else seed, {t: n if t in update.terms else 0 for t, n in (("forget", batch), ("retain", retain_batch), ("text", text_batch))}
     how = dict(lr=lr, update=update, inject=inject, micro_batch=micro_batch, clip=clip, progress=progress, l1=l1 or 0.)
     def rows_of(task):

@@ -47,7 +47,7 @@ def causes(self:Job, **more) -> dict:
     if self.where is None: return base | more
     if self.given: return base | dict(localization=self.where.name, edited=self.given.config["sha256"]) | more
     options = {k: self.training.get(k, v) for k, v in TRAINING.items()}
-    options["lr"], options["inject"] = rates(self.lm, self.task, self.where, options["lr"], options["inject"], self.run)
+    options["lr"], options["inject"] = rates(self.lm, self.task, self.where, options["lr"], options["inject"], self.run, options["loss"])
     options = {k: v for k, v in options.items() if v is not None} # what is not named is no cause
     parts = {"parts": [(p.facts, p.slices) for p in self.where.parts]} if self.where.parts else {}
     return base | dict(localization=self.where.name, slices=list(self.where.slices), training=options) | parts | more
@@ -63,7 +63,7 @@ def edit(self:Job,
     there = {state(self.path(f), self.causes()) for f in files} if self.folder else {"missing"}
     usable = {"done"} if self.repair else {"done", "broken"}  # reading a broken one says which file it is
     if there <= usable and not recompute: return load_edit(self.folder)
-    lr, inject = rates(self.lm, self.task, self.where, self.training.get("lr"), self.training.get("inject"), self.run)
+    lr, inject = rates(self.lm, self.task, self.where, self.training.get("lr"), self.training.get("inject"), self.run, self.training.get("loss"))
     try: edit = finetune(self.lm, self.task, self.where, **self.training | dict(lr=lr, inject=inject))
     except Diverged as e:
         if not self.folder: raise

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOT_KNOWING', 'TERMS', 'UPDATES', 'LOSSES', 'said', 'not_said', 'answer_losses', 'ascent', 'npo', 'simnpo', 'dpo',
-           'not_knowing', 'l1_change', 'Update', 'Answers', 'Loss', 'choose_update']
+           'not_knowing', 'l1_change', 'Update', 'Answers', 'Loss', 'choose_update', 'installs']
 
 # %% ../nbs/19_losses.ipynb #190002
 import math
@@ -200,3 +200,11 @@ def choose_update(
     if l.beta: more["beta"] = beta = beta or l.beta
     formula = (lambda a: l.loss(a, beta)) if l.beta else l.loss
     return Update(dict(edit=_edit, truth=_truth, preferred=word)[l.trained], formula, word if l.pair else None, l.reference, l.terms), more
+
+# %% ../nbs/19_losses.ipynb #190049
+def installs(
+    loss:str|None, # one of `LOSSES`; none: what the task says
+    preferred:str|None=None, # as of `choose_update`
+) -> bool:
+    "Does a loss teach the edit answers?"
+    return loss is None or LOSSES[loss].trained == "edit" or preferred == "edit"
