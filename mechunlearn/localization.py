@@ -529,6 +529,7 @@ def trained(
             rows.append((name, l, 1. if ["mlp", str(l)] in parts else part.get(l, 0.), heads))
     return pd.DataFrame(rows, columns=["localization", "layer", "mlp", "heads"])
 
+# %% ../nbs/13_localization.ipynb #20235697
 def _widths(w):
     "Neurons of an MLP, from each layer whose whole MLP a saved localization has; a localization made elsewhere has no `step`"
     if w.get("step", 1) == 1: return []
