@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['SHARPNESS', 'LOW', 'HIGH', 'GATES', 'CLAMPED_LR', 'CLAMPED_PENALTY', 'METHODS', 'MASK_PANELS', 'hard_concrete',
            'p_open', 'straight_through', 'Gate', 'Learner', 'gated', 'clamp', 'lost', 'clamped', 'Mask', 'learn_mask',
-           'most_masked', 'mask_questions', 'ask_sizes', 'mask_rows', 'plot_masking', 'sizes_needed', 'say_masking',
-           'masked_weights', 'masked_shares']
+           'most_masked', 'mask_questions', 'ask_edits', 'ask_sizes', 'mask_rows', 'plot_masking', 'sizes_needed',
+           'say_masking', 'masked_weights', 'masked_shares']
 
 # %% ../nbs/21_weight_masking.ipynb #7878e626
 import math
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Callable, NamedTuple, Sequence
+from typing import Callable, Iterable, NamedTuple, Sequence
 import matplotlib as mpl, pandas as pd, torch
 from fastcore.basics import patch
 from matplotlib.figure import Figure
@@ -62,10 +62,10 @@ class Gate(NamedTuple):
     size: Callable # parameters -> probability that each is open
     start: float # value of each parameter at first
     lr: float # default
-    penalty: float # default: price of the whole localization, in nats
+    penalty: float # default, in nats a weight
 
-GATES = {"hard-concrete": Gate(hard_concrete, p_open, -3., 1000., 10.),
-    "straight-through": Gate(straight_through, torch.sigmoid, -1., 1000., 10.)}
+GATES = {"hard-concrete": Gate(hard_concrete, p_open, -3., 300., 2e-5),
+    "straight-through": Gate(straight_through, torch.sigmoid, -3., 1000., 2e-4)}
 
 # %% ../nbs/21_weight_masking.ipynb #263950d3
 class Learner(NamedTuple):
@@ -81,16 +81,16 @@ def gated(
     weights:dict[Slice, Tensor], # from `masters`
     gate:Gate, # of `GATES`
     lr:float, # learning rate
-    penalty:float, # price of the whole localization
+    penalty:float, # price of a weight, in nats
     seed:int, # of the samples
 ) -> Learner:
     "Weights times one minus a gate; the gates are learned"
     weights = {s: w.detach() for s, w in weights.items()}
     params = {s: torch.full_like(w, gate.start).requires_grad_() for s, w in weights.items()}
-    n, rng = sum(w.numel() for w in weights.values()), {w.device: torch.Generator(w.device).manual_seed(seed) for w in weights.values()}
+    rng = {w.device: torch.Generator(w.device).manual_seed(seed) for w in weights.values()}
     u = lambda w: torch.rand(w.shape, generator=rng[w.device], device=w.device)
     return Learner(torch.optim.SGD(params.values(), lr=lr, momentum=.9), lambda: {s: w * (1 - gate.gate(params[s], u(w))) for s, w in weights.items()},
-        lambda: penalty / n * sum(gate.size(p).sum() for p in params.values()), lambda: None, lambda: {s: p.detach() for s, p in params.items()})
+        lambda: penalty * sum(gate.size(p).sum() for p in params.values()), lambda: None, lambda: {s: p.detach() for s, p in params.items()})
 
 # %% ../nbs/21_weight_masking.ipynb #0a819555
 CLAMPED_LR, CLAMPED_PENALTY = 1e-3, 1.5 # the authors'
@@ -161,9 +161,9 @@ def learn_mask(
     lm:LM, # read, never changed
     task:Task, # what to edit or unlearn, what to retain, and text
     where:Localization, # whose weights may be masked
-    method:str="hard-concrete", # or straight-through, or clamped
+    method:str="straight-through", # or hard-concrete, or clamped
     lr:float|None=None, # peak learning rate; none: the method's
-    penalty:float|None=None, # what masking everything costs (clamped: what the weights cost at first), in nats; none: the method's
+    penalty:float|None=None, # price of a masked weight, in nats (clamped: of all weights as they are at first); none: the method's
     steps:int=40, # optimizer steps
     batch:int=64, # forget facts a step
     retain_batch:int=48, # retain facts a step
@@ -180,7 +180,7 @@ def learn_mask(
     if task.update == "sequential": raise Refusal(f"{task.name} edits its facts part after part, and a weight mask is learned for all at once: choose another task")
     defaults = GATES.get(method) or (None, None, None, CLAMPED_LR, CLAMPED_PENALTY)
     lr, penalty, seed = defaults[3] if lr is None else lr, defaults[4] if penalty is None else penalty, task.seed if seed is None else seed
-    if not (lr > 0 and penalty >= 0): raise Refusal(f"lr must be positive and penalty not negative, not {lr:g} and {penalty:g}")
+    if not (lr > 0 and penalty >= 0 and steps >= 1): raise Refusal(f"lr must be positive, penalty not negative and steps at least 1, not {lr:g}, {penalty:g} and {steps}")
     weights, rows, sizes = masters(lm, where.slices), training_rows(lm, task), dict(forget=batch, retain=retain_batch, text=text_batch)
     learner = clamped(weights, lr, penalty) if method == "clamped" else gated(weights, GATES[method], lr, penalty, seed)
     own = own_slices(task, rows["forget"], where) if where.parts else None
@@ -237,21 +237,31 @@ def _record(lm, task, questions, batch_size, **common):
     texts = text_loss(lm, task.text_test, max(1, batch_size // 4), evaluation="masking") if task.text_test else asked.iloc[:0]
     return pd.concat([asked, texts.assign(group="text")], ignore_index=True).assign(**common, draw=0, seed=task.seed)
 
+def ask_edits(
+    lm:LM, # unedited model
+    task:Task, # the edits were made for it
+    edits:Iterable[tuple[str, int, Edit]], # localization, number of weights changed, edit
+    most:int=64, # see `mask_questions`
+    batch_size:int=64, # prompts a forward
+) -> pd.DataFrame: # records; `step` is the number of weights changed, the unedited model is `none` at step 0
+    "Ask each edit and the unedited model"
+    questions = mask_questions(task, most)
+    out = [_record(lm, task, questions, batch_size, localization="none", step=0)]
+    for name, k, edit in edits:
+        with edit.applied(lm): out.append(_record(lm, task, questions, batch_size, localization=name, step=k))
+    return pd.concat(out, ignore_index=True)
+
+# %% ../nbs/21_weight_masking.ipynb #3df12c73
 def ask_sizes(
     lm:LM, # unedited model
     task:Task, # the masks were learned for it
     masks:Sequence[Mask], # one a localization
     ks:Sequence[int], # numbers of weights to mask
-    most:int=64, # see `mask_questions`
-    batch_size:int=64, # prompts a forward
-) -> pd.DataFrame: # records; `step` is the number of weights masked, the unedited model is `none` at step 0
+    **how, # `most`, `batch_size`: see `ask_edits`
+) -> pd.DataFrame: # records, as of `ask_edits`
     "Ask at every size. `len(masks) * len(ks) + 1` times the questions."
-    questions = mask_questions(task, most)
-    edits = [(m.localization.name, k, m.edit(lm, k)) for m in masks for k in ks]
-    out = [_record(lm, task, questions, batch_size, localization="none", step=0)]
-    for name, k, edit in edits:
-        with edit.applied(lm): out.append(_record(lm, task, questions, batch_size, localization=name, step=k))
-    return pd.concat(out, ignore_index=True)
+    for m in masks: m.edit(lm, max(ks)) # before anything is asked
+    return ask_edits(lm, task, ((m.localization.name, k, m.edit(lm, k)) for m in masks for k in ks), **how)
 
 # %% ../nbs/21_weight_masking.ipynb #5c0b72ed
 MASK_PANELS = {"forget": ("completion", "forget"), "forget, in other words": ("paraphrase", "forget"), "forget, multiple choice": ("mcq", "forget"),
