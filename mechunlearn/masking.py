@@ -63,9 +63,10 @@ class Gate(NamedTuple):
     start: float # value of each parameter at first
     lr: float # default
     penalty: float # default, in nats a weight
+    sampled: bool # are random numbers needed?
 
-GATES = {"hard-concrete": Gate(hard_concrete, p_open, -3., 300., 2e-5),
-    "straight-through": Gate(straight_through, torch.sigmoid, -3., 1000., 2e-4)}
+GATES = {"hard-concrete": Gate(hard_concrete, p_open, -3., 300., 2e-5, True),
+    "straight-through": Gate(straight_through, torch.sigmoid, -3., 1000., 2e-4, False)}
 
 # %% ../nbs/21_weight_masking.ipynb #263950d3
 class Learner(NamedTuple):
@@ -88,9 +89,9 @@ def gated(
     weights = {s: w.detach() for s, w in weights.items()}
     params = {s: torch.full_like(w, gate.start).requires_grad_() for s, w in weights.items()}
     rng = {w.device: torch.Generator(w.device).manual_seed(seed) for w in weights.values()}
-    u = lambda w: torch.rand(w.shape, generator=rng[w.device], device=w.device)
+    u = lambda w: torch.rand(w.shape, generator=rng[w.device], device=w.device) if gate.sampled else None
     return Learner(torch.optim.SGD(params.values(), lr=lr, momentum=.9), lambda: {s: w * (1 - gate.gate(params[s], u(w))) for s, w in weights.items()},
-        lambda: penalty * sum(gate.size(p).sum() for p in params.values()), lambda: None, lambda: {s: p.detach() for s, p in params.items()})
+        lambda: penalty * sum(gate.size(p).sum().cpu() for p in params.values()), lambda: None, lambda: {s: p.detach() for s, p in params.items()})
 
 # %% ../nbs/21_weight_masking.ipynb #0a819555
 CLAMPED_LR, CLAMPED_PENALTY = 1e-3, 1.5 # the authors'
@@ -117,7 +118,7 @@ def clamped(
 ) -> Learner:
     "Weights that shrink towards zero (the authors' `weight_mask.py`)"
     first = {s: w.detach().clone() for s, w in weights.items()}
-    norm = lambda: sum(w.abs().sum() for w in weights.values())
+    norm = lambda: sum(w.abs().sum().cpu() for w in weights.values())
     unit = penalty / float(norm().detach())
     def keep():
         for s, w in weights.items(): clamp(w, first[s])

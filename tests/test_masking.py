@@ -132,7 +132,7 @@ def test_weights_that_are_zero_anyway_are_not_counted(qwen):
 @every_method
 def test_every_family_learns_and_is_left_alone(lm, method):
     where, before = mixed(lm), fingerprint(lm)
-    mask = learn_mask(lm, task_for(lm), where, method, lr=.1, **SMALL)
+    mask = learn_mask(lm, task_for(lm), where, method, lr=1., **SMALL)
     assert fingerprint(lm) == before and len(mask.curve) == 2 and np.isfinite(mask.curve.drop(columns="text")).all().all()
     assert all(torch.isfinite(v).all() for v in mask.scores.values()) and len({round(float(v.std()), 9) for v in mask.scores.values()}) > 1
     zero = masked_weights(lm, mask.edit(lm, 25))
@@ -223,7 +223,7 @@ def test_an_unlearning_task(tiny):
     lm = tiny("llama")
     task = make_task("sports-unlearning", lm)
     task = task.model_copy(update=dict(forget=task.forget[:4], retain=task.retain[:8], text_train=task.text_train[:4], text_test=()))
-    mask = learn_mask(lm, task, build(lm, "nonlocalized", components(lm)), lr=300., penalty=0., inject=1000., **SMALL | dict(steps=15))
+    mask = learn_mask(lm, task, build(lm, "nonlocalized", components(lm)), lr=30., penalty=0., inject=1e5, **SMALL | dict(steps=15))
     with mask.edit(lm, 300).applied(lm): after = F.step_losses(lm, masters(lm, mask.localization.slices), training_rows(lm, task)["forget"], F.UPDATES["unlearn"])
     assert after["forget"] < mask.curve.forget.iloc[0]
 
