@@ -157,6 +157,17 @@ def _loop(lm, learner, batches, steps, update, inject, micro_batch, clip, lr, pr
         learner.opt.step(); learner.keep(); schedule.step(); learner.opt.zero_grad()
     return pd.DataFrame(curve)
 
+# %% ../nbs/21_weight_masking.ipynb #fe426a4c
+def _checked(task, where, method, lr, penalty, steps):
+    "Learning rate and price, filled up"
+    choose(method, METHODS, "method")
+    if not where.slices: raise Refusal(f"{where.name} has no weights: there is nothing to mask. Choose another localization")
+    if task.update == "sequential": raise Refusal(f"{task.name} edits its facts part after part, and a weight mask is learned for all at once: choose another task")
+    usual = (GATES[method].lr, GATES[method].penalty) if method in GATES else (CLAMPED_LR, CLAMPED_PENALTY)
+    lr, penalty = (u if given is None else given for given, u in zip((lr, penalty), usual))
+    if 0 < lr < math.inf and 0 <= penalty < math.inf and steps >= 1: return lr, penalty
+    raise Refusal(f"lr must be positive, penalty not negative, both finite, and steps at least 1, not {lr:g}, {penalty:g} and {steps}")
+
 # %% ../nbs/21_weight_masking.ipynb #c4c44bb1
 def learn_mask(
     lm:LM, # read, never changed
@@ -176,12 +187,7 @@ def learn_mask(
     progress:bool=True, # show a bar (on terminals)
 ) -> Mask: # Refusal if there is nothing to mask, if training diverges, or if memory runs out
     "Learn which weights to do without. The cost of a fine-tuning of as many steps, and a few operations a weight."
-    choose(method, METHODS, "method")
-    if not where.slices: raise Refusal(f"{where.name} has no weights: there is nothing to mask. Choose another localization")
-    if task.update == "sequential": raise Refusal(f"{task.name} edits its facts part after part, and a weight mask is learned for all at once: choose another task")
-    defaults = GATES.get(method) or (None, None, None, CLAMPED_LR, CLAMPED_PENALTY)
-    lr, penalty, seed = defaults[3] if lr is None else lr, defaults[4] if penalty is None else penalty, task.seed if seed is None else seed
-    if not (lr > 0 and penalty >= 0 and steps >= 1): raise Refusal(f"lr must be positive, penalty not negative and steps at least 1, not {lr:g}, {penalty:g} and {steps}")
+    (lr, penalty), seed = _checked(task, where, method, lr, penalty, steps), task.seed if seed is None else seed
     weights, rows, sizes = masters(lm, where.slices), training_rows(lm, task), dict(forget=batch, retain=retain_batch, text=text_batch)
     learner = clamped(weights, lr, penalty) if method == "clamped" else gated(weights, GATES[method], lr, penalty, seed)
     own = own_slices(task, rows["forget"], where) if where.parts else None

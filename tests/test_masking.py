@@ -2,11 +2,13 @@ import math
 import numpy as np, pandas as pd, pytest, torch
 from plain import every_family, head_weights, neuron_weights
 from mechunlearn import finetuning as F, masking as M
+from mechunlearn.attacks import attack
 from mechunlearn.facts import sports_athlete_editing
 from mechunlearn.finetuning import draws, fingerprint, load_edit, masters, place, slice_key, training_rows
 from mechunlearn.localization import Localization, build
 from mechunlearn.masking import GATES, METHODS, Mask, ask_sizes, clamp, hard_concrete, learn_mask, lost, masked_shares, masked_weights, most_masked, p_open, sizes_needed, straight_through
-from mechunlearn.models import Component, components
+from mechunlearn.models import Component, components, load
+from mechunlearn.relearning import Lora
 from mechunlearn.store import Refusal
 from mechunlearn.tasks import make_task
 
@@ -239,6 +241,30 @@ def test_it_is_saved_and_says_what_it_is(qwen, tmp_path):
     F.export(qwen, edit, tmp_path/"delta", delta=True)
 
 
+FEW = {g: 4 for g in ("retain", "retain/mcq", "ghost", "ghost/mcq", "same-subject", "other-relation", "general")}
+BRIEF = dict(standard=dict(max_facts=FEW), relearning=dict(steps=2, lora=Lora(4, 4, 1e-3, 0.), max_facts=4, sizes=dict(forget=4, retain=4, text=1)),
+    latents=dict(n_train=20, max_facts=4))
+
+
+def test_it_is_attacked(tiny):
+    lm = tiny("llama")
+    task, before = sports_athlete_editing(None, forget_size=4), fingerprint(lm)
+    edit = learn_mask(lm, task, mixed(lm), **SMALL).edit(lm, 400)
+    found = attack(lm, task, edit, before=attack(lm, task, **BRIEF).records, **BRIEF)
+    assert {"standard", "relearning", "latent"} <= set(found.records.evaluation) and found.table().value.notna().any()
+    now, unedited = (r[r.evaluation == "standard"].full_truth.dropna() for r in (found.records, found.before))
+    assert not np.allclose(now, unedited) and fingerprint(lm) == before
+
+
+def test_exported_it_is_audited_as_anyones(qwen, tmp_path):
+    qwen.hf.save_pretrained(tmp_path/"base"); qwen.tok.save_pretrained(tmp_path/"base")
+    lm = load(str(tmp_path/"base"), device="cpu")
+    edit = by_hand(lm, mixed(lm)).edit(lm, 30)
+    found = F.edit_of(lm, F.export(lm, edit, tmp_path/"masked"))
+    zeros = [masked_weights(lm, e) for e in (edit, found)]
+    assert set(zeros[0]) >= set(zeros[1]) and all(torch.equal(zeros[0][n], z) for n, z in zeros[1].items()) and sum(int(z.sum()) for z in zeros[1].values()) == 30
+
+
 def test_sizes_are_records_with_a_base(qwen):
     task = task_for(qwen)
     masks = [by_hand(qwen, mixed(qwen)), by_hand(qwen, build(qwen, "late", [Component("mlp", 2)]))]
@@ -316,10 +342,11 @@ def test_bad_input_is_one_line(qwen, tiny, monkeypatch):
     with pytest.raises(Refusal, match="unknown method 'hard-concret', did you mean 'hard-concrete'"): learn_mask(qwen, task, where, "hard-concret", **SMALL)
     with pytest.raises(Refusal, match="empty has no weights: there is nothing to mask"): learn_mask(qwen, task, Localization(name="empty", components=(), slices=(), sizes=()), **SMALL)
     with pytest.raises(Refusal, match="edits its facts part after part"): learn_mask(qwen, task.model_copy(update=dict(update="sequential")), where, **SMALL)
-    for bad in (dict(lr=0.), dict(lr=-1.), dict(penalty=-1.), dict(lr=math.nan), dict(steps=0)):
-        with pytest.raises(Refusal, match="lr must be positive, penalty not negative and steps at least 1"): learn_mask(qwen, task, where, **SMALL | bad)
+    for bad in (dict(lr=0.), dict(lr=-1.), dict(penalty=-1.), dict(lr=math.nan), dict(lr=math.inf), dict(penalty=math.inf), dict(steps=0)):
+        with pytest.raises(Refusal, match="lr must be positive, penalty not negative, both finite, and steps at least 1"): learn_mask(qwen, task, where, **SMALL | bad)
     with pytest.raises(Refusal, match="learned on tiny-qwen3 seed0, not on tiny-llama seed3"): by_hand(qwen, where).edit(tiny("llama", seed=3), 5)
-    with pytest.raises(Refusal, match="training diverged at step .* lower the learning rate"): learn_mask(qwen, task, where, "clamped", lr=math.inf, **SMALL)
+    monkeypatch.setattr(M, "step_losses", lambda lm, values, *a: [setattr(v, "grad", torch.zeros_like(v)) for v in values.values()] and dict(forget=math.nan, retain=0., text=0.))
+    with pytest.raises(Refusal, match="training diverged at step 0 .* lower the learning rate"): learn_mask(qwen, task, where, **SMALL)
     def full(*a, **k): raise torch.OutOfMemoryError("no")
     monkeypatch.setattr(M, "step_losses", full)
     with pytest.raises(Refusal, match="out of memory on cpu while masking mixed: lower micro_batch"): learn_mask(qwen, task, where, **SMALL)
