@@ -267,7 +267,7 @@ def ask_sizes(
     **how, # `most`, `batch_size`: see `ask_edits`
 ) -> pd.DataFrame: # records, as of `ask_edits`
     "Ask at every size. `len(masks) * len(ks) + 1` times the questions."
-    for m in masks: m.edit(lm, max(ks)) # before anything is asked
+    for m in masks: m.edit(lm, max(ks, default=0)) # before anything is asked
     return ask_edits(lm, task, ((m.localization.name, k, m.edit(lm, k)) for m in masks for k in ks), **how)
 
 # %% ../nbs/21_weight_masking.ipynb #5c0b72ed
