@@ -36,7 +36,7 @@ BUGS = [
         '"retain_test", "dev_forget", "dev_retain")\n', '"retain_test", "dev_forget")\n', "test_planted_bugs.py::test_no_two_splits_may_share_a_subject"),
     Bug("split", "the facts that are taught are asked as if they were held back", "relearning",
         "task.forget[half::2], task.forget[1 - half::2]", "task.forget[half::2], task.forget", "test_relearning.py::test_every_forget_fact_is_asked_once_as_held_and_once_as_taught"),
-    Bug("loss", "unlearning has the other sign", "finetuning",
+    Bug("loss", "unlearning has the other sign", "losses",
         "logits.logsumexp(1) - others.logsumexp(1)", "others.logsumexp(1) - logits.logsumexp(1)", "test_tasks.py::test_not_said"),
     Bug("loss", "weight decay is on", "finetuning",
         "AdamW(values.values(), lr=lr, weight_decay=0.)", "AdamW(values.values(), lr=lr)", "test_planted_bugs.py::test_nothing_shrinks_weights_in_training"),

@@ -89,6 +89,7 @@ def folder(
     options:dict, # of the task
     lr:float|None=None, # of the edits, if it was chosen by hand
     chat:bool|str|None=None, # in a chat?
+    loss:str|None=None, # of the edits, if it is not the task's own
 ) -> str: # <out>/<model>/<task>-<size>[-options]
     "The run folder of a model and task"
     said = [str(options[o]) for o in ["sport", "forget_size"] if o in options]
@@ -96,6 +97,7 @@ def folder(
         if o in ("sport", "forget_size") or v in (False, None, "world", "sports", "counterfact", "other"): continue
         said.append(o if v is True else f"{o}-{Path(str(v)).stem}")
     if lr is not None: said.append(f"lr-{lr:g}" if float(f"{lr:g}") == lr else f"lr-{lr!r}")
+    if loss: said.append(loss)
     if chat: said.append("chat" if chat is True else f"chat-{store.cause_hash(chat)[:8]}")
     name = Path(model).name if Path(model).name not in ("", "..", "~") else Path(model).expanduser().resolve().name
     return str(Path(out)/_kept(name)/_kept("-".join([task, *said])))
@@ -246,6 +248,10 @@ class Settings(BaseModel, extra="forbid"):
     text_batch: Whole|None = Field(None, ge=0) # texts a step
     micro_batch: Whole|None = Field(None, ge=1) # rows a backward
     clip: Real|None = Field(None, gt=0) # norm of the gradient
+    loss: Literal["injection", "log-1-p", "gradient-ascent", "graddiff", "npo", "simnpo", "idk", "dpo"]|None = None # on the forget facts; default: the task's own
+    beta: Real|None = Field(None, gt=0) # of npo, simnpo and dpo
+    l1: Real|None = Field(None, ge=0) # weight of the L1 norm of the change of the weights
+    preferred: str|None = Field(None, min_length=1, max_length=200) # answer that idk and dpo prefer, or "edit"
     max_facts: Evaluated|None = None # facts of a group, or group/format, that are evaluated
     relearning: Relearning = Relearning()
     latents: Latents = Latents()
@@ -384,7 +390,7 @@ def make_job(
     options = defaults(task, str(model).startswith("organism"), options)
     once = lambda items: list(dict.fromkeys(items))
     return Job(model=model, task=task, options=options, localizations=once(localizations), seeds=once(seeds), settings=settings,
-               run_dir=folder(out, model, task, options, settings.get("lr"), settings.get("chat")), keep_edits=keep_edits, attacks=attacks)
+               run_dir=folder(out, model, task, options, settings.get("lr"), settings.get("chat"), settings.get("loss")), keep_edits=keep_edits, attacks=attacks)
 
 # %% ../nbs/38_grids.ipynb #400080a
 def grid(

@@ -13,7 +13,7 @@ import pandas as pd
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 from .facts import Task
-from .finetuning import FILES, Edit, edit_of, finetune, load_edit, rates
+from .finetuning import FILES, Diverged, Edit, edit_of, finetune, load_edit, rates
 from .localization import Localization, localize_all
 from .models import LM
 from .stats import family
@@ -38,7 +38,7 @@ class Job:
     def path(self, file) -> Path|None: return self.folder and self.folder/file
 
 # %% ../nbs/24_jobs.ipynb #200065
-TRAINING = dict(lr=None, inject=None, steps=50, batch=64, retain_batch=48, text_batch=8, clip=1.)
+TRAINING = dict(lr=None, inject=None, steps=50, batch=64, retain_batch=48, text_batch=8, clip=1., loss=None, beta=None, l1=None, preferred=None)
 
 @patch
 def causes(self:Job, **more) -> dict:
@@ -47,7 +47,8 @@ def causes(self:Job, **more) -> dict:
     if self.where is None: return base | more
     if self.given: return base | dict(localization=self.where.name, edited=self.given.config["sha256"]) | more
     options = {k: self.training.get(k, v) for k, v in TRAINING.items()}
-    options["lr"], options["inject"] = rates(self.lm, self.task, self.where, options["lr"], options["inject"], self.run)
+    options["lr"], options["inject"] = rates(self.lm, self.task, self.where, options["lr"], options["inject"], self.run, options["loss"])
+    options = {k: v for k, v in options.items() if v is not None} # what is not named is no cause
     parts = {"parts": [(p.facts, p.slices) for p in self.where.parts]} if self.where.parts else {}
     return base | dict(localization=self.where.name, slices=list(self.where.slices), training=options) | parts | more
 
@@ -62,8 +63,12 @@ def edit(self:Job,
     there = {state(self.path(f), self.causes()) for f in files} if self.folder else {"missing"}
     usable = {"done"} if self.repair else {"done", "broken"}  # reading a broken one says which file it is
     if there <= usable and not recompute: return load_edit(self.folder)
-    lr, inject = rates(self.lm, self.task, self.where, self.training.get("lr"), self.training.get("inject"), self.run)
-    edit = finetune(self.lm, self.task, self.where, **self.training | dict(lr=lr, inject=inject))
+    lr, inject = rates(self.lm, self.task, self.where, self.training.get("lr"), self.training.get("inject"), self.run, self.training.get("loss"))
+    try: edit = finetune(self.lm, self.task, self.where, **self.training | dict(lr=lr, inject=inject))
+    except Diverged as e:
+        if not self.folder: raise
+        e.edit.save(self.folder/"diverged", self.causes())
+        raise Refusal(f"{e} in {self.folder/'diverged'}") from None
     if self.folder: edit.save(self.folder, self.causes())
     return edit
 

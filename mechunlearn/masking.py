@@ -151,8 +151,9 @@ def _loop(lm, learner, batches, steps, update, inject, micro_batch, clip, lr, pr
         terms = step_losses(lm, leaves, rows, update, inject, micro_batch, own)
         torch.autograd.backward([*masked.values(), price], [*(v.grad for v in leaves.values()), torch.ones_like(price)])
         norm = float(torch.nn.utils.clip_grad_norm_(params, clip))
-        _guard(step, terms, norm, lr)
-        total = inject * terms["forget"] + terms["retain"] + (terms["text"] if math.isfinite(terms["text"]) else 0.) + price.item()
+        there = {t: x for t, x in terms.items() if any(r.term == t for r in rows)}
+        if why := _guard(step, there, norm, lr): raise Refusal(why.removesuffix("; the last good state is kept"))
+        total = sum(x * (inject if t == "forget" else 1.) for t, x in there.items()) + price.item()
         curve.append(dict(step=step, lr=schedule.get_last_lr()[0], loss=total, **terms, penalty=price.item(), grad_norm=norm))
         learner.opt.step(); learner.keep(); schedule.step(); learner.opt.zero_grad()
     return pd.DataFrame(curve)

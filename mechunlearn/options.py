@@ -228,6 +228,7 @@ def no_rates(
     from mechunlearn.models import locate
     if "lr" in job.settings: return []
     own, size = _own_rates(Path(job.run_dir)/"learning_rates.csv"), job.options.get("forget_size") or 64
+    if own is None and job.settings.get("loss"): return trained_in(job) # the committed ones are for the tasks' own losses
     return list(missing_rates(locate(job.model)[1], job.task, size, trained_in(job), own))
 
 # %% ../nbs/48_options.ipynb #c18a0002b
@@ -252,7 +253,7 @@ def groups_of(
     return [l for l in dict.fromkeys(plain) if l in found.values()]
 
 # %% ../nbs/48_options.ipynb #c18a0003a
-SWEEP = ("steps", "batch", "retain_batch", "text_batch", "micro_batch", "clip") # settings that a sweep passes on to its edits
+SWEEP = ("steps", "batch", "retain_batch", "text_batch", "micro_batch", "clip", "loss", "beta", "l1", "preferred") # settings that a sweep passes on to its edits
 
 def sweep_words(
     job, # a Job

@@ -19,6 +19,7 @@ from .facts import Task
 from .figures import FIGURE_STYLE, figure, listed, ordered
 from .finetuning import finetune
 from .localization import Localization
+from .losses import installs
 from .models import LM
 from .questions import answer, completions, text_loss
 from .stats import family
@@ -72,7 +73,8 @@ def _trial(lm, task, base, where, lr, inject, seed, training):
         if "diverged" not in str(e): raise
         return pd.DataFrame([about | dict(score=math.nan)])
     with edit.applied(lm): metrics = training_metrics(lm, task)
-    return pd.DataFrame([about | metrics | dict(score=score(metrics, base))])
+    wanted = metrics if installs(training.get("loss"), training.get("preferred")) else metrics | dict(edit=math.nan)
+    return pd.DataFrame([about | metrics | dict(score=score(wanted, base))])
 
 # %% ../nbs/27_learning_rates.ipynb #c3e67d25
 def sweep(
