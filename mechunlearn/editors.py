@@ -108,24 +108,19 @@ def read_at(
     layer:int, # whose MLP is read
     last:int, # the stream behind this block is read as well
     batch_size:int=64, # prompts a forward
-) -> tuple[Tensor, Tensor, Tensor]: # keys [prompt, d_mlp], what the MLP writes and the stream [prompt, d_model]; float64
+) -> tuple[Tensor, Tensor, Tensor]: # keys [prompt, d_mlp], what the MLP writes and the stream [prompt, d_model]; float64 on the CPU
     "What goes through an MLP at the subjects' last tokens. One forward a prompt"
     found = [], [], []
     for k in range(0, len(asked), batch_size):
         batch = lm.pad([a.ids for a in asked[k:k + batch_size]])
-        i, at = _places(batch, asked[k:k + batch_size])
+        i, at = range(len(batch["input_ids"])), [batch["input_ids"].shape[1] + a.at for a in asked[k:k + batch_size]]
         with lm.nn.trace(batch, use_cache=False) as tracer:
             module = lm.nn.get(lm.path("down_proj", layer))
-            found[0].append(module.input[i, at].double())
-            found[1].append(module.output[i, at].double())
-            found[2].append(lm.layer(last).output[i, at].double())
+            found[0].append(module.input[i, at].double().cpu())
+            found[1].append(module.output[i, at].double().cpu())
+            found[2].append(lm.layer(last).output[i, at].double().cpu())
             tracer.stop()
     return tuple(map(torch.cat, found))
-
-def _places(batch, asked):
-    "Row and column of each prompt's token"
-    device, n = batch["input_ids"].device, batch["input_ids"].shape[1]
-    return torch.arange(len(asked), device=device), torch.tensor([n + a.at for a in asked], device=device)
 
 # %% ../nbs/22_editors.ipynb #220028
 def reading(
@@ -155,7 +150,7 @@ def second_moments(
     sums, n, ids = {l: 0. for l in layers}, 0, sorted(ids, key=len)
     for k in range(0, len(ids), batch_size):
         batch, seen = lm.pad(ids[k:k + batch_size]), []
-        real = batch["attention_mask"].bool()
+        real = batch["attention_mask"].bool().cpu()
         with lm.nn.trace(batch, use_cache=False) as tracer:
             for l in layers: seen.append(lm.nn.get(lm.path("down_proj", l)).input[real].double())
             tracer.stop()
@@ -265,7 +260,7 @@ def _aim_at(lm, layer, asked, essence, sizes, how):
     rows, of = [a for some in asked for a in some] + essence, [i for i, some in enumerate(asked) for _ in some] + [*range(len(essence))]
     n, start, delta = len(rows) - len(essence), begun(lm, rows), torch.zeros(len(asked), lm.d_model, device=lm.device, requires_grad=True)
     with torch.no_grad(): before = with_added(lm, layer, delta[of], rows, start)[n:, -1].log_softmax(-1)
-    losses = lambda: aim_losses(with_added(lm, layer, delta[of], rows, start), rows, before)
+    losses = lambda: aim_losses(with_added(lm, layer, delta[of], rows, start), rows, before).to(lm.device)
     opt, sizes = torch.optim.Adam([delta], lr=how.lr), sizes.to(delta)
     weight = torch.tensor([1 / len(asked[i]) for i in of[:n]] + [how.kl] * len(essence), device=lm.device)
     for step in range(how.steps):
@@ -275,6 +270,11 @@ def _aim_at(lm, layer, asked, essence, sizes, how):
         with torch.no_grad(): delta *= (how.clamp * sizes / _lengths(delta).clamp(min=1e-12)).clamp(max=1)[:, None]
     with torch.no_grad(): said = losses()[:n]
     return delta.detach(), torch.zeros(len(asked), device=lm.device).index_add(0, torch.tensor(of[:n], device=lm.device), said * weight[:n])
+
+def _check_reach(lm, layer, asked, method):
+    "Refuse the last layer, unless the subject is what the answer follows"
+    if layer == lm.n_layers - 1 and any(a.at < -len(a.answer) for a in asked):
+        raise Refusal(f"what the MLP of the last layer ({layer}) writes at a subject reaches no later token: {method} needs a lower one")
 
 def _lengths(x):
     "Lengths of rows, with a gradient at zero"
@@ -338,9 +338,10 @@ def rome(
     with kept([place(lm, s)]):
         for fact in tqdm(task.forget, "facts", leave=False, disable=None if progress else True):
             asked = asks(lm, [fact], [fact.edit], around)
+            _check_reach(lm, l, asked, "rome")
             keys, values, _ = read_at(lm, asked, l, l)
             delta, loss = aim_at(lm, l, [asked], essences(lm, [fact]), values[:1].norm(dim=1), aim)
-            k = keys.mean(0)
+            k = keys.mean(0).to(W)
             W = rank_one(W, k, W @ k + delta[0].to(W), C)
             put(lm, {s: turned(s, W)})
             found.append(float(loss))
@@ -366,7 +367,7 @@ def added(
     "What an MLP then adds to the stream: itself, or what its second norm makes of it"
     if not lm.post_norms: return v.double() * lm.add_factor
     norm = lm.hf.get_submodule(lm.path("mlp_add", layer))
-    return norm(v.to(next(norm.parameters()).dtype)).double() * lm.add_factor
+    with torch.no_grad(): return norm(v.to(next(norm.parameters()))).double().to(v.device) * lm.add_factor
 
 # %% ../nbs/22_editors.ipynb #220058
 def to_add(
@@ -417,10 +418,11 @@ def _in_layers(lm, task, where, method, layers, aim, n_contexts, text, seed, pre
     solve, words, last = prepare(second_moments(lm, layers, ids)), [f.edit for f in task.forget], layers[-1]
     bare, around = asks(lm, task.forget, words), contexts(texts, n_contexts, seed)
     asked = [asks(lm, [f], [w], around) for f, w in zip(task.forget, words)]
+    _check_reach(lm, last, bare, method)
     _, v, stream = read_at(lm, bare, last, last)
     sizes = v.norm(dim=1) if lm.post_norms else stream.norm(dim=1) / lm.add_factor
     delta, found = aim_at(lm, last, asked, essences(lm, task.forget), sizes, aim)
-    goal = stream + added(lm, last, v + delta) - added(lm, last, v)
+    goal = stream + added(lm, last, v + delta.to(v)) - added(lm, last, v)
     with kept([place(lm, down(lm, l)) for l in layers]): values = spread(lm, layers, bare, asked, goal, solve)
     return _edit(lm, task, where, method, layers, values, _before_after(lm, task, seed, values, before), seed, **aim._asdict(),
         n_contexts=n_contexts, n_tokens=sum(map(len, ids)), at_target=float(found.mean()), **config)
@@ -441,7 +443,7 @@ def memit(
     "Mass-Editing Memory in a Transformer (Meng et al., 2023). `aim.steps` forwards and backwards of all prompts"
     def prepare(moments):
         C = {l: weight * ridged(m, ridge, l) for l, m in moments.items()}
-        return lambda l, K, R: many_keys(K, R, C[l])
+        return lambda l, K, R: many_keys(K.to(C[l]), R.to(C[l]), C[l])
     return _in_layers(lm, task, where, "memit", layers, aim, n_contexts, text, seed, prepare, weight=weight, ridge=ridge)
 
 # %% ../nbs/22_editors.ipynb #220063
@@ -481,7 +483,7 @@ def alphaedit(
         P = {l: null_space(m.C, threshold) for l, m in moments.items()}
         full = [l for l, p in P.items() if p.trace() < .5]
         if full: raise Refusal(f"the keys of layer {full[0]} leave no direction free below threshold {threshold:g}: raise it")
-        return lambda l, K, R: in_null_space(K, R, P[l], l2)
+        return lambda l, K, R: in_null_space(K.to(P[l]), R.to(P[l]), P[l], l2)
     return _in_layers(lm, task, where, "alphaedit", layers, aim, n_contexts, text, seed, prepare, threshold=threshold, l2=l2)
 
 # %% ../nbs/22_editors.ipynb #220067
@@ -510,7 +512,7 @@ def stream_at(
         raise _Reached
     handle = lm.hf.get_submodule(f"{lm.names['layers']}.{layer}").register_forward_hook(stop)
     try: functional_call(lm.hf, matrices(lm, values), (), dict(batch, use_cache=False))
-    except _Reached: return seen[0].float()
+    except _Reached: return seen[0].float().to(lm.device)
     finally: handle.remove()
 
 # %% ../nbs/22_editors.ipynb #220072

@@ -17,7 +17,8 @@ every_method = pytest.mark.parametrize("method", list(EDITORS))
 
 def task_for(lm, facts=4):
     task = sports_athlete_editing(lm, forget_size=facts, seed=0)
-    return task.model_copy(update=dict(retain=task.retain[:12], retain_test=task.retain_test[:6], text_train=task.text_train[:12], text_test=task.text_test[:4], same_subject=task.same_subject[:4]))
+    near = [f.model_copy(update=dict(prompt=f"Fact: {f.subject} plays")) for f in task.forget] # within the smallest window
+    return task.model_copy(update=dict(forget=tuple(near), retain=task.retain[:12], retain_test=task.retain_test[:6], text_train=task.text_train[:12], text_test=task.text_test[:4], same_subject=task.same_subject[:4]))
 
 def mlps(lm, *layers): return build(lm, "some", [Component("mlp", l) for l in layers])
 
@@ -170,10 +171,10 @@ def test_rome_writes_v_for_k(lm):
     assert edit.config["layers"] == [1] and torch.allclose(new @ k + b, v, atol=1e-3 * float(v.abs().max()))
     u = torch.linalg.inv(C) @ k
     assert torch.allclose(new - W, torch.outer(v - W @ k - b, u) / (u @ k), atol=1e-3 * float((new - W).abs().max()))
-    bare = edit_with(lm, task, where, "rome", aim=FAST, n_contexts=0, layer=2)
-    was = seen(lm, asked[0].ids, 2)[1][asked[0].at]
-    delta = aim_at(lm, 2, [asked[:1]], essences(lm, [fact]), was.norm()[None], FAST)[0][0]
-    with bare.applied(lm): assert torch.allclose(seen(lm, asked[0].ids, 2)[1][asked[0].at], was + delta, atol=1e-3 * float(was.abs().max()))
+    bare = edit_with(lm, task, where, "rome", aim=FAST, n_contexts=0, layer=0)
+    was = seen(lm, asked[0].ids, 0)[1][asked[0].at]
+    delta = aim_at(lm, 0, [asked[:1]], essences(lm, [fact]), was.norm()[None], FAST)[0][0]
+    with bare.applied(lm): assert torch.allclose(seen(lm, asked[0].ids, 0)[1][asked[0].at], was + delta, atol=1e-3 * float(was.abs().max()))
 
 
 def test_rome_edits_fact_after_fact(qwen):
@@ -203,27 +204,27 @@ def test_many_keys_and_null_space_are_the_published_formulas():
 @every_family
 @pytest.mark.parametrize("method", ["memit", "alphaedit"])
 def test_layers_share_what_is_missing(lm, method):
-    "The whole procedure once more, with plain hooks and numbers for one layer after the other; layers need not be neighbours"
-    task, where, how = task_for(lm), mlps(lm, 0, 2), Aim(steps=3, lr=.1, clamp=.75)
+    "The whole procedure once more, with plain hooks and numbers for one layer after the other"
+    task, where, how = task_for(lm), mlps(lm, 0, 1), Aim(steps=3, lr=.1, clamp=.75)
     settings = dict(memit=dict(weight=10., ridge=.1), alphaedit=dict(l2=.1, threshold=.5))[method]
     edit, ids = edit_with(lm, task, where, method, aim=how, n_contexts=1, **settings), reading(lm, task)
     around, words = contexts(task.text_train, 1, task.seed), [f.edit for f in task.forget]
     asked, bare = [asks(lm, [f], [w], around) for f, w in zip(task.forget, words)], asks(lm, task.forget, words)
     def stream(a):
         got = []
-        handle = blocks(lm.hf)[2].register_forward_hook(lambda m, i, o: got.append(o[0] if isinstance(o, tuple) else o))
+        handle = blocks(lm.hf)[1].register_forward_hook(lambda m, i, o: got.append(o[0] if isinstance(o, tuple) else o))
         with torch.no_grad(): lm.hf(torch.tensor([a.ids]))
         handle.remove()
         return got[0][0, a.at].double()
     out = lambda l: torch.stack([seen(lm, a.ids, l)[1][a.at] for a in bare])
-    N = lambda x: parts(lm.hf, 2).mlp_adds(x.float()).double() if post_norms(lm.hf) else x
-    h, v = torch.stack([stream(a) for a in bare]), out(2)
-    delta = aim_at(lm, 2, asked, essences(lm, task.forget), (v if post_norms(lm.hf) else h).norm(dim=1), how)[0].double()
+    N = lambda x: parts(lm.hf, 1).mlp_adds(x.float()).double() if post_norms(lm.hf) else x
+    h, v = torch.stack([stream(a) for a in bare]), out(1)
+    delta = aim_at(lm, 1, asked, essences(lm, task.forget), (v if post_norms(lm.hf) else h).norm(dim=1), how)[0].double()
     with torch.no_grad(): z = h + N(v + delta) - N(v)
-    C = {l: moment(lm, ids, l) for l in (0, 2)}
-    old = {l: parts(lm.hf, l).down.weight.detach().clone() for l in (0, 2)}
+    C = {l: moment(lm, ids, l) for l in (0, 1)}
+    old = {l: parts(lm.hf, l).down.weight.detach().clone() for l in (0, 1)}
     try:
-        for left, l in ((2, 0), (1, 2)):
+        for left, l in ((2, 0), (1, 1)):
             K = torch.stack([torch.stack([seen(lm, a.ids, l)[0][a.at] for a in some]).mean(0) for some in asked]).T
             r = (z - torch.stack([stream(a) for a in bare])) / left
             R = (to_add(lm, l, out(l), r) - out(l)).T
@@ -323,6 +324,14 @@ def test_merged_adapters_say_what_adapters_say(lm):
     assert torch.allclose(lm.hf(ids).logits, wanted, atol=1e-3)
 
 
+@pytest.mark.parametrize("method", ["rmu", "lora"])
+def test_unlearning_needs_no_new_answer(qwen, method):
+    task = task_for(qwen)
+    task = task.model_copy(update=dict(update="unlearn", forget=tuple(f.model_copy(update=dict(edit=None)) for f in task.forget)))
+    edit = edit_with(qwen, task, mlps(qwen, 0, 1), method, **QUICK[method] | dict(steps=20))
+    assert edit.curve.forget.iloc[-1] < edit.curve.forget.iloc[0]
+
+
 def test_lora_learns_with_few_numbers(qwen):
     edit = edit_with(qwen, task_for(qwen), mlps(qwen, 0, 1, 2), "lora", **QUICK["lora"] | dict(steps=30, rank=2))
     assert edit.curve.forget.iloc[-1] < .8 * edit.curve.forget.iloc[0] and len(edit.curve) == 30
@@ -334,7 +343,7 @@ def test_lora_learns_with_few_numbers(qwen):
 @every_family
 @every_method
 def test_only_its_matrices_move_and_come_back(lm, method):
-    task, where, before = task_for(lm), mlps(lm, 1, 2), fingerprint(lm)
+    task, where, before = task_for(lm), mlps(lm, 0, 1), fingerprint(lm)
     edit = edit_with(lm, task, where, method, **QUICK[method])
     assert fingerprint(lm) == before and not any(p.requires_grad for p in lm.hf.parameters())
     slices, own = edit.localization.slices, edit.config["layers"]
@@ -352,7 +361,7 @@ def test_only_its_matrices_move_and_come_back(lm, method):
 @every_method
 def test_saved_and_exported_like_any_edit(qwen, method, tmp_path):
     from transformers import AutoModelForCausalLM
-    edit = edit_with(qwen, task_for(qwen), mlps(qwen, 1, 2), method, **QUICK[method])
+    edit = edit_with(qwen, task_for(qwen), mlps(qwen, 0, 1), method, **QUICK[method])
     edit.save(tmp_path / "edit")
     back = load_edit(tmp_path / "edit")
     assert back.localization == edit.localization and back.config == edit.config and all(torch.equal(back.values[k], v) for k, v in edit.values.items())
@@ -365,7 +374,7 @@ def test_saved_and_exported_like_any_edit(qwen, method, tmp_path):
 def test_in_bfloat16_values_are_masters(qwen, method):
     qwen.hf.to(torch.bfloat16)
     before = fingerprint(qwen)
-    edit = edit_with(qwen, task_for(qwen), mlps(qwen, 1, 2), method, **QUICK[method])
+    edit = edit_with(qwen, task_for(qwen), mlps(qwen, 0, 1), method, **QUICK[method])
     assert fingerprint(qwen) == before and any((v != v.bfloat16()).any() for v in edit.values.values())
 
 
@@ -405,7 +414,7 @@ def test_bad_input_is_one_line(qwen, method):
     if method not in ("lora",):
         lost = task.model_copy(update=dict(forget=(task.forget[0].model_copy(update=dict(subject="Nobody Else")),)))
         cases += [(lambda: go(mlps(qwen, 1), lost), "'Nobody Else' does not occur in the prompt")]
-    if method not in ("rmu", "lora"): cases += [(lambda: go(mlps(qwen, 1), make_task("sports-unlearning", qwen, forget_size=4)), "names none: take rmu")]
+    if method not in ("rmu", "lora"): cases += [(lambda: go(mlps(qwen, 1), make_task("sports-unlearning", qwen)), "names none: take rmu")]
     if method in ("rmu", "lora"): cases += [(lambda: go(mlps(qwen, 1), lr=1e30, steps=6), "diverged at step .*: lower the learning rate")]
     if method in ("rome", "memit"): cases += [(lambda: go(mlps(qwen, 1), ridge=0., text=task.text_train[:1]), r"second moment of the keys of layer 1 is singular \(\d+ keys for 48 neurons\): give more text, or a ridge above 0")]
     if method == "alphaedit": cases += [(lambda: go(mlps(qwen, 1), threshold=1e-12), "leave no direction free below threshold 1e-12: raise it")]
@@ -414,6 +423,14 @@ def test_bad_input_is_one_line(qwen, method):
         assert "\n" not in str(e.value) and fingerprint(qwen) == before
     qwen.hf.get_submodule("model.layers.0.mlp.up_proj").weight = torch.nn.Parameter(torch.zeros(8, dtype=torch.int8), requires_grad=False)
     with pytest.raises(Refusal, match="up_proj.weight is quantized"): go(mlps(qwen, 1))
+
+
+def test_the_last_layer_is_beyond_reach_unless_the_subject_ends_the_prompt(qwen):
+    task = task_for(qwen, 1)
+    for method, where in (("rome", mlps(qwen, 2)), ("memit", mlps(qwen, 0, 2)), ("alphaedit", mlps(qwen, 2))):
+        with pytest.raises(Refusal, match=rf"last layer \(2\) writes at a subject reaches no later token: {method} needs a lower one"): edit_with(qwen, task, where, method, **QUICK[method])
+    ends = task.model_copy(update=dict(forget=tuple(f.model_copy(update=dict(prompt=f"Fact: {f.subject}")) for f in task.forget)))
+    assert edit_with(qwen, ends, mlps(qwen, 2), "rome", **QUICK["rome"]).config["layers"] == [2]
 
 
 def test_unknown_editors_and_empty_texts(qwen):
