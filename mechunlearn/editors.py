@@ -152,9 +152,9 @@ def second_moments(
         batch, seen = lm.pad(ids[k:k + batch_size]), []
         real = batch["attention_mask"].bool().cpu()
         with lm.nn.trace(batch, use_cache=False) as tracer:
-            for l in layers: seen.append(lm.nn.get(lm.path("down_proj", l)).input[real].double())
+            for l in layers: seen.append(lm.nn.get(lm.path("down_proj", l)).input[real])
             tracer.stop()
-        for l, x in zip(layers, seen): sums[l] = sums[l] + x.T @ x
+        for l, x in zip(layers, map(torch.Tensor.double, seen)): sums[l] = sums[l] + x.T @ x
         n += int(real.sum())
     if not n: raise Refusal("there is no text and no retained fact to take the keys' second moments over: give text=")
     return {l: Moment(C / n, n) for l, C in sums.items()}
@@ -169,7 +169,8 @@ def ridged(
     C = moment.C + ridge * moment.C.diagonal().mean() * torch.eye(len(moment.C), dtype=moment.C.dtype, device=moment.C.device)
     values = torch.linalg.eigvalsh(C)
     if values[0] > values[-1] * len(C) * torch.finfo(C.dtype).eps: return C
-    raise Refusal(f"the second moment of the keys of layer {layer} is singular ({moment.n} keys for {len(C)} neurons): give more text, or a ridge above {ridge:g}")
+    raise Refusal(f"the second moment of the keys of layer {layer} is singular ({moment.n} keys for {len(C)} neurons): "
+        f"give more text, or a ridge above {ridge:g}")
 
 # %% ../nbs/22_editors.ipynb #220035
 def rank_one(
@@ -185,7 +186,7 @@ def rank_one(
 # %% ../nbs/22_editors.ipynb #220038
 class Aim(NamedTuple):
     "How it is found what an MLP should write"
-    steps: int = 20 # of Adam
+    steps: int = 20 # of Adam; all are taken
     lr: float = .5 # learning rate
     kl: float = .0625 # weight of the change of 'SUBJECT is a'
     decay: float = .5 # weight of the length of what is added
@@ -285,8 +286,10 @@ def _begin(lm, task, where, layers, method, installs=True):
     "Layers of an edit; refuses what the method cannot do"
     if reason := untrainable(lm): raise Refusal(reason)
     choose(task.update, UPDATES, "update")
-    if task.update == "sequential": raise Refusal(f"{method} edits all facts at once, and those of {task.name} come in parts: edit each of task.in_parts()")
-    if installs and (task.update == "unlearn" or not all(f.edit for f in task.forget)): raise Refusal(f"{method} installs an answer, and {task.name} names none: take rmu")
+    if task.update == "sequential":
+        raise Refusal(f"{method} edits all facts at once, and those of {task.name} come in parts: edit each of task.in_parts()")
+    if installs and (task.update == "unlearn" or not all(f.edit for f in task.forget)):
+        raise Refusal(f"{method} installs an answer, and {task.name} names none: take rmu")
     return mlp_layers(lm, where, layers)
 
 # %% ../nbs/22_editors.ipynb #220048
@@ -700,6 +703,7 @@ def say_editors(
         w = wide.loc[where]
         done = [e for e in table.editor.unique() if e in w.index and w["edit answer"][e] >= .9]
         if not done: return f"At {printed(where)} no editor installs nine answers in ten."
-        told = [f"{e} ({w['in other words'][e]:.2f} in other words, {w['retained facts'][e]:.2f} of retained and {w['same subject'][e]:.2f} of same-subject facts left)" for e in done]
+        told = [f"{e} ({w['in other words'][e]:.2f} in other words, {w['retained facts'][e]:.2f} of retained and "
+            f"{w['same subject'][e]:.2f} of same-subject facts left)" for e in done]
         return f"At {printed(where)}, nine edit answers in ten or more are given after {listed(told)}."
     return " ".join(map(one, ordered(table.localization)))
