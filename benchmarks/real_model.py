@@ -3,19 +3,19 @@
     python benchmarks/real_model.py [--model gemma-3-270m] [--facts athletes] [--forget-size 16] [--localizations A,B,...]
         [--threads 2] [--lr 1e-4] [--out FOLDER] [--save NAME]
 
-The notebooks of the pipeline run one after another in this process, with the parameters that `mechunlearn run` would give them. One JSON object
-a line, for each stage and for all: seconds, peak_mb (of the process), tflop (products of linear layers, forwards and backwards, counted
+The notebooks of the pipeline run one after another, each in a process of its own, with the parameters that `mechunlearn run` would give them. One JSON object
+a line, for each stage and for all: seconds (without the start of Python and its imports), peak_mb (of the process), tflop (products of linear layers, forwards and backwards, counted
 as they happen), floor_s (tflop over the rate that this machine multiplies matrices of the model's own sizes at, in its dtype), over_floor.
 The first line is the machine: its rate, the model's dtype. `equal` repeats what is read once for several prompts (`models.parts`) without
 it: the largest difference of a log-probability in float32, and the seconds of both, for the whole questionnaire of an edit and for a step of fine-tuning.
 `--save NAME` also writes results/NAME.jsonl.
 """
-import argparse, json, os, tempfile, threading, time
+import argparse, json, os, subprocess, sys, tempfile, threading, time
 from pathlib import Path
 import matplotlib; matplotlib.use("agg")
 import psutil, torch
 from IPython.core.interactiveshell import InteractiveShell
-from mechunlearn import finetuning as F, models
+from mechunlearn import finetuning as F
 from mechunlearn.evaluation import questionnaire
 from mechunlearn.grids import make_job
 from mechunlearn.localization import build
@@ -89,13 +89,30 @@ def equal(args):
     yield dict(name="equal/step", prompts=len(batch), max_abs_diff=((g - h).abs().max() / h.abs().max()).item(), ours_s=seconds(lambda: step(True), 2), theirs_s=seconds(lambda: step(False), 2))
 
 
+def job_of(args):
+    "What `mechunlearn run` would do"
+    facts = {"facts": args.facts} if args.facts else {}
+    settings = {"device": "cpu", "draws": 1} | ({"lr": args.lr} if args.lr else {})
+    return make_job(args.model, "sports-athlete-editing", {"forget_size": args.forget_size} | facts, args.localizations.split(","), [0], settings, args.out)
+
+
+def one_stage(args):
+    "In a process of its own: seconds, products, memory"
+    job = job_of(args)
+    Path(job.run_dir).mkdir(parents=True, exist_ok=True)
+    stage, counted, shell = next(s for s in job.stages if s.name == args.stage), Products(), InteractiveShell.instance()
+    with Peak() as peak: s = seconds(lambda: run_stage(shell, stage, job))
+    print("\n" + json.dumps(dict(seconds=s, tflop=counted.flop / 1e12, peak_mb=round(peak.high / 2**20))))
+
+
 def main():
     p = argparse.ArgumentParser()
     for name, default in dict(model="gemma-3-270m", facts="athletes", localizations=SIX, out=None, save=None).items(): p.add_argument(f"--{name}", default=default)
     p.add_argument("--forget-size", type=int, default=16); p.add_argument("--threads", type=int, default=2); p.add_argument("--lr", type=float)
-    p.add_argument("--skip-equal", action="store_true")
+    p.add_argument("--skip-equal", action="store_true"); p.add_argument("--stage", help=argparse.SUPPRESS)
     args, lines = p.parse_args(), []
     torch.set_num_threads(args.threads)
+    if args.stage: return one_stage(args)
     def say(**line):
         line = {k: round(v, 4 if v < 1 else 2) if isinstance(v, float) and v > 1e-3 else v for k, v in line.items()}
         lines.append(line); print(json.dumps(line), flush=True)
@@ -103,18 +120,10 @@ def main():
     tflops = rate(lm)
     say(name="machine", cores=os.cpu_count(), threads=args.threads, torch=torch.__version__, model=lm.name, dtype=str(lm.hf.dtype).removeprefix("torch."), tflop_per_s=tflops)
     del lm
-    settings = {"device": "cpu", "draws": 1} | ({"lr": args.lr} if args.lr else {})
-    out = args.out or tempfile.mkdtemp()
-    job = make_job(args.model, "sports-athlete-editing", {"forget_size": args.forget_size} | ({"facts": args.facts} if args.facts else {}), args.localizations.split(","), [0], settings, out)
-    Path(job.run_dir).mkdir(parents=True, exist_ok=True)
-    shell, counted, total = InteractiveShell.instance(), Products(), dict(seconds=0., tflop=0., peak_mb=0)
-    for stage in job.stages:
-        before = counted.flop
-        with Peak() as peak: s = seconds(lambda: run_stage(shell, stage, job))
-        shell.reset(new_session=False)
-        tflop = (counted.flop - before) / 1e12
-        line = dict(seconds=s, tflop=tflop, peak_mb=round(peak.high / 2**20))
-        say(name=stage.name, **line, floor_s=tflop / tflops, over_floor=s * tflops / tflop if tflop else None)
+    args.out, total = args.out or tempfile.mkdtemp(), dict(seconds=0., tflop=0., peak_mb=0)
+    for stage in job_of(args).stages:
+        line = json.loads(subprocess.run([sys.executable, __file__, *sys.argv[1:], "--out", args.out, "--stage", stage.name], check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+        say(name=stage.name, **line, floor_s=line["tflop"] / tflops, over_floor=line["seconds"] * tflops / line["tflop"] if line["tflop"] else None)
         total = {k: max(v, line[k]) if k == "peak_mb" else v + line[k] for k, v in total.items()}
     say(name="all", localizations=args.localizations, **total, minutes=total["seconds"] / 60, floor_s=total["tflop"] / tflops, over_floor=total["seconds"] * tflops / total["tflop"])
     if not args.skip_equal:

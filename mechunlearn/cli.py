@@ -10,7 +10,7 @@ __all__ = ['COMMANDS', 'EXAMPLES', 'do_jobs', 'unforeseen', 'show_run', 'show_lo
            'read', 'main']
 
 # %% ../nbs/50_cli.ipynb #500002
-import codecs, json, os, shlex, signal, subprocess, sys, textwrap
+import codecs, json, os, shlex, shutil, signal, subprocess, sys, textwrap
 from contextlib import suppress
 from pathlib import Path
 from . import __version__
@@ -306,7 +306,8 @@ def sweep(args):
         seen = task.causes("dev_forget", "dev_retain", "retain", "text_train")
         causes = dict(model=lm.name, revision=lm.revision, task=seen, localizations=job.localizations, lrs=list(lrs), injects=list(injects),
                       training=training, seeds=job.seeds, **rule)
-        made = lambda: rates.sweep(lm, task, _sweep_where(lm, task, job, args), lrs, job.seeds, injects, not args.quiet, **training)
+        made = lambda: rates.sweep(lm, task, _sweep_where(lm, task, job, args), lrs, job.seeds, injects, not args.quiet, folder/"sweep", **training)
+        if args.recompute == "all": shutil.rmtree(folder/"sweep", ignore_errors=True)
         table = store.make(folder/"sweep.parquet", causes, made, args.recompute == "all")
     return show_sweep(table, folder, args)
 

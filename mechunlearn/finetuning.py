@@ -156,7 +156,7 @@ def end_logits(
 ) -> Tensor: # [prompts, n, vocab], float32
     "Logits at the end of prompts, differentiable"
     run = lambda **batch: functional_call(lm.hf, weights, (), batch)
-    found = list(models.parts(ids, len(ids), n, share and models.may_share(lm, ids)))
+    found = list(models.parts(lm, ids, len(ids), n, share))
     order = torch.tensor([i for p in found for i in p.rows]).argsort()
     return torch.cat([models.end_logits(lm, ids, p, n, run) for p in found])[order.to(lm.device)].float()
 

@@ -33,7 +33,7 @@ PIPELINE = (
     Stage("tracing", "11_output_tracing", ("scores/causal-tracing-*.parquet", "scores/attribution-patching-*.parquet",
                                            "scores/trace-grid*.parquet")),
     Stage("patching", "12_path_patching", ("scores/direct-effect.parquet", "scores/to-extraction*.parquet")),
-    Stage("localization", "13_localization", ("localizations/*.json",)),
+    Stage("localization", "13_localization", ("localizations/*.json", "scores/removal.parquet")),
     Stage("finetuning", "20_finetuning", ("*/seed{seed}/training.parquet",)),
     Stage("evaluation", "25_evaluation", ("*/seed{seed}/evaluation.parquet",)),
     Stage("relearning", "30_relearning", ("*/seed{seed}/relearning.parquet", "*/seed{seed}/low_resource.parquet",

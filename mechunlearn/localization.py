@@ -8,8 +8,8 @@ __all__ = ['PUBLISHED', 'FIXED', 'RANKED', 'PER_FACT', 'METHODS', 'Part', 'Local
            'by_hand', 'late', 'Ranked', 'split_name', 'localizations_for', 'atoms', 'joined', 'localize',
            'localize_all', 'compare', 'trained', 'plot_localizations', 'say_localizations', 'say_shared', 'mechanisms',
            'mechanism_table', 'plot_mechanisms', 'mlp_shares', 'agreement', 'subject_removal', 'removal_windows',
-           'plot_lookup', 'chosen_by_fact', 'localize_each', 'tracing_of', 'control_draws', 'run_localization',
-           'layer_table', 'layer_text']
+           'plot_lookup', 'say_lookup', 'run_removal', 'chosen_by_fact', 'localize_each', 'tracing_of', 'control_draws',
+           'run_localization', 'layer_table', 'layer_text']
 
 # %% ../nbs/13_localization.ipynb #130002
 import random, re
@@ -31,8 +31,8 @@ from . import models, stats, store
 from .facts import Task
 from .figures import FIGURE_STYLE, baseline, count_text, figure, listed, look, margin_labels, ordered
 from .models import LM, Component, Slice, Unlocatable, components, merge_slices, n_params, neurons, slices
-from .patching import direct_effect, extraction_set, lookup_mlps, path_scores, run_direct, run_paths, share_by_fact, through
-from .probing import FLU_RULES, draw_probe, extraction_onset, flu_layers, layer_ticks, run_probing
+from .patching import _causes, _pool, direct_effect, extraction_set, lookup_mlps, path_scores, run_direct, run_paths, share_by_fact, through
+from .probing import FLU_RULES, available, draw_probe, extraction_onset, flu_layers, layer_ticks, run_probing
 from .stats import family
 from .store import Refusal, Run, Unavailable, choose
 from .tracing import (Scores, _aligned, _copy, ablation_grid, attribution_patching, causal_tracing, pair, plot_trace, read, record,
@@ -245,6 +245,10 @@ class Evidence:
     def paths(self): return run_paths(self.lm, lambda seed: self.task, self.run, **self.settings)
     @cached_property
     def all_paths(self): return path_scores(self.lm, self.task, self.run, kinds=("mlp", "head"), **self.settings)
+    @cached_property
+    def removed(self): return run_removal(self.lm, self.task, self.run, self.lookup, **self.settings)
+    @cached_property
+    def lookup(self): return [c.layer for c in _if_any(self.flu)] # layers of FLU, if there are any
     @cached_property
     def layers(self): return flu_layers(self.curve, rule=self.flu_rule)
     @cached_property
@@ -742,6 +746,38 @@ def plot_lookup(
     _draw_removal(below, removed, flu)
     layer_ticks(below, curve.layer)
     return fig
+
+# %% ../nbs/13_localization.ipynb #9d92ccbf
+def say_lookup(
+    removed:pd.DataFrame, # from `run_removal`
+    flu=(), # layers of FLU
+) -> str:
+    "How much of the answer goes with FLU, and with what comes after it"
+    def share(first, last):
+        r = removed[(removed["first"] == first) & (removed["last"] == last)]
+        return f"{r.share.iloc[0]:.2f} [{r.ci_low.iloc[0]:.2f}, {r.ci_high.iloc[0]:.2f}]" if len(r) else None
+    top, n = removed["last"].max(), removed.n.max()
+    one = removed[removed["first"] == removed["last"]].sort_values("share").iloc[-1]
+    text = f"Of single MLPs at the subject, that of layer {one['first']:.0f} takes most of the answer with it: {one.share:.2f} (n = {n})."
+    if not len(flu) or not (own := share(min(flu), max(flu))): return text
+    after = share(max(flu) + 1, top)
+    return text + f" FLU's ({', '.join(map(str, sorted(flu)))}) together take {own}" + (f", all after them {after}." if after else ".")
+
+# %% ../nbs/13_localization.ipynb #e24d620e
+def run_removal(
+    lm:LM, # model
+    task:Task, # of the run's first seed
+    run:Run|None=None, # run folder; None: nothing is written
+    flu=(), # layers of FLU, removed together as well
+    batch_size:int=32, # prompts at a time
+    recompute:bool=False, # make it again even if done
+    **other, # options of other stages
+) -> pd.DataFrame: # as `subject_removal`
+    "What goes with MLPs at the subject, kept with the run; writes scores/removal.parquet"
+    flu = sorted(flu)
+    windows = removal_windows(lm.n_layers) + [flu] * bool(flu)
+    make = lambda: subject_removal(lm, task.localize_on, windows, _pool(task), batch_size=batch_size)
+    return store.make(run and run.path("scores", "removal.parquet"), _causes(lm, task, method="removal", flu=flu), make, recompute)
 
 # %% ../nbs/13_localization.ipynb #8122c8bf
 def chosen_by_fact(

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['REQUEST', 'UNSPACED', 'COMPOUND', 'LM', 'contiguous', 'make_input_contiguous', 'opening', 'as_chat', 'check_chat',
            'check_parts', 'wrap', 'skeleton', 'read_model', 'read_adapter', 'load', 'Unlocatable', 'wordlike', 'joined',
-           'compounded', 'occurrence', 'span', 'unlocatable', 'batches', 'begin_alike', 'Part', 'parts', 'may_share',
+           'compounded', 'occurrence', 'span', 'unlocatable', 'batches', 'begin_alike', 'Part', 'may_share', 'parts',
            'end_logits', 'next_token', 'resid_at', 'Component', 'components', 'Slice', 'cut', 'neurons', 'slices',
            'merge_slices', 'n_params']
 
 # %% ../nbs/00_models.ipynb #000003
 import hashlib, json, math, re, torch, unicodedata
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Callable, Iterator, Mapping, NamedTuple
 from fastcore.basics import patch
@@ -660,32 +661,34 @@ class Part(NamedTuple):
     heads: list[list[int]] = [] # what they begin with, each once; none: nothing is shared
     of: list[int] = [] # which head each of them begins with
 
+# %% ../nbs/00_models.ipynb #4ea00c90
+def may_share(
+    lm:LM,
+) -> bool: # false in training where activations are made again on the way back, or where each row drops its own
+    "Whether keys and values of a beginning can stand for it."
+    redo = lambda m: getattr(m, "gradient_checkpointing", False) or (isinstance(m, torch.nn.Dropout) and m.p > 0)
+    return not (lm.hf.training and any(map(redo, lm.hf.modules())))
+
 # %% ../nbs/00_models.ipynb #0787e26d
 def parts(
+    lm:LM,
     ids:list[list[int]], # token ids of prompts
     batch_size:int=64, # prompts a forward
     keep:int=1, # tokens at a prompt's end that belong to no beginning
     share:bool=True, # look for beginnings
 ) -> Iterator[Part]:
-    "Every prompt once."
-    groups = sorted(begin_alike(ids, keep) if share else [([i], []) for i in range(len(ids))], key=lambda g: len(g[1]))
+    "Every prompt once; prompts with a beginning only with others of their length where layers see a window shorter than that."
+    groups = begin_alike(ids, keep) if share and may_share(lm) else [([i], []) for i in range(len(ids))]
     alone = sorted((i for rows, head in groups if not head for i in rows), key=lambda i: len(ids[i]))
     for k in range(0, len(alone), batch_size): yield Part(alone[k:k + batch_size])
-    shared = [(i, g) for g, (rows, head) in enumerate(groups) if head for i in rows]
-    for k in range(0, len(shared), batch_size):
-        rows, of = map(list, zip(*shared[k:k + batch_size]))
-        kinds = sorted(set(of))
-        yield Part(rows, [groups[g][1] for g in kinds], [kinds.index(g) for g in of])
-
-# %% ../nbs/00_models.ipynb #4ea00c90
-def may_share(
-    lm:LM,
-    ids:list[list[int]], # token ids of prompts
-) -> bool: # false where layers see a window shorter than a prompt; in training, where activations are made again or each row drops its own
-    "Whether keys and values of a beginning can stand for it."
-    redo = lambda m: getattr(m, "gradient_checkpointing", False) or (isinstance(m, torch.nn.Dropout) and m.p > 0)
     window = getattr(lm.hf.config, "sliding_window", None) or math.inf
-    return max(map(len, ids), default=0) < window and not (lm.hf.training and any(map(redo, lm.hf.modules())))
+    head, tail = (max((f(rows, h) for rows, h in groups if h), default=0) for f in (lambda _, h: len(h), lambda rows, h: max(len(ids[i]) for i in rows) - len(h)))
+    alike = lambda row: (len(groups[row[1]][1]), len(ids[row[0]])) if head + tail > window else None # no padding between them
+    shared = [(i, g) for g in sorted(range(len(groups)), key=lambda g: len(groups[g][1])) if groups[g][1] for i in groups[g][0]]
+    for _, rows in groupby(sorted(shared, key=lambda r: alike(r) or ()), alike):
+        for part in iter(lambda: list(islice(rows, batch_size)), []):
+            kinds = list(dict.fromkeys(g for _, g in part))
+            yield Part([i for i, _ in part], [groups[g][1] for g in kinds], [kinds.index(g) for _, g in part])
 
 # %% ../nbs/00_models.ipynb #cabd1988
 def end_logits(
@@ -721,7 +724,7 @@ def next_token(
     given = torch.tensor([[j < len(row) for j in range(width)] for row in ids], dtype=torch.bool).reshape(len(ids), width)
     logp, top1 = torch.full(want.shape, torch.nan), torch.zeros(len(prompts), dtype=torch.long)
     asked = lm.ids(prompts) if prompts else []
-    for part in parts(asked, batch_size, share=share and may_share(lm, asked)):
+    for part in parts(lm, asked, batch_size, share=share):
         logits, rows = end_logits(lm, asked, part)[:, -1].float(), part.rows
         logp[rows] = (logits.gather(1, want[rows].to(logits.device)) - logits.logsumexp(-1, keepdim=True)).cpu()
         top1[rows] = logits.argmax(-1).cpu()

@@ -17,7 +17,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from .facts import LETTERS, Fact, Task, askable, mcq_prompts
-from .models import LM, batches, end_logits, may_share, next_token, parts
+from .models import LM, batches, end_logits, next_token, parts
 from .sources import spaced
 
 # %% ../nbs/08_questions.ipynb #150006
@@ -112,7 +112,7 @@ def whole_answers(
     long = [(i, j, p) for i, q in enumerate(questions) for j, w in enumerate(q.choices) if len(p := pieces[w]) > 1]
     given = [ids + p[:-1] for ids, (_, _, p) in zip(lm.ids([questions[i].prompt for i, _, _ in long]), long)]
     n = max((len(p) - 1 for _, _, p in long), default=1)
-    for part in parts(given, batch_size, n, may_share(lm, given)):
+    for part in parts(lm, given, batch_size, n):
         for k, row in zip(part.rows, end_logits(lm, given, part, n).float()):
             i, j, p = long[k]
             row, later = row[1 - len(p):], torch.tensor(p[1:], device=row.device)

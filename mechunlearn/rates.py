@@ -10,6 +10,7 @@ __all__ = ['N_TEXT', 'LRS', 'LARGE_LRS', 'INJECTS', 'SWEPT', 'dev_task', 'traini
 import math
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Sequence
 import matplotlib as mpl, pandas as pd, seaborn as sns
 from matplotlib.figure import Figure
@@ -21,7 +22,7 @@ from .localization import Localization
 from .models import LM
 from .questions import answer, completions, text_loss
 from .stats import family
-from .store import Refusal
+from .store import Refusal, make
 
 # %% ../nbs/27_learning_rates.ipynb #200057
 N_TEXT = 100  # training texts that a sweep measures on, and does not train on
@@ -63,15 +64,15 @@ SWEPT = ("flu", "causal-tracing", "nonlocalized") # published: the others take t
 
 # %% ../nbs/27_learning_rates.ipynb #4dd4b137
 def _trial(lm, task, base, where, lr, inject, seed, training):
-    "One edit of a sweep; a diverged one has no score"
+    "One edit of a sweep, as a table of one row; a diverged one has no score"
     about = dict(model=lm.name, task=task.name, forget_size=task.options.get("forget_size", len(task.forget)),
         localization=family(where.name), draw=where.draw, seed=seed, lr=lr, inject=inject)
     try: edit = finetune(lm, task, where, lr=lr, inject=inject, seed=seed, progress=False, **training)
     except Refusal as e:
         if "diverged" not in str(e): raise
-        return about | dict(score=math.nan)
+        return pd.DataFrame([about | dict(score=math.nan)])
     with edit.applied(lm): metrics = training_metrics(lm, task)
-    return about | metrics | dict(score=score(metrics, base))
+    return pd.DataFrame([about | metrics | dict(score=score(metrics, base))])
 
 # %% ../nbs/27_learning_rates.ipynb #c3e67d25
 def sweep(
@@ -82,16 +83,21 @@ def sweep(
     seeds:Sequence[int]=(0,), # of the batches
     injects:Sequence[float]=(), # then, at each localization's best rate, weights of the forget loss (in the first stage it is 1)
     progress:bool=True, # show a bar
+    folder=None, # keeps every edit's row, so that an interrupted sweep goes on; none: nothing is written
     **training, # other arguments of `finetune`
 ) -> pd.DataFrame: # a row an edit: model, task, forget_size, localization, draw, seed, lr, inject, forget, edit, retain, text, score
     "Edit the dev facts at several learning rates, then weights. `localizations * (lrs + injects) * seeds` edits."
     task = dev_task(task)
     base, bar = training_metrics(lm, task), partial(tqdm, disable=None if progress else True)
-    first = [_trial(lm, task, base, w, lr, 1., s, training) for w, lr, s in bar(list(product(localizations, lrs, seeds)), "learning rates")]
-    best = best_rates(pd.DataFrame(first)).set_index("localization").lr if injects else {}
+    def tried(w, lr, inject, seed):
+        causes = dict(model=lm.name, revision=lm.revision, task=task.causes(), where=w.to_json(), lr=lr, inject=inject, seed=seed, training=training)
+        file = folder and Path(folder)/f"{w.name}-lr{lr:g}-inject{inject:g}-seed{seed}.parquet"
+        return make(file, causes, lambda: _trial(lm, task, base, w, lr, inject, seed, training), optional=True)
+    first = [tried(w, lr, 1., s) for w, lr, s in bar(list(product(localizations, lrs, seeds)), "learning rates")]
+    best = best_rates(pd.concat(first)).set_index("localization").lr if injects else {}
     trials = list(product(localizations, [i for i in injects if i != 1], seeds))
-    second = [_trial(lm, task, base, w, best[family(w.name)], i, s, training) for w, i, s in bar(trials, "weights")] if trials else []
-    return pd.DataFrame(first + second)
+    second = [tried(w, float(best[family(w.name)]), i, s) for w, i, s in bar(trials, "weights")] if trials else []
+    return pd.concat(first + second, ignore_index=True)
 
 # %% ../nbs/27_learning_rates.ipynb #200060
 def best_rates(

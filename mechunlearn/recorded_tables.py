@@ -29,7 +29,7 @@ def _recorded_here():
 
 # %% ../nbs/49_recorded.ipynb #582160d6
 def recorded(
-    table:str, # 'metrics', 'scorecard', 'frontier', 'records_small', 'probing', 'traced', 'trace_grid', 'paths', 'localizations', 'training'
+    table:str, # 'metrics', 'scorecard', 'frontier', 'records_small', 'probing', 'removal', 'traced', 'trace_grid', 'paths', 'localizations', 'training'
     folder=None, # where `record` put them; default: the tables that come with the package
     task:str="sports-athlete-editing", # whose run
     **which, # model, forget_size; default: the first run of this task in the table
@@ -112,7 +112,7 @@ def needed(
 _DATA = ("data/organism/checksums.json", "data/organism/world.json")
 _EDITS = ("run_evaluation", "run_relearning", "run_latent")
 _ATTACKS = (*_EDITS, "run_soft_prompts", "run_more_attacks")
-RECORDED = {"probing": ("run_probing",), "traced": ("run_tracing",), "trace_grid": ("token_map",), "paths": ("run_paths",), "localizations": ("run_localization",),
+RECORDED = {"probing": ("run_probing",), "removal": ("run_removal",), "traced": ("run_tracing",), "trace_grid": ("token_map",), "paths": ("run_paths",), "localizations": ("run_localization",),
             "training": ("run_finetuning",), "records_small": _EDITS, "metrics": (*_ATTACKS, "metrics"), "scorecard": (*_ATTACKS, "scorecard"),
             "frontier": (*_EDITS, "over_rates")} # table -> functions that make it
 
@@ -156,7 +156,7 @@ def tables_of(
 ) -> dict[str, pd.DataFrame]: # keys of RECORDED
     "What is kept of one run"
     curves = f.curves.groupby(["localization", "step"], as_index=False)[["forget", "retain", "text"]].mean() if len(f.curves) else f.curves
-    return {"probing": f.curve.assign(flu=f.curve.layer.isin(f.flu)) if len(f.curve) else f.curve, "traced": f.traced, "trace_grid": f.grid, "paths": f.paths,
+    return {"probing": f.curve.assign(flu=f.curve.layer.isin(f.flu)) if len(f.curve) else f.curve, "removal": f.removed, "traced": f.traced, "trace_grid": f.grid, "paths": f.paths,
             "localizations": trained(f.where), "training": curves, "metrics": _slim(f.metrics), "scorecard": f.card,
             "records_small": pd.DataFrame() if f.facts is None else _small(f.facts)}
 

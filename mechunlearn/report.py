@@ -19,7 +19,7 @@ from .claims import orderings, plot_orderings, say_orderings, say_tally
 from .capability import capability_table, capability_text
 from .evaluation import before_after
 from .finetuning import parts_table, parts_text, plot_parts, plot_training, say_parts, say_training
-from .localization import plot_localizations, say_localizations, trained
+from .localization import plot_localizations, plot_lookup, say_localizations, say_lookup, trained
 from .latent import latent_rows, plot_latent, say_latent
 from .probing import plot_probe, say_probe
 from .relearning import plot_relearning, relearning_rows, say_relearning
@@ -108,6 +108,7 @@ def _not_made(f): return _html_table(f.gone) if len(f.gone) else ""
 def _map(f):
     draw = lambda plot, say, data, what, stage, name: _shown(plot(data, f.flu), say(data, f.flu)) if len(data) else _missing(f, what, stage, name)
     out = draw(plot_probe, say_probe, f.curve, "The probe curve", "probing", "probing")
+    if len(f.curve) and len(f.removed): out += _shown(plot_lookup(f.curve, f.removed, f.flu), say_lookup(f.removed, f.flu))
     out += draw(plot_components, say_components, f.traced, "The tracing map", "output tracing", "tracing")
     out += draw(plot_trace, say_trace, f.grid, "The map by token", "output tracing", "tracing")
     if not f.where: return out + _missing(f, "The list of localizations", "localization")
@@ -120,7 +121,7 @@ def _edits(f):
     if not (says := say_bars(f.metrics, guess=f.guess)): return f'<p class="missing">None of {", ".join(BARS)} was measured.</p>'
     return _shown(plot_bars(f.metrics, guess=f.guess), says)
 
-NO_FRONTIER = "These facts have no other facts about the edited subjects, so there is no frontier of robustness against side effects."
+NO_FRONTIER = "No facts besides the edited ones were asked, or no edit was attacked, so there is no frontier of robustness against side effects."
 
 def _parts(f):
     if not (f.has("standard") and len(table := parts_table(f.metrics))): return ""

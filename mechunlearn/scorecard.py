@@ -579,6 +579,7 @@ class Found(NamedTuple):
     traced: pd.DataFrame # tracing by component
     grid: pd.DataFrame # tracing by token
     paths: pd.DataFrame # path patching: direct effects, and through the extraction set
+    removed: pd.DataFrame # removal at the subject
     where: dict # localizations
     curves: pd.DataFrame # training
     settings: pd.DataFrame # learning rates
@@ -609,5 +610,5 @@ def find(
     card = scorecard(facts, costs(run_dir)) if done and (facts.group == "forget").any() else pd.DataFrame(columns=CARD)
     return Found(run, facts, card, {} if facts is None else broken(facts), metrics(run_dir) if done else pd.DataFrame(columns=METRICS),
                  scores(run_dir, "probing"), scores(run_dir, "causal-tracing-*"), scores(run_dir, "trace-grid*"),
-                 pd.concat([scores(run_dir, "direct-effect"), scores(run_dir, "to-extraction")], ignore_index=True), where, training(run_dir),
+                 pd.concat([scores(run_dir, "direct-effect"), scores(run_dir, "to-extraction")], ignore_index=True), scores(run_dir, "removal"), where, training(run_dir),
                  settings(run_dir), [f"{p.parts[-3]}/{p.parts[-2]}" for p in finished(run_dir).query("not used").path], made, unavailable(run_dir))

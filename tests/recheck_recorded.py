@@ -21,7 +21,7 @@ RECORDED = Path(__file__).resolve().parents[1] / "nbs" / "recorded"
 WHO = dict(model="organism", task="sports-athlete-editing", forget_size=64)
 LOCALIZATIONS = ("flu", "late")
 TOLERANCE = .005
-KEYS = {"probing": ["layer", "position", "control"], "traced": ["method", "component"], "trace_grid": ["kind", "layer", "position"],
+KEYS = {"probing": ["layer", "position", "control"], "removal": ["first", "last"], "traced": ["method", "component"], "trace_grid": ["kind", "layer", "position"],
         "paths": ["method", "component"], "localizations": ["localization", "layer"],
         "records_small": ["localization", "seed", "evaluation", "format", "group", "layer", "setting", "step", "fact"]}
 
@@ -79,5 +79,5 @@ if __name__ == "__main__":
     if wrong:
         sys.exit(1)
     if args.write:
-        known = {name: recorded_tables.source_hashes(name) for name in json.loads((RECORDED / "sources.json").read_text())}
+        known = {name: recorded_tables.source_hashes(name) for name in recorded_tables.RECORDED}
         (RECORDED / "sources.json").write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")

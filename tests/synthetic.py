@@ -80,6 +80,8 @@ def maps(path, rng, layers=LAYERS):
             for p in parts for x in [float(rng.normal(.05, .03) + .5*(p[1] in (0, layers - 1)))]]
     for method in ("causal-tracing-swap", "direct-effect", "to-extraction"):
         save_table(path/f"scores/{method}.parquet", pd.DataFrame(rows).astype({"head": "Int64"}), {"invented": True})
+    windows = [(l, l, .6*(l == 0) + .1) for l in range(layers)] + [(l, layers - 1, max(0, 1 - l/5)) for l in range(layers)]
+    save_table(path/"scores/removal.parquet", pd.DataFrame([dict(first=a, last=b, share=x, ci_low=x - .05, ci_high=x + .05, n=24) for a, b, x in windows]), {"invented": True})
     tokens = {-7: "subject 1/3", -6: "subject 2/3", -5: "subject 3/3", -4: "plays", -3: "the", -2: "sport", -1: "of"}
     for kind, size in (("resid", 1.), ("attn", .4), ("mlp", .35)):
         rows = []

@@ -428,4 +428,3 @@ def test_a_real_model_knows_some_of_the_atlas(real_model):
     lm = load(str(real_model("gemma-3-270m")), device="cpu", dtype="float32")
     got = ask_atlas(lm, limit=60)
     assert len(got) == 300 and .2 < accuracies(got).value.item() < .8
-'''

@@ -75,7 +75,7 @@ def test_parts_and_shared_prefixes_give_the_gradient_of_the_whole(lm, monkeypatc
         return [v.grad for v in values.values()]
     shared, parts = gradients(), gradients(micro_batch=3)
     assert any(len(head) > 5 for _, head in begin_alike([r.ids for r in batch if r.term != "text"]))
-    monkeypatch.setattr(models, "may_share", lambda lm, ids: False)
+    monkeypatch.setattr(models, "may_share", lambda lm: False)
     for a, b, c in zip(shared, parts, gradients()): assert torch.allclose(a, c, atol=1e-5) and torch.allclose(b, c, atol=1e-5)
 
 
@@ -289,6 +289,25 @@ def test_sweep_edits_dev_facts_only(qwen):
     t = sweep(qwen, task, [mixed(qwen)], lrs=[1e-3, 1e30], seeds=[0, 1], **{k: v for k, v in SMALL.items() if k not in ("lr", "progress")})
     assert len(t) == 4 and t.score.isna().sum() == 2 and t[t.lr == 1e-3].score.between(0, 3).all()
     with pytest.raises(Refusal, match="no dev facts"): dev_task(dev)
+
+
+def test_an_interrupted_sweep_goes_on(qwen, tmp_path, monkeypatch):
+    from mechunlearn import rates as R
+    task, how = task_for(qwen), {k: v for k, v in SMALL.items() if k not in ("lr", "progress")} | dict(progress=False)
+    made, plain = [], R.finetune
+    def stops(*a, **kw):
+        if len(made) == 3: raise KeyboardInterrupt
+        made.append(1); return plain(*a, **kw)
+    monkeypatch.setattr(R, "finetune", stops)
+    go = lambda **kw: sweep(qwen, task, [mixed(qwen)], lrs=[1e-3, 2e-3], seeds=[0, 1], injects=[1., 2.], folder=tmp_path, **how | kw)
+    with pytest.raises(KeyboardInterrupt): go()
+    assert len(list(tmp_path.glob("*.parquet"))) == 3
+    monkeypatch.setattr(R, "finetune", lambda *a, **kw: made.append(1) or plain(*a, **kw))
+    table = go()
+    assert len(table) == len(made) == 6 and go().equals(table) and len(made) == 6
+    pd.testing.assert_frame_equal(table, sweep(qwen, task, [mixed(qwen)], lrs=[1e-3, 2e-3], seeds=[0, 1], injects=[1., 2.], **how), check_dtype=False)
+    made.clear(); go(steps=4)
+    assert len(made) == 6                                                                   # another training is another sweep
 
 
 # ---- the stage

@@ -9,6 +9,7 @@ from mechunlearn.localization import (EmptyFLU, Evidence, Localization, agreemen
     subject_removal, tracing_of, units)
 from mechunlearn.models import Component, components, load, n_params, slices
 from mechunlearn.store import Refusal, Run
+from mechunlearn.tasks import make_task
 from mechunlearn.tracing import swap_cases
 
 NAMES = ["flu", "flu-probe", "flu-path", "causal-tracing", "causal-tracing-mlps", "random", "random-mlps", "late", "extraction", "flu-with-attention",
@@ -430,3 +431,29 @@ def test_in_gemma_the_lookup_is_in_early_mlps(real_model):
              for a, names in STARS.items() for s in names.split(",")]
     lost = subject_removal(lm, facts, [range(1, 4), range(2, 6), range(6, 13), range(12, 18)]).share
     assert lost[0] > .7 and lost[1] > .6 and lost[2] < .2 and lost[3] < .1, lost
+
+
+# ---- removal at the subject, as a stage
+
+def test_removal_is_kept_with_a_run_and_said(tmp_path, monkeypatch):
+    lm = load("organism")
+    task = make_task("sports-athlete-editing", forget_size=16)
+    run = Run(tmp_path, lm.name, lm.revision, task.name, {})
+    ev = Evidence(lm, task, run, progress=False)
+    table = ev.removed
+    assert (tmp_path / "scores/removal.parquet").exists() and len(table) == 2 * lm.n_layers + 1 and ev.lookup
+    own = table.iloc[-1]
+    assert (own["first"], own["last"]) == (ev.lookup[0], ev.lookup[-1]) and own.ci_low <= own.share <= own.ci_high
+    said = localization.say_lookup(table, ev.lookup)
+    assert f"{own.share:.2f} [" in said and ", ".join(map(str, ev.lookup)) in said and "all after them" in said
+    assert "FLU" not in localization.say_lookup(table.iloc[:-1])
+    monkeypatch.setattr(localization, "subject_removal", lambda *a, **k: pytest.fail("made again"))
+    pd.testing.assert_frame_equal(Evidence(lm, task, run, progress=False).removed, table)
+
+
+def test_removal_needs_no_flu(monkeypatch):
+    lm, task = load("organism"), make_task("sports-athlete-editing", forget_size=16)
+    def none(self): raise EmptyFLU("no FLU")
+    monkeypatch.setattr(Evidence, "flu", none)
+    ev = Evidence(lm, task, progress=False)
+    assert ev.lookup == [] and len(ev.removed) == 2 * lm.n_layers

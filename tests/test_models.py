@@ -542,24 +542,39 @@ ALIKE = ["Fact: the dog plays the sport of", "Fact: the dog plays", "of", "Fact:
 
 @every_family
 def test_what_prompts_begin_with_is_read_once_and_nothing_else_changes(lm):
-    ids, lm.hf.config.sliding_window = lm.ids(ALIKE), 64 # tiny ones have a window of four tokens or fewer
-    assert M.may_share(lm, ids)
+    ids = lm.ids(ALIKE)
+    assert M.may_share(lm) and any(p.heads for p in M.parts(lm, ids))
     for n, size in ((1, 64), (1, 3), (2, 64)):
-        parts = list(M.parts(ids, size, n))
+        parts = list(M.parts(lm, ids, size, n))
         assert sorted(i for p in parts for i in p.rows) == list(range(len(ids))) and max(len(p.rows) for p in parts) <= size
         for p in parts:
             with torch.no_grad(): got = M.end_logits(lm, ids, p, n)
             assert all(ids[i][:len(p.heads[k])] == p.heads[k] for i, k in zip(p.rows, p.of))
             for i, row in zip(p.rows, got): assert torch.allclose(row[-n:][-len(ids[i]):], lm.hf(torch.tensor([ids[i]])).logits[0, -n:], atol=1e-4)
-    assert any(p.heads for p in M.parts(ids, 64))
+    assert any(p.heads for p in M.parts(lm, ids, 64))
     want = [[lm.first_token(" dog"), 5][:1 + k % 2] for k in range(len(ids))]
     for a, b in zip(next_token(lm, ALIKE, want), next_token(lm, ALIKE, want, share=False)): assert torch.allclose(a, b, atol=1e-4, equal_nan=True)
 
 
-def test_prompts_longer_than_a_window_are_read_whole(lm):
-    lm.hf.config.sliding_window = 6
-    try: assert M.may_share(lm, [[1] * 5] * 2) and not M.may_share(lm, [[1] * 5, [1] * 6])
-    finally: del lm.hf.config.sliding_window
+@pytest.mark.parametrize("window", [2, 3, 64])
+def test_nothing_is_padded_between_a_beginning_and_its_end_within_a_window(tiny, window):
+    lm = tiny("gemma2")
+    lm.hf.config.sliding_window = window
+    ids = [[5, 6, 7, 8, 9], [5, 6, 7, 8, 10], [5, 6, 7, 8, 11, 12, 13], [5, 6, 7, 8, 11, 12, 14], [20, 21, 22, 23, 1], [20, 21, 22, 23, 2, 3]]
+    parts = list(M.parts(lm, ids))
+    assert sorted(i for p in parts for i in p.rows) == list(range(6)) and all(p.heads for p in parts)
+    lengths = [{(len(p.heads[k]), len(ids[i])) for i, k in zip(p.rows, p.of)} for p in parts]
+    assert len(parts) == 1 if window == 64 else all(len(l) == 1 for l in lengths)
+
+
+def test_a_short_prompt_padded_beyond_the_window_is_read_as_alone(tiny):
+    lm = tiny("gemma2")
+    lm.hf.config.sliding_window = 7
+    ids = [[5, 6, 7, 8, 9, 10, 3], [5, 6, 7, 8, 9, 10, 4], [20, 21, 22, 1], [20, 21, 22, 2, 3, 4, 5]] # none longer than the window, in one part 10 wide
+    got = {}
+    for p in M.parts(lm, ids):
+        with torch.no_grad(): got |= dict(zip(p.rows, M.end_logits(lm, ids, p)[:, -1]))
+    for i, x in enumerate(ids): assert torch.allclose(got[i], lm.hf(torch.tensor([x])).logits[0, -1], atol=1e-5)
 
 
 @pytest.mark.parametrize("ids, groups", [

@@ -9,7 +9,7 @@ from mechunlearn.evaluation import SCALED, plot_scale
 from mechunlearn.figures import spread
 from mechunlearn.claims import tally
 from mechunlearn.metrics import holm_by, opponent
-from mechunlearn.scorecard import with_power
+from mechunlearn.scorecard import side_of, with_power
 from mechunlearn.stats import wilson
 from mechunlearn.store import Broken, Refusal
 from synthetic import synthetic_run
@@ -259,7 +259,7 @@ def test_before_after_names_the_words(found):
 def test_report_is_one_file_without_outside_resources(run_dir, tmp_path):
     page = r.write_report(run_dir, tmp_path/"report.html").read_text()
     assert not re.search(r"(?:src|href)=[\"'](?!data:|#)", page) and "@import" not in page and "<script" not in page
-    assert page.count("<img alt=") == 12 and "class=\"missing\"" not in page
+    assert page.count("<img alt=") == 13 and "class=\"missing\"" not in page
     assert [t for t in r.SECTIONS if f">{r.html.escape(t)}</h2>" in page] == [t for t in r.SECTIONS if t not in ("Not available", "Part after part", "Besides facts")] # where there is any such; for sequences; where asked
     assert page == r.write_report(run_dir, tmp_path/"again.html").read_text()
     pd.testing.assert_frame_equal(store.load_table(run_dir/"metrics.parquet"), r.metrics(run_dir))
@@ -303,6 +303,7 @@ def test_recorded_tables_give_the_same_results(run_dir, found, tmp_path):
     assert np.allclose(r.chance(tables["records_small"]), found.guess)
     for name in FIGURES: getattr(r, name)(tables["metrics"])
     r.plot_probe(tables["probing"], tables["probing"].query("flu").layer.unique()); r.plot_trace(tables["trace_grid"]); r.plot_components(tables["traced"])
+    pd.testing.assert_frame_equal(tables["removal"][found.removed.columns], found.removed)
     r.plot_localizations(tables["localizations"]); r.plot_training(tables["training"])
 
 def test_stale_tables_are_named(run_dir, tmp_path):
@@ -427,7 +428,7 @@ def test_a_frontier_of_before_is_read(found):
 def test_where_nothing_is_known_about_the_same_people_retained_facts_are_the_side_effect(found):
     m = found.metrics[found.metrics.group != "same-subject"]
     rows = r.frontier(m)
-    assert r.side_of(found.metrics) == "same subject" and r.side_of(m) == "maintain" and set(rows.side) == {"maintain"} and len(rows)
+    assert side_of(found.metrics) == "same subject" and side_of(m) == "maintain" and set(rows.side) == {"maintain"} and len(rows)
     assert set(rows.kept) <= set(m[(m.group == "retain") & (m.format == "completion")].value) and "of the facts that were to be retained still right" in r.say_frontier(m)
     assert r.plot_frontier(m).axes[0].get_xlabel() == "facts that were to be retained that are still right"
     assert set(r.at_worst(found.card, m).side) == {"maintain"} and "of the other facts still right" in r.say_frontier(found.metrics)
