@@ -3,7 +3,7 @@ from plain import blocks, every_family, every_shape, parts, post_norms
 from mechunlearn import editors as E
 from mechunlearn.editors import EDITORS, Aim, Passage, adapted, added, aim_at, ask_editors, asks, contexts, edit_with, essences, mlp_layers, passages, plot_editors, read_at, reading, say_editors, second_moments, to_add
 from mechunlearn.facts import sports_athlete_editing
-from mechunlearn.finetuning import export, fingerprint, load_edit, parse_slice, place, put
+from mechunlearn.finetuning import export, fingerprint, load_edit, parse_slice, place, put, training_rows
 from mechunlearn.localization import Part, build
 from mechunlearn.models import Component, components
 from mechunlearn.store import Refusal
@@ -324,6 +324,34 @@ def test_merged_adapters_say_what_adapters_say(lm):
     assert torch.allclose(lm.hf(ids).logits, wanted, atol=1e-3)
 
 
+@every_family
+def test_the_first_step_of_lora_is_the_published_equation(lm):
+    "W + alpha/r B A, where Adam moves B from zero by its rate against the sign of dL/dB = alpha/r dL/dW A^T, and A not at all"
+    task, where, rank, alpha, lr = task_for(lm), mlps(lm, 0, 1), 2, 6., 1e-2
+    edit, rows = edit_with(lm, task, where, "lora", rank=rank, alpha=alpha, lr=lr, steps=1, inject=2., text_batch=12), training_rows(lm, task)
+    modules = list(dict.fromkeys(s.param.removesuffix(".weight") for s in edit.localization.slices))
+    with adapted(lm, modules, rank, alpha, task.seed):
+        A = [next(p for n, p in lm.hf.get_submodule(m).named_parameters() if "lora_A" in n).detach().clone() for m in modules]
+    weights = [lm.weight(f"{m}.weight").requires_grad_() for m in modules]
+    says = lambda ids: lm.hf(torch.tensor([ids])).logits[0].log_softmax(-1)
+    def fact(r):
+        words = [r.target, *r.rest]
+        return -sum(says([*r.ids, *words])[len(r.ids) - 1 + i, w] for i, w in enumerate(words))
+    def text(ids): return -says(ids)[:-1].gather(1, torch.tensor(ids[1:])[:, None]).sum()
+    terms = [2 * torch.stack([*map(fact, rows["forget"])]).mean(), torch.stack([*map(fact, rows["retain"])]).mean(),
+        sum(text(r.ids) for r in rows["text"]) / sum(len(r.ids) - 1 for r in rows["text"])]
+    sum(terms).backward()
+    assert edit.curve.loss.item() == pytest.approx(sum(terms).item(), rel=1e-3)
+    for m, w, a in zip(modules, weights, A):
+        wide = type(lm.hf.get_submodule(m)).__name__ == "Conv1D"
+        G, old = (w.grad.T if wide else w.grad), w.detach()
+        D = alpha / rank * (-lr * (G @ a.T).sign()) @ a
+        new = torch.cat([v for k, v in edit.values.items() if parse_slice(k).param == f"{m}.weight"], parse_slice(next(k for k in edit.values if parse_slice(k).param == f"{m}.weight")).dim)
+        got = (new - old).T if wide else new - old
+        assert (got - D).abs().mean() < 1e-2 * D.abs().mean(), m
+    for w in weights: w.requires_grad_(False); w.grad = None
+
+
 @pytest.mark.parametrize("method", ["rmu", "lora"])
 def test_unlearning_needs_no_new_answer(qwen, method):
     task = task_for(qwen)
@@ -395,10 +423,22 @@ def test_what_was_asked_becomes_rows_a_figure_and_a_sentence(qwen):
     task = task_for(qwen)
     edits = {(m, w): edit_with(qwen, task, mlps(qwen, 1), m, **QUICK[m]) for m in ("rome", "rmu") for w in ("flu", "causal-tracing-mlps")}
     table = ask_editors(qwen, task, edits)
-    assert len(table) == 16 and ((table.ci_low <= table.value) & (table.value <= table.ci_high)).all()
-    assert len(plot_editors(table).axes) == 4 and "At flu" in say_editors(table)
+    assert len(table) == 20 and ((table.ci_low <= table.value) & (table.value <= table.ci_high)).all()
+    assert len(plot_editors(table).axes) == 5 and "At flu" in say_editors(table)
+    table["value"] = 0.
+    assert say_editors(table) == "At flu no editor installs nine answers in ten. At causal-tracing-mlps no editor installs nine answers in ten."
     table["value"] = 1.
-    assert "At flu, nine edit answers in ten or more are given after rome (1.00 in other words" in say_editors(table)
+    table.loc[(table.asked == "same subject") & (table.editor == "rome"), "value"] = .5
+    at = "nine edit answers in ten or more are given after rome and rmu: in other words 1.00 (rmu) to 1.00 (rmu), retained facts"
+    assert f"At flu, {at}" in say_editors(table).replace("1.00 (rome)", "1.00 (rmu)") and "same subject 0.50 (rome) to 1.00 (rmu)." in say_editors(table)
+
+
+def test_unlearning_is_asked_without_edit_answers(qwen):
+    task = task_for(qwen)
+    task = task.model_copy(update=dict(update="unlearn", same_subject=(), forget=tuple(f.model_copy(update=dict(edit=None)) for f in task.forget)))
+    table = ask_editors(qwen, task, {("rmu", "flu"): edit_with(qwen, task, mlps(qwen, 1), "rmu", **QUICK["rmu"])})
+    assert list(table.asked) == ["true answer", "retained facts"] and table.value.notna().all() and len(plot_editors(table).axes) == 2
+    assert say_editors(table).startswith("At flu, asked after rmu: true answer ")
 
 
 # ---- bad input
