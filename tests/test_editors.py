@@ -1,11 +1,13 @@
 import numpy as np, pytest, torch
 from plain import blocks, every_family, every_shape, parts, post_norms
 from mechunlearn import editors as E
+from mechunlearn.attacks import attack
 from mechunlearn.editors import EDITORS, Aim, Passage, adapted, added, aim_at, ask_editors, asks, contexts, edit_with, essences, mlp_layers, passages, plot_editors, read_at, reading, say_editors, second_moments, to_add
 from mechunlearn.facts import sports_athlete_editing
 from mechunlearn.finetuning import export, fingerprint, load_edit, parse_slice, place, put, training_rows
 from mechunlearn.localization import Part, build
 from mechunlearn.models import Component, components
+from mechunlearn.relearning import Lora
 from mechunlearn.store import Refusal
 from mechunlearn.tasks import make_task
 
@@ -396,6 +398,16 @@ def test_saved_and_exported_like_any_edit(qwen, method, tmp_path):
     assert method in repr(edit) and edit.plot() is not None
     hf = AutoModelForCausalLM.from_pretrained(export(qwen, edit, tmp_path / "out"))
     with edit.applied(qwen): assert all(torch.equal(p, qwen.weight(n)) for n, p in hf.named_parameters())
+
+
+@every_method
+def test_attacked_like_any_edit(qwen, method):
+    task, before = sports_athlete_editing(None, forget_size=4), fingerprint(qwen)
+    brief = dict(standard=dict(max_facts=dict(retain=4, ghost=4, general=4)), latents=dict(n_train=20, max_facts=4),
+        relearning=dict(steps=2, lora=Lora(4, 4, 1e-3, 0.), max_facts=4, sizes=dict(forget=4, retain=4, text=1)))
+    found = attack(qwen, task, edit_with(qwen, task, mlps(qwen, 0, 1), method, **QUICK[method]), **brief)
+    assert found.name == f"{method}@some" and not found.missing and found.table().value.notna().any() and fingerprint(qwen) == before
+    assert {"relearning", "latent"} < set(found.records.evaluation)
 
 
 @every_method
