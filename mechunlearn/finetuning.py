@@ -33,6 +33,7 @@ from .losses import UPDATES, Answers, Update, answer_losses, choose_update, l1_c
 from .families import transposed
 from .models import LM, Slice, components, is_adapter, load, locate, slices, snapshot
 from .questions import answer, completions, some, token_loss
+from .stats import edited_by
 from .store import (Refusal, Run, cause_hash, choose, load_json, load_table, load_tensors, save_json,
     save_table, save_tensors)
 
@@ -454,7 +455,7 @@ def missing_rates(
         try: learning_rate(model, task, size, name, table)
         except Refusal as e: return lacks_committed(name) if table is not None else str(e)
     def lacks_committed(name): return missing_rates(model, task, size, [name]).get(name)
-    asked = [n for n in localizations if n != "none" and not n.startswith("edited@")]
+    asked = [n for n in localizations if n != "none" and not n.startswith("edited@") and not edited_by(n)[0]]
     return {n: why for n in asked if (why := lacks(n))}
 
 # %% ../nbs/20_finetuning.ipynb #1a40ae24
