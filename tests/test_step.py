@@ -30,7 +30,7 @@ def assert_same(a, b, tol=1e-5):
 
 def with_own_answers(lm, task):
     "Some answers of several tokens"
-    return task.model_copy(update=dict(forget=[f.model_copy(update=dict(edit=w)) for f, w in zip(task.forget, (" golf", " golfers", " tennis river", " golf"))]))
+    return task.model_copy(update=dict(forget=[f.model_copy(update=dict(edit=w)) for f, w in zip(task.forget, (" golf", " golfers", " golfer", " golf"))]))
 
 
 # ---- packing
@@ -84,12 +84,11 @@ def test_chunks_give_loss_and_gradient_and_hold_no_more(lm, dtype, monkeypatch):
     task, where = with_own_answers(lm, task_for(lm)), mixed(lm)
     rows = training_rows(lm, task)
     batch = next(draws(rows, SIZES, 1, 0))
-    plain = gradients(lm, where, batch)
+    with Largest() as whole: plain = gradients(lm, where, batch)
     monkeypatch.setattr(S, "HELD", 5 * lm.hf.config.vocab_size)
-    most = max(5 * lm.hf.config.vocab_size, max(p.numel() for p in lm.hf.parameters()))
     with Largest() as largest: ours = gradients(lm, where, batch)
     assert_same(ours, plain, 1e-5 if dtype == torch.float32 else 3e-2)
-    assert largest.n <= most
+    assert largest.n < whole.n / 3 # of attention, or the embeddings: no logits are as large
 
 
 @pytest.mark.parametrize("loss", ["log-1-p", "npo", "simnpo", "dpo", "gradient-ascent"])
@@ -173,15 +172,14 @@ def test_rows_that_come_back():
 def test_edits_are_the_same(lm, name):
     task = task_for(lm) if name.startswith("sports") else make_task(name, lm, forget_size=8)
     where = localize(lm, task, "all-mlps") if task.update == "sequential" else later(lm)
-    if task.update == "sequential": where = build_parts(lm, where)
+    if task.update == "sequential": where = above(lm, where)
     how = dict(lr=1e-2, steps=4, batch=4, retain_batch=4, text_batch=2, progress=False, seed=1)
     if task.update == "sequential": how["between"] = lambda *a: F.pd.DataFrame()
     a, b = finetune(lm, task, where, **how), finetune(lm, task, where, packed=True, remember=True, **how)
     for k in a.values: assert torch.allclose(a.values[k], b.values[k], atol=1e-4), k
     assert torch.allclose(torch.tensor(a.curve.loss), torch.tensor(b.curve.loss), atol=1e-3)
 
-def build_parts(lm, where):
+def above(lm, where):
     "The same parts without the first layer"
-    import dataclasses
-    keep = lambda loc: dataclasses.replace(loc, slices=tuple(s for s in loc.slices if lowest(lm, [s]) > 0), parts=tuple(map(keep, loc.parts)) if loc.parts else loc.parts)
-    return keep(where)
+    higher = lambda x: x.model_copy(update=dict(slices=tuple(s for s in x.slices if lowest(lm, [s]) > 0)))
+    return higher(where).model_copy(update=dict(parts=tuple(map(higher, where.parts))))
