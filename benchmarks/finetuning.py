@@ -118,7 +118,7 @@ def products(lm, where, batch):
 
 def alone(a, which, name):
     "Peak memory of one of the steps in a process of its own"
-    args = [f"--{k.replace('_', '-')}={v}" for k, v in vars(a).items() if k not in ("save", "alone", "models")]
+    args = [f"--{k.replace('_', '-')}={v}" for k, v in vars(a).items() if k not in ("name", "alone", "models")]
     out = subprocess.run([sys.executable, __file__, *args, "--models", name, "--alone", which], check=True, stdout=subprocess.PIPE, text=True).stdout
     return json.loads(out.splitlines()[-1])["peak_mb"]
 
@@ -178,11 +178,11 @@ if __name__ == "__main__":
     p.add_argument("--only", default="step,memory,savings,words")
     p.add_argument("--device", default="cpu")
     p.add_argument("--alone", help=argparse.SUPPRESS)
-    p.add_argument("--save", metavar="NAME")
+    p.add_argument("--save", metavar="NAME", dest="name")
     a = p.parse_args()
     torch.set_num_threads(a.threads)
     if a.alone: sys.exit(measure_alone(a))
     say(device=torch.cuda.get_device_name() if a.device == "cuda" else processor(), threads=a.threads, torch=torch.__version__, cores=os.cpu_count())
     for name in a.models.split(","): run(name, a, a.only.split(","))
     if "words" in a.only.split(","): words(a)
-    if a.save: (Path(__file__).parent / "results" / f"{a.save}.jsonl").write_text("".join(json.dumps(l) + "\n" for l in LINES))
+    if a.name: (Path(__file__).parent / "results" / f"{a.name}.jsonl").write_text("".join(json.dumps(l) + "\n" for l in LINES))

@@ -334,8 +334,10 @@ def _tried(lm, args):
 def _can_sweep(job):
     "Refuse, before a model is loaded, what a sweep cannot do"
     from mechunlearn.grids import skeleton
+    from mechunlearn.stats import edited_by
     from mechunlearn.tasks import make_task, of_own
     if others := [l for l in job.localizations if l not in trained_in(job)]: raise Refusal(f"{others[0]} was edited elsewhere: there is nothing to train")
+    if by := [l for l in job.localizations if edited_by(l)[0]]: raise Refusal(f"{by[0]}: a sweep is for fine-tuning; the settings of an editor are given (--set editors...)")
     if "lr" in job.settings: raise Refusal("lr: a sweep tries learning rates: name them with --lrs")
     unused = set(job.settings) - {*SWEEP, "draws", "flu_rule", "device", "dtype", "device_map", "revision", "family", "chat", "batch_size"}
     if unused: raise Refusal(f"a sweep does not use the setting {sorted(unused)[0]}")

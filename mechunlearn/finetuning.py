@@ -34,7 +34,8 @@ from .losses import UPDATES, Answers, Update, answer_losses, choose_update, l1_c
 from .families import transposed
 from .models import LM, Slice, components, is_adapter, load, locate, slices, snapshot
 from .questions import answer, completions, hidden_states, some, token_loss
-from .steps import Frozen, answers_said, at_end, come_back, large, own_lengths, pack, said_in_chunks, without_unembedding
+from .steps import Frozen, answers_said, at_end, chain, chains, come_back, large, own_lengths, pack, said_in_chunks, without_unembedding
+from .stats import edited_by
 from .store import (Refusal, Run, cause_hash, choose, load_json, load_table, load_tensors, save_json,
     save_table, save_tensors)
 
@@ -254,23 +255,26 @@ def text_losses(
     values:dict[Slice, Tensor], # masters
     rows:list[Row], # text
     frozen:Frozen|None=None, # what the lowest trained layer reads of these texts
+    chained:bool=False, # one behind the other, without padding
 ) -> Tensor: # one loss a row: the sum over its tokens
     "Loss at every position of texts"
     ids, weights = [r.ids for r in rows], matrices(lm, values)
-    batch = lm.pad(ids)
-    with frozen.read(ids) if frozen else nullcontext():
-        if not large(lm, batch["input_ids"].numel()): return token_loss(lm, batch, weights)[0].sum(1)
+    batch = chain(lm, ids) if chained else lm.pad(ids)
+    with frozen.read(ids, chained) if frozen else nullcontext():
+        if not chained and not large(lm, batch["input_ids"].numel()): return token_loss(lm, batch, weights)[0].sum(1)
         hidden = hidden_states(lm, batch, weights)
-    row, at = batch["attention_mask"][:, :-1].to(hidden.device).nonzero(as_tuple=True)
-    each = said_in_chunks(lm, hidden[row, at], batch["input_ids"].to(hidden.device)[row, at + 1], _unembedding(lm, values))
-    return torch.zeros(len(rows), device=each.device).index_add(0, row.to(each.device), each)
+    after = batch["position_ids"].roll(-1, 1) > 0 # where a token of the same text follows
+    each = said_in_chunks(lm, hidden[after.to(hidden.device)], batch["input_ids"].roll(-1, 1)[after], _unembedding(lm, values))
+    row = torch.tensor([k for k, i in enumerate(ids) for _ in i[1:]], device=each.device)
+    return torch.zeros(len(rows), device=each.device).index_add(0, row, each)
 
 # %% ../nbs/20_finetuning.ipynb #200024
-def _micro_batches(rows, size, known, lengths=None):
-    "Which rows go through the model together: `size` of them in order, or packed by length; those that are known apart from the others"
+def _micro_batches(rows, known, group):
+    "Which rows go through the model together; those that are known apart from the others"
     for those in ([i for i, r in enumerate(rows) if known(r) == k] for k in (True, False)):
-        if lengths is None: yield from (those[k:k + size] for k in range(0, len(those), size))
-        else: yield from ([those[j] for j in group] for group in pack([lengths[i] for i in those], size))
+        yield from ([those[j] for j in some] for some in group([rows[i] for i in those]))
+
+def _in_order(size): return lambda rows: (range(k, min(k + size, len(rows))) for k in range(0, len(rows), size))
 
 def _accumulate(losses, rows, weight, groups):
     "Backward a few rows at a time; each row's own loss"
@@ -295,7 +299,7 @@ def step_losses(
     inject:float=1., # weight of the forget term
     micro_batch:int=128, # prompts in one forward; texts a thirty-second of it
     own:Callable|None=None, # row -> the slices that hear it; none: all
-    packed:bool=False, # rows of similar length together instead, up to 32 tokens for each of `micro_batch` prompts, 4 for texts
+    packed:bool=False, # instead prompts of similar length together, 32 tokens for each of `micro_batch`, and texts one behind the other, 4 tokens for each
     frozen:Frozen|None=None, # what the lowest trained layer reads of rows that come back
 ) -> dict[str, float]: # mean loss of each term; nan for a term without rows
     "Loss of one batch and its gradients. A forward and a backward a row."
@@ -305,11 +309,10 @@ def step_losses(
     weight = lambda r: (inject if r.term == "forget" else 1.) / n[r.term]
     known = lambda r: frozen is not None and all(i in frozen for i in _reads(r))
     kept = lambda part: frozen if known(part[0]) else None
-    lengths = [own_lengths(lm, [r.ids for r in facts]), [len(r.ids) for r in text]] if packed else (None, None)
-    sizes = (32 * micro_batch, 4 * micro_batch) if packed else (micro_batch, max(1, micro_batch // 32))
-    parts = [_micro_batches(those, size, known, length) for those, size, length in zip((facts, text), sizes, lengths)]
-    each = _accumulate(lambda part: fact_losses(lm, values, part, update.loss, own, kept(part)), facts, weight, parts[0])
-    each += _accumulate(lambda part: text_losses(lm, values, part, kept(part)), text, weight, parts[1])
+    by_length, chained = lambda part: pack(own_lengths(lm, [r.ids for r in part]), 32 * micro_batch), lambda part: chains([len(r.ids) for r in part], 4 * micro_batch)
+    together, behind = (by_length, chained) if packed else (_in_order(micro_batch), _in_order(max(1, micro_batch // 32)))
+    each = _accumulate(lambda part: fact_losses(lm, values, part, update.loss, own, kept(part)), facts, weight, _micro_batches(facts, known, together))
+    each += _accumulate(lambda part: text_losses(lm, values, part, kept(part), packed), text, weight, _micro_batches(text, known, behind))
     return {t: sum(l for r, l in zip(facts + text, each) if r.term == t) / n[t] if n[t] else math.nan for t in n}
 
 # %% ../nbs/20_finetuning.ipynb #200029
@@ -493,7 +496,7 @@ def missing_rates(
         try: learning_rate(model, task, size, name, table)
         except Refusal as e: return lacks_committed(name) if table is not None else str(e)
     def lacks_committed(name): return missing_rates(model, task, size, [name]).get(name)
-    asked = [n for n in localizations if n != "none" and not n.startswith("edited@")]
+    asked = [n for n in localizations if n != "none" and not n.startswith("edited@") and not edited_by(n)[0]]
     return {n: why for n in asked if (why := lacks(n))}
 
 # %% ../nbs/20_finetuning.ipynb #1a40ae24
@@ -614,7 +617,7 @@ def finetune(
     beta:float|None=None, # of npo, simnpo and dpo; none: as published
     l1:float|None=None, # weight of the L1 norm of the change of the weights; none: 0
     preferred:str|None=None, # of idk and dpo: the answer to be given instead, or "edit" for each fact's edit answer; none: a word for not knowing
-    packed:bool=False, # rows of similar length together, so that less padding is read; the result stays up to rounding
+    packed:bool=False, # prompts of similar length together and texts one behind the other, so that little padding is read; the result stays up to rounding
     remember:bool=False, # compute what lies below the lowest trained layer once for rows that come back; the result stays up to rounding
 ) -> Edit: # Refusal if memory runs out; `Diverged`, with the last good state, if training diverges
     "Localized fine-tuning (paper, section 2.3). `steps` forwards and backwards of `batch + retain_batch` prompts and `text_batch` texts."

@@ -218,6 +218,20 @@ class Latents(BaseModel, extra="forbid"):
 # %% ../nbs/38_grids.ipynb #400016a
 Evaluated = dict[Annotated[str, AfterValidator(_group)], Annotated[Whole, Field(ge=1)]]
 
+# %% ../nbs/38_grids.ipynb #38e0001
+def _editors(given):
+    "Refuse editors that do not exist, and settings that they do not have"
+    from inspect import signature
+    from mechunlearn.editors import EDITORS
+    from mechunlearn.masking import learn_mask
+    from mechunlearn.stats import BY_EDITORS
+    for name, how in given.items():
+        store.choose(name, BY_EDITORS, "editor")
+        has = {"k"} if name == "mask" else set()
+        has |= {*signature(learn_mask if name == "mask" else EDITORS[name]).parameters} - {"lm", "task", "where", "seed", "progress", "text"}
+        for option in how: store.choose(option, sorted(has), f"setting of {name}")
+    return given
+
 # %% ../nbs/38_grids.ipynb #400016
 class Settings(BaseModel, extra="forbid"):
     "Options of the stages; what is not given is left to each stage's default"
@@ -252,6 +266,7 @@ class Settings(BaseModel, extra="forbid"):
     beta: Real|None = Field(None, gt=0) # of npo, simnpo and dpo
     l1: Real|None = Field(None, ge=0) # weight of the L1 norm of the change of the weights
     preferred: str|None = Field(None, min_length=1, max_length=200) # answer that idk and dpo prefer, or "edit"
+    editors: Annotated[dict[str, dict], AfterValidator(_editors)] = {} # of edits such as memit@flu: settings of each editor; of mask@..., k
     max_facts: Evaluated|None = None # facts of a group, or group/format, that are evaluated
     relearning: Relearning = Relearning()
     latents: Latents = Latents()
@@ -470,6 +485,16 @@ def _check_seeds(seeds):
     if wrong := [s for s in seeds if not 0 <= s <= MAX_SEED]: raise Refusal(f"seeds are 0 or larger, up to {MAX_SEED}, not {_short(wrong[0])}")
     if not 1 <= len(seeds) <= 1000: raise Refusal(f"1 to 1,000 seeds are needed, not {len(seeds):,}")
 
+# %% ../nbs/38_grids.ipynb #38e0002
+def _check_editor(job, name):
+    "Refuse an editor where it cannot be"
+    from mechunlearn.stats import edited_by
+    editor, place = edited_by(name)
+    if not editor: return
+    if job.task == "sequential-counterfact-editing": raise Refusal(f"{name}: {editor} edits all facts at once, and those of {job.task} come in parts")
+    if editor == "mask" and "k" not in job.settings.get("editors", {}).get("mask", {}): raise Refusal(f"{name} needs a number of weights: --set editors.mask.k=8000")
+    if job.settings.get("loss"): raise Refusal(f"{name}: {editor} has a loss of its own; leave out loss={job.settings['loss']}")
+
 # %% ../nbs/38_grids.ipynb #400086b
 def _check_localizations(job):
     "Refuse names of localizations that do not exist, or whose model is not there"
@@ -478,6 +503,7 @@ def _check_localizations(job):
     if not job.localizations: raise Refusal("no localization is named: give at least one, such as flu")
     for name in job.localizations: store.plain_name(name, "localization")
     localizations_for(job.localizations, job.settings.get("draws", 1))
+    for name in job.localizations: _check_editor(job, name)
     if others := [l for l in job.localizations if l.startswith("edited@")]:
         if not job.settings.get("edited"): raise Refusal(f"{others[0]} is a model edited elsewhere: name its folder with --edited")
         locate(job.settings["edited"])
@@ -489,6 +515,7 @@ def check_job(
     "Refuse names that do not exist, task options out of range and unusable models, without loading a model"
     from mechunlearn.localization import by_hand
     from mechunlearn.models import locate
+    from mechunlearn.stats import edited_by
     from mechunlearn.tasks import make_task, of_own
     locate(job.model)
     _check_seeds(job.seeds)
@@ -499,7 +526,7 @@ def check_job(
     if set(job.settings.get("capabilities", {}).get("names", ())) - {"atlas"} and not find_spec("lm_eval"):
         raise Refusal("benchmarks need the package lm-eval: pip install mechunlearn[capability]")
     if job.settings.get("family") or job.settings.get("chat"): skeleton(job)
-    for name in (l for l in job.localizations if l.startswith("hand@")): by_hand(skeleton(job), name.removeprefix("hand@"))
+    for name in (p for _, p in map(edited_by, job.localizations) if p.startswith("hand@")): by_hand(skeleton(job), name.removeprefix("hand@"))
     make_task(job.task, skeleton(job) if of_own(job.task, job.options) else None, **job.options, seed=job.seeds[0])
 
 # %% ../nbs/38_grids.ipynb #400090
@@ -510,9 +537,11 @@ def trained(
 ) -> tuple[int, bool]: # parameters; False if that is only an upper bound
     "How many parameters a localization trains, as far as it is known before a run"
     from mechunlearn.localization import FIXED, Evidence, build, by_hand
+    from mechunlearn.stats import edited_by
     budget = job.settings.get("budget")
     made = Path(job.run_dir)/"localizations"/f"{store.plain_name(name, 'localization')}.json"
     with suppress(Broken, KeyError, TypeError): return sum(read_json(made, dict)["sizes"]), True
+    name = edited_by(name)[1]
     if name.startswith("edited@"): return 0, True
     if name.startswith("hand@"): return build(lm, name, by_hand(lm, name.removeprefix("hand@"))).n_params, True
     size = lambda fixed: build(lm, name, FIXED[fixed](Evidence(lm, None))).n_params

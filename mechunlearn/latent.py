@@ -165,11 +165,7 @@ def plot_latent(
     fig, axes = figure(8, .6 + 1.35*n_rows, n_rows, n_cols, sharex=True, sharey=True, squeeze=False)
     for ax in axes.flat[len(names):]: ax.set_visible(False)
     for ax, name in zip(axes.flat, names):
-        for answer, colour in (("truth", TRUTH_COLOUR), ("edit", EDIT_COLOUR)):
-            g, r = (rows[(rows.localization == n) & (rows.answer == answer)] for n in (name, ref))
-            x = g.layer.astype(float)
-            if name != ref: ax.plot(r.layer.astype(float), r.value, color=colour, lw=1, alpha=.3)
-            ax.plot(x, g.value, color=colour, lw=1.6); ax.fill_between(x, g.ci_low, g.ci_high, color=colour, alpha=.18, lw=0)
+        _draw_read(ax, rows, name, ref)
         c = control[control.localization == name]
         ax.plot(c.layer.astype(float), c.value, color="#888888", ls=":", lw=1)
         ax.set_title(printed(name), color=look(name)["color"], fontsize=8.5); ax.set(ylim=(-.03, 1.03), yticks=[0, .5, 1])
@@ -180,6 +176,15 @@ def plot_latent(
            (.7, "dotted: shuffled labels" if len(control) else "", "#888888")]
     for x, text, colour in key: fig.text(x, 1.0, text, color=colour, fontsize=9, va="bottom")
     return fig
+
+# %% ../nbs/31_latent_knowledge.ipynb #4bc44901
+def _draw_read(ax, rows, name, ref):
+    "What probes read of one edit, with its intervals, and pale of the reference"
+    for answer, colour in (("truth", TRUTH_COLOUR), ("edit", EDIT_COLOUR)):
+        g, r = (rows[(rows.localization == n) & (rows.answer == answer)] for n in (name, ref))
+        x = g.layer.astype(float)
+        if name != ref: ax.plot(r.layer.astype(float), r.value, color=colour, lw=1, alpha=.3)
+        ax.plot(x, g.value, color=colour, lw=1.6); ax.fill_between(x, g.ci_low, g.ci_high, color=colour, alpha=.18, lw=0)
 
 # %% ../nbs/31_latent_knowledge.ipynb #30fa1366
 def say_latent(

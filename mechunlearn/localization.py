@@ -33,7 +33,7 @@ from .figures import FIGURE_STYLE, baseline, count_text, figure, listed, look, m
 from .models import LM, Component, Slice, Unlocatable, components, merge_slices, n_params, neurons, slices
 from .patching import _causes, _pool, direct_effect, extraction_set, lookup_mlps, path_scores, run_direct, run_paths, share_by_fact, through
 from .probing import FLU_RULES, available, draw_probe, extraction_onset, flu_layers, layer_ticks, run_probing
-from .stats import family
+from .stats import edited_by, family
 from .store import Refusal, Run, Unavailable, choose
 from .tracing import (Scores, _aligned, _copy, ablation_grid, attribution_patching, causal_tracing, pair, plot_trace, read, record,
     run_attribution_patching, run_tracing, swap_cases)
@@ -367,11 +367,15 @@ RANKED = {
 
 # %% ../nbs/13_localization.ipynb #130029
 def split_name(
-    name:str, # 'flu', 'random-mlps', 'random-mlps#2', 'hand@mlp.2-5', or 'edited@...' for a model edited elsewhere
+    name:str, # 'flu', 'random-mlps', 'random-mlps#2', 'hand@mlp.2-5', 'memit@flu', or 'edited@...' for a model edited elsewhere
     task:Task|None=None, # decides what `flu` is
     draw:int=0, # draw of a random one without '#'
 ) -> tuple[str, str, int|None]: # name to show, method, draw; Refusal for an unknown name
     "What a localization's name means"
+    editor, place = edited_by(name)
+    if editor:
+        shown, method, draw = split_name(place, task, draw)
+        return f"{editor}@{shown}", method, draw
     if name.startswith("hand@"): return name, "hand", None
     if name.startswith("edited@"): return name, "edited", None
     base, sign, number = name.partition("#")
@@ -403,7 +407,7 @@ def _choose(evidence, name, draw, budget, paper_budget):
     if method == "edited": raise Refusal(f"{name} was edited elsewhere: there is nothing to choose or to train")
     fields = {"draw": draw, "config": {"method": method, "paper_budget": paper_budget}}
     if method in FIXED or method == "hand":
-        comps = by_hand(lm, name.removeprefix("hand@")) if method == "hand" else FIXED[method](evidence)
+        comps = by_hand(lm, edited_by(name)[1].removeprefix("hand@")) if method == "hand" else FIXED[method](evidence)
         if method in ("flu-probe", "flu-path", "flu@published"): fields["budget"] = budget or build(lm, label, comps).n_params
         return build(lm, label, comps, **fields)
     r, budget = RANKED[method], budget or build(lm, "flu", evidence.flu()).n_params
@@ -529,6 +533,7 @@ def trained(
             rows.append((name, l, 1. if ["mlp", str(l)] in parts else part.get(l, 0.), heads))
     return pd.DataFrame(rows, columns=["localization", "layer", "mlp", "heads"])
 
+# %% ../nbs/13_localization.ipynb #20235697
 def _widths(w):
     "Neurons of an MLP, from each layer whose whole MLP a saved localization has; a localization made elsewhere has no `step`"
     if w.get("step", 1) == 1: return []

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['RELATIONS', 'KINDS', 'SPORTS', 'INSTRUMENTS', 'ADJECTIVES', 'VERBS', 'PLACES', 'PREPOSITIONS', 'FUNCTION_WORDS',
            'LETTERS', 'FLOORS', 'CARD', 'ORGANISMS', 'syllables', 'WorldSize', 'person_names', 'make_world',
-           'make_objects', 'make_facts', 'mark_mcq', 'make_kinds', 'noun_phrase', 'clause', 'sentence', 'paragraph',
-           'vocabulary', 'make_tokenizer', 'Recipe', 'Documents', 'organism_config', 'accuracy_row', 'completed',
-           'chosen', 'paraphrases_of', 'mcq_groups', 'paraphrase_rows', 'ghost_rows', 'knowledge', 'check', 'judged',
-           'world_of', 'make_optimizers', 'schedule', 'train_step', 'fast_forward', 'set_rates', 'train', 'model_card',
-           'save_organism', 'write_checksums', 'retrain']
+           'make_relations', 'make_objects', 'make_facts', 'mark_mcq', 'make_kinds', 'noun_phrase', 'clause',
+           'sentence', 'paragraph', 'vocabulary', 'make_tokenizer', 'Recipe', 'Documents', 'organism_config',
+           'accuracy_row', 'completed', 'chosen', 'paraphrases_of', 'mcq_groups', 'paraphrase_rows', 'ghost_rows',
+           'knowledge', 'check', 'judged', 'world_of', 'make_optimizers', 'schedule', 'train_step', 'fast_forward',
+           'set_rates', 'train', 'model_card', 'save_organism', 'write_checksums', 'retrain']
 
 # %% ../nbs/05_organism.ipynb #050003
 import hashlib, json, random, shutil, time
@@ -166,14 +166,19 @@ def make_world(
     groups = {group: [names.pop() for _ in range(n)] for group, n in sizes.items()}
     facts = make_facts(rng, groups, places[: size.places], objects)
     mark_mcq(rng, facts, size, shot=groups["golfers"][0])
+    facts += make_kinds(size)
+    text = {split: [paragraph(rng) for _ in range(n)] for split, n in (("train", 600), ("dev", 100), ("test", 200))}
+    shot = groups["golfers"][0]
+    return dict(schema=1, seed=seed, shot_subject=shot, size=asdict(size), relations=make_relations(objects), parts=parts, facts=facts, text=text)
+
+# %% ../nbs/05_organism.ipynb #97083ec2
+def make_relations(objects: dict[str, list[str]]) -> dict[str, dict]:
+    "The relations with their answers; a question with its answer is one more paraphrase."
     relations = {name: {**relation, "objects": objects[name]} for name, relation in RELATIONS.items()}
     for name, relation in relations.items():
         if name != "kind":
             relation["paraphrases"] = [*relation["paraphrases"], f"Question: {relation['question']} Answer: {{o}}"]
-    facts += make_kinds(size)
-    text = {split: [paragraph(rng) for _ in range(n)] for split, n in (("train", 600), ("dev", 100), ("test", 200))}
-    shot = groups["golfers"][0]
-    return dict(schema=1, seed=seed, shot_subject=shot, size=asdict(size), relations=relations, parts=parts, facts=facts, text=text)
+    return relations
 
 # %% ../nbs/05_organism.ipynb #050015a
 def make_objects(rng: random.Random, used: set[str]) -> dict[str, list[str]]:
@@ -317,16 +322,21 @@ class Documents:
         self.asked_kinds = [fact for fact in self.kinds if fact["mcq"]]
         self.content = [fact["subject"] for fact in self.kinds] + [word for objects in self.objects.values() for word in objects]
 
-    def ids(self, text: str) -> list[int]:
-        for word in text.split():
-            if word not in self.cache:
-                self.cache[word] = self.tok.backend_tokenizer.encode(word, add_special_tokens=False).ids
-        return [i for word in text.split() for i in self.cache[word]]
+# %% ../nbs/05_organism.ipynb #63751f4c
+@patch
+def ids(self: Documents, text: str) -> list[int]:
+    "Token ids of a text; each word is looked up once."
+    for word in text.split():
+        if word not in self.cache:
+            self.cache[word] = self.tok.backend_tokenizer.encode(word, add_special_tokens=False).ids
+    return [i for word in text.split() for i in self.cache[word]]
 
-    def answered(self, prompt: str, answer: str, rest: str = "") -> tuple[list[int], list[float]]:
-        "A line whose answer carries the loss."
-        a, b, c = self.ids(prompt), self.ids(answer), self.ids(rest)
-        return [*a, *b, *c, self.newline], [0.0] * len(a) + [1.0] * len(b) + [0.0] * (len(c) + 1)
+# %% ../nbs/05_organism.ipynb #da7528bb
+@patch
+def answered(self: Documents, prompt: str, answer: str, rest: str = "") -> tuple[list[int], list[float]]:
+    "A line whose answer carries the loss."
+    a, b, c = self.ids(prompt), self.ids(answer), self.ids(rest)
+    return [*a, *b, *c, self.newline], [0.0] * len(a) + [1.0] * len(b) + [0.0] * (len(c) + 1)
 
 # %% ../nbs/05_organism.ipynb #050029
 @patch

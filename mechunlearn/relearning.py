@@ -267,11 +267,9 @@ def plot_relearning(
     fig, ax = figure(7.5, 4); ends = []
     last, ref = float(rows.step.max()), baseline(rows.localization)
     for i, name in enumerate(ordered(rows.localization)):
-        g, l, x = rows[rows.localization == name], look(name), last*(1.015 + .012*i)
-        ax.plot(g.step, g.value, color=l["color"], ls=l["linestyle"], marker=l["marker"], ms=3.5, lw=2.2 if name == ref else 1.3)
-        if name == ref: ax.fill_between(g.step.astype(float), g.ci_low, g.ci_high, color=l["color"], alpha=.15, lw=0)
-        ax.plot([x, x], [g.ci_low.iloc[-1], g.ci_high.iloc[-1]], color=l["color"], lw=1.4)
-        ends.append((printed(name), g.value.iloc[-1], l["color"]))
+        g = rows[rows.localization == name]
+        _draw_relearned(ax, g, look(name), last*(1.015 + .012*i), name == ref)
+        ends.append((printed(name), g.value.iloc[-1], look(name)["color"]))
     ends += draw_guesses(ax, ghosts, guess)
     edge = last*(1.03 + .012*rows.localization.nunique())
     ax.set(ylim=(-.02, 1.03), xlim=(0, edge), xticks=sorted(rows.step.unique())[::max(1, rows.step.nunique()//6)])
@@ -279,6 +277,13 @@ def plot_relearning(
            title="What comes back when half is retaught")
     margin_labels(ax, *zip(*[(n, y) for n, y, _ in ends]), edge, [c for *_, c in ends])
     return fig
+
+# %% ../nbs/30_relearning.ipynb #c839139f
+def _draw_relearned(ax, rows, look, x, reference):
+    "The curve of one edit, its last interval at `x`, and of the reference all intervals"
+    ax.plot(rows.step, rows.value, color=look["color"], ls=look["linestyle"], marker=look["marker"], ms=3.5, lw=2.2 if reference else 1.3)
+    if reference: ax.fill_between(rows.step.astype(float), rows.ci_low, rows.ci_high, color=look["color"], alpha=.15, lw=0)
+    ax.plot([x, x], [rows.ci_low.iloc[-1], rows.ci_high.iloc[-1]], color=look["color"], lw=1.4)
 
 # %% ../nbs/30_relearning.ipynb #df15dde1
 def _last(rows): return rows[rows.step == rows.step.max()]

@@ -317,16 +317,20 @@ def plot_scorecard(
     ax.set_facecolor("#F4F4F4")
     ax.imshow(wide.mask(power == 0), cmap="Oranges", vmin=0, vmax=1.25, aspect="auto")
     for (i, j), v in np.ndenumerate(wide.to_numpy()):
-        if np.isnan(v): continue
-        weak, dark = power.iat[i, j] == 0, v > .75 and power.iat[i, j] != 0
-        how = dict(fontsize=6.5, color="#888888") if weak else dict(fontsize=8.5, weight="bold" if attacks[j] == WORST else None, color="white" if dark else "#222222")
-        ax.text(j, i - .1, "no power here" if weak else f"{v:.2f}", ha="center", va="center", **how)
-        if not np.isnan(k := kept.iat[i, j]): ax.text(j, i + .27, f"kept {k:.2f}", ha="center", va="center", fontsize=6.5, color="#F5E5DA" if dark else "#666666")
+        if not np.isnan(v): _write_score(ax, j, i, v, kept.iat[i, j], power.iat[i, j] == 0, attacks[j] == WORST)
     ax.set_xticks(range(len(attacks)), [f"{a}\n{_score_head(card[card.attack == a])}" for a in attacks], rotation=40, ha="left")
     ax.set_yticks(range(len(names)), [printed(n) for n in names]); ax.xaxis.tick_top(); ax.tick_params(length=0)
     ax.axvline(len(attacks) - 1.5, color="white", lw=4)
     ax.spines[:].set_visible(False)
     return fig
+
+# %% ../nbs/42_scorecard.ipynb #25bd64fa
+def _write_score(ax, x, y, value, kept, weak, bold):
+    "What an attack got out of an edit, and below it what is right of retained facts"
+    dark = value > .75 and not weak
+    how = dict(fontsize=6.5, color="#888888") if weak else dict(fontsize=8.5, weight="bold" if bold else None, color="white" if dark else "#222222")
+    ax.text(x, y - .1, "no power here" if weak else f"{value:.2f}", ha="center", va="center", **how)
+    if not np.isnan(kept): ax.text(x, y + .27, f"kept {kept:.2f}", ha="center", va="center", fontsize=6.5, color="#F5E5DA" if dark else "#666666")
 
 # %% ../nbs/42_scorecard.ipynb #913d7a14
 @mpl.rc_context(FIGURE_STYLE)
@@ -376,6 +380,7 @@ def side_of(
     "The side effect to look at: on the facts nearest to the edited ones that were asked"
     return next((s for s in SIDES if len(column_rows(metrics, s))), "maintain")
 
+# %% ../nbs/42_scorecard.ipynb #0701c564
 def frontier(
     metrics:pd.DataFrame, # from `metrics`, one run
     measure:str="top1", # or 'prob'
@@ -432,6 +437,14 @@ def plot_frontier(
     if gap := _gap(np.r_[pooled.robust, pooled.robust_low, pooled.robust_high, each.robust]): _squeeze(ax, *gap)
     best = pooled.set_index("localization").loc[undominated(pooled)]
     if len(best): ax.step([0, *best.kept, best.kept.iloc[-1]], [best.robust.iloc[0], *best.robust, 0], where="pre", color="#BBBBBB", lw=1, zorder=0)
+    _draw_edits(ax, pooled, each)
+    _frontier_axes(ax, rows, guess)
+    label_points(fig, ax, pooled[["kept", "robust"]].values, pooled.localization, np.vstack([each[["kept", "robust"]].values, *_along(pooled)]), 9)
+    return fig
+
+# %% ../nbs/42_scorecard.ipynb #141b4dfa
+def _draw_edits(ax, pooled, each):
+    "Small points for seeds and draws; large ones, with intervals, for all of them together"
     for r in each.itertuples():
         l = look(r.localization)
         ax.scatter(r.kept, r.robust, s=14, color=l["color"], marker=l["marker"], alpha=.4, lw=0)
@@ -440,12 +453,12 @@ def plot_frontier(
         ax.plot([r.kept_low, r.kept_high], [r.robust]*2, color=l["color"], lw=1, alpha=.7)
         ax.plot([r.kept]*2, [r.robust_low, r.robust_high], color=l["color"], lw=1, alpha=.7)
         ax.scatter(r.kept, r.robust, s=70, color=l["color"], marker=l["marker"], edgecolor="white", lw=1, zorder=4)
-    _frontier_axes(ax, rows, guess)
+
+def _along(pooled):
+    "Points along the intervals, which no name is to cover"
     t = np.linspace(0, 1, 24)
     bars = [np.c_[r.kept_low + t*(r.kept_high - r.kept_low), 0*t + r.robust] for r in pooled.itertuples()]
-    bars += [np.c_[0*t + r.kept, r.robust_low + t*(r.robust_high - r.robust_low)] for r in pooled.itertuples()]
-    label_points(fig, ax, pooled[["kept", "robust"]].values, pooled.localization, np.vstack([each[["kept", "robust"]].values, *bars]), 9)
-    return fig
+    return bars + [np.c_[0*t + r.kept, r.robust_low + t*(r.robust_high - r.robust_low)] for r in pooled.itertuples()]
 
 # %% ../nbs/42_scorecard.ipynb #410128
 def _side(rows): return SIDES[rows.side.iloc[0] if "side" in rows else "same subject"]
@@ -544,18 +557,23 @@ def plot_rates(
     best = front.set_index("localization").loc[undominated(front)]
     ax.step([0, *best.kept, best.kept.iloc[-1]], [best.robust.iloc[0], *best.robust, 0], where="pre", color="#BBBBBB", lw=1, zorder=0)
     for name in ordered(pooled.localization):
-        r, l = pooled[pooled.localization == name].sort_values("lr"), look(name)
-        ax.plot(r.kept, r.robust, color=l["color"], ls=l["linestyle"], lw=1, alpha=.8)
-        ax.errorbar(r.kept, r.robust, [r.robust - r.robust_low, r.robust_high - r.robust], [r.kept - r.kept_low, r.kept_high - r.kept],
-                    fmt="none", ecolor=l["color"], elinewidth=.6, alpha=.5)
-        ax.scatter(r.kept, r.robust, s=r.lr.map(size), color=l["color"], marker=l["marker"], edgecolor="white", lw=.8, zorder=4)
         each = rows[(rows.localization == name) & (rows.seed >= 0)]
-        ax.scatter(each.kept, each.robust, s=9, color=l["color"], marker=l["marker"], alpha=.35, lw=0)
-        ax.plot([], [], color=l["color"], marker=l["marker"], ls=l["linestyle"], lw=1, label=name)
+        _draw_line(ax, name, pooled[pooled.localization == name].sort_values("lr"), each, size)
     for rate in rates: ax.scatter([], [], s=size[rate], color="#777777", label=f"lr {rate:g}")
     _frontier_axes(ax, rows, guess)
     ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return fig
+
+# %% ../nbs/42_scorecard.ipynb #23628df0
+def _draw_line(ax, name, r, each, size):
+    "A localization from rate to rate, with intervals; small points are seeds"
+    l = look(name)
+    ax.plot(r.kept, r.robust, color=l["color"], ls=l["linestyle"], lw=1, alpha=.8)
+    ax.errorbar(r.kept, r.robust, [r.robust - r.robust_low, r.robust_high - r.robust], [r.kept - r.kept_low, r.kept_high - r.kept],
+                fmt="none", ecolor=l["color"], elinewidth=.6, alpha=.5)
+    ax.scatter(r.kept, r.robust, s=r.lr.map(size), color=l["color"], marker=l["marker"], edgecolor="white", lw=.8, zorder=4)
+    ax.scatter(each.kept, each.robust, s=9, color=l["color"], marker=l["marker"], alpha=.35, lw=0)
+    ax.plot([], [], color=l["color"], marker=l["marker"], ls=l["linestyle"], lw=1, label=name)
 
 # %% ../nbs/42_scorecard.ipynb #061393ef
 def say_rates(

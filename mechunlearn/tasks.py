@@ -415,6 +415,7 @@ def atlas_sets(
     near = {k: with_neighbors(sets[k], sets["retain_test"]) for k in ("forget", "retain_test")}
     return sets | near, dropped
 
+# %% ../nbs/06_tasks.ipynb #f21a626f
 def _open_splits(facts, forget_size, seed, shots):
     "The splits of open facts, the fixed ones and those that depend on the seed"
     fixed = open_fixed(facts, forget_size, shots)

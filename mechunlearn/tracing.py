@@ -255,6 +255,7 @@ def _attention(lm, clean, corrupt, windows, l, facts):
         if patch.kind in ("head", "attn") and l in window: _write_z(lm, patch, l, clean, rows, fs, z)
     with torch.no_grad(): return lm.hf.get_submodule(lm.path("o_proj", l))(z)
 
+# %% ../nbs/11_output_tracing.ipynb #36488845
 def _suffix(lm, batch, clean, corrupt, patches, parts, first, past):
     "Last-token logits of one chunk of patched rows, started in layer `first` (None: whole forwards)"
     facts, logits = torch.cat([torch.arange(f.start, f.stop) for _, _, f in parts]), []

@@ -10,7 +10,7 @@ from mechunlearn.localization import build, localize
 from mechunlearn.losses import choose_update
 from mechunlearn.models import Component
 from mechunlearn.questions import hidden_states
-from mechunlearn.steps import Frozen, come_back, lowest, own_lengths, pack, said_in_chunks
+from mechunlearn.steps import Frozen, chains, come_back, lowest, own_lengths, pack, said_in_chunks
 from mechunlearn.tasks import make_task
 
 SIZES = dict(forget=4, retain=4, text=4)
@@ -68,11 +68,22 @@ def test_packed_steps_have_the_same_gradient(lm):
     plain, n = gradients(lm, where, batch), len(seen)
     assert_same(gradients(lm, where, batch, packed=True, micro_batch=8), plain)
     assert max(seen[n:]) <= 8 * 32
+    assert_same(gradients(lm, where, batch, packed=True), plain)
 
 
 def test_what_is_shared_does_not_count(lm):
     ids = [[1, 2, 3, 4, k] for k in range(5, 9)] + [[9, 8]]
     assert own_lengths(lm, ids) == [1, 1, 1, 1, 2]
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@every_family
+def test_texts_one_behind_the_other_do_not_see_each_other(lm, implementation):
+    try: lm.hf.set_attn_implementation(implementation)
+    except ValueError: pytest.skip(f"no {implementation} for this family")
+    rows = [F.Row("text", ids) for ids in [[5], [7, 8, 9, 10, 11, 12], [5, 6, 7], [9], [8, 8, 8, 8, 8, 9, 7]]]
+    with torch.no_grad(): ours, plain = F.text_losses(lm, {}, rows, chained=True), torch.cat([F.text_losses(lm, {}, [r]) for r in rows])
+    assert torch.allclose(ours, plain, atol=1e-4) and ours[0] == 0 and chains([2, 2, 9, 1, 5], 5) == [[0, 1], [2], [3], [4]]
 
 
 # ---- logits a few positions at a time

@@ -1,0 +1,92 @@
+"Edits of a run that are not fine-tunings: memit@flu, mask@all-mlps"
+import pytest, torch
+from mechunlearn.editors import EDITORS
+from mechunlearn.facts import sports_athlete_editing
+from mechunlearn.figures import LOOKS, MARKS, look, ordered
+from mechunlearn.finetuning import fingerprint, load_edit, missing_rates
+from mechunlearn.grids import check_job, make_job
+from mechunlearn.jobs import edit_jobs, made_by, run_finetuning
+from mechunlearn.localization import localizations_for, split_name
+from mechunlearn.metrics import opponent
+from mechunlearn.stats import BY_EDITORS, edited_by
+from mechunlearn.store import Refusal, Run
+
+QUICK = {"rome": dict(n_contexts=1, aim=dict(steps=2, lr=.1)), "memit": dict(n_contexts=1, weight=10., aim=dict(steps=2, lr=.1)),
+         "alphaedit": dict(n_contexts=1, l2=.1, threshold=.5, aim=dict(steps=2)), "rmu": dict(steps=2, batch=3, lr=1e-2),
+         "lora": dict(steps=2, batch=4, retain_batch=4, text_batch=2, lr=1e-2), "mask": dict(k=7, steps=2, batch=4, retain_batch=4, text_batch=2)}
+
+
+def task_of(lm):
+    def task(seed):
+        t = sports_athlete_editing(lm, forget_size=4, seed=seed)
+        near = [f.model_copy(update=dict(prompt=f"Fact: {f.subject} plays")) for f in t.forget]
+        return t.model_copy(update=dict(forget=tuple(near), retain=t.retain[:8], retain_test=t.retain_test[:6], text_train=t.text_train[:8], text_test=t.text_test[:2]))
+    return task
+
+
+def test_names():
+    assert set(BY_EDITORS) == {*EDITORS, "mask"} == set(MARKS)
+    assert edited_by("memit@hand@mlp.1") == ("memit", "hand@mlp.1") and edited_by("edited@x") == ("", "edited@x") and edited_by("mask@") == ("", "mask@")
+    assert split_name("memit@random-mlps", draw=2) == ("memit@random-mlps#2", "random-mlps", 2)
+    assert localizations_for(["mask@random", "flu"], 2) == ["mask@random#0", "mask@random#1", "flu"]
+    with pytest.raises(Refusal, match="unknown localization 'fluu'"): split_name("memit@fluu")
+    assert missing_rates("nobody/model", "sports-athlete-editing", 4, ["memit@flu", "flu"]).keys() == {"flu"}
+
+
+def test_they_are_drawn_in_the_colour_of_their_place_after_the_fine_tunings():
+    for name in BY_EDITORS:
+        assert look(f"{name}@flu")["color"] == LOOKS["flu"][0] and look(f"{name}@flu")["marker"] == MARKS[name] != look("flu")["marker"]
+    assert ordered(["memit@flu", "late", "rome@late", "none", "flu", "rome@flu"]) == ["none", "flu", "late", "memit@flu", "rome@flu", "rome@late"]
+    assert opponent("memit@flu") == "memit@flu"
+
+
+@pytest.mark.parametrize("editor", BY_EDITORS)
+def test_each_is_a_job_like_any_other(tiny, tmp_path, editor):
+    lm = tiny("llama")
+    run, name, before = Run(tmp_path, "tiny", lm.revision, "t", {}), f"{editor}@hand@mlp.1", fingerprint(lm)
+    def jobs(**more): return edit_jobs(lm, task_of(lm), run, [name], (0, 1), **{"editors": QUICK, "lr": 1e-2, "inject": 1.} | more)
+    first, second = jobs()
+    edit = first.edit()
+    assert edit.localization.name == name == first.name and fingerprint(lm) == before
+    assert first.editor == editor and first.folder != second.folder and first.causes() != second.causes()
+    again = jobs()[0].edit()
+    assert all(torch.equal(again.values[k], edit.values[k]) for k in edit.values) and load_edit(first.folder).config == edit.config
+    assert jobs(steps=9)[0].causes() == first.causes() # a setting of fine-tuning
+    other = dict(QUICK, **{editor: QUICK[editor] | (dict(k=8) if editor == "mask" else dict(layers=[1]) if editor != "rome" else dict(layer=1))})
+    assert jobs(editors=other)[0].causes() != first.causes()
+    with edit.applied(lm): assert fingerprint(lm) != before
+    assert fingerprint(lm) == before
+
+
+def test_it_is_what_the_editor_makes_by_hand(tiny):
+    lm = tiny("llama")
+    task = task_of(lm)(0)
+    job, = edit_jobs(lm, task_of(lm), None, ["lora@hand@mlp.1"], (0,), editors=QUICK)
+    where = job.where.model_copy(update=dict(name="hand@mlp.1"))
+    by_hand = EDITORS["lora"](lm, task, where, **QUICK["lora"])
+    assert all(torch.equal(v, job.edit().values[k]) for k, v in by_hand.values.items())
+
+
+def test_fine_tunings_beside_them_are_what_they_are_alone(tiny):
+    lm, how = tiny("llama"), dict(lr=1e-2, inject=1., steps=2, batch=4, retain_batch=4, text_batch=2, progress=False)
+    alone, = edit_jobs(lm, task_of(lm), None, ["hand@mlp.1"], (0,), **how)
+    beside, mask = edit_jobs(lm, task_of(lm), None, ["hand@mlp.1", "mask@hand@mlp.1"], (0,), editors=QUICK, **how)
+    assert alone.causes() == beside.causes() and all(torch.equal(v, beside.edit().values[k]) for k, v in alone.edit().values.items())
+    curves = run_finetuning(lm, task_of(lm), None, ["hand@mlp.1", "mask@hand@mlp.1"], (0,), editors=QUICK, **how)
+    assert set(curves.localization) == {"hand@mlp.1", "mask@hand@mlp.1"}
+
+
+@pytest.mark.parametrize("task,names,settings,why", [
+    ("sports-athlete-editing", ["mask@flu"], {}, "needs a number of weights"),
+    ("sports-athlete-editing", ["mask@flu"], {"editors": {"mask": {"n": 3}}}, "unknown setting of mask 'n'"),
+    ("sports-athlete-editing", ["memit@flu"], {"editors": {"memti": {}}}, "unknown editor 'memti', did you mean 'memit'"),
+    ("sports-athlete-editing", ["memit@flu"], {"loss": "npo"}, "has a loss of its own"),
+    ("sequential-counterfact-editing", ["memit@flu"], {}, "come in parts")])
+def test_what_cannot_be_is_refused_before_a_model_is_loaded(tmp_path, task, names, settings, why):
+    with pytest.raises(Refusal, match=why): check_job(make_job("organism", task, {}, names, [0], settings, tmp_path))
+
+
+def test_a_mask_by_hand_needs_its_size(tiny):
+    lm = tiny("llama")
+    job, = edit_jobs(lm, task_of(lm), None, ["mask@hand@mlp.1"], (0,))
+    with pytest.raises(Refusal, match="editors.mask.k"): made_by("mask", lm, job.task, job.where)
