@@ -187,7 +187,11 @@ def test_edits_are_the_same(lm, name):
     how = dict(lr=1e-2, steps=4, batch=4, retain_batch=4, text_batch=2, progress=False, seed=1)
     if task.update == "sequential": how["between"] = lambda *a: F.pd.DataFrame()
     a, b = finetune(lm, task, where, **how), finetune(lm, task, where, packed=True, remember=True, **how)
-    for k in a.values: assert torch.allclose(a.values[k], b.values[k], atol=1e-4), k
+    start, apart, moved = masters(lm, where.slices), 0., 0.
+    for s, old in start.items():
+        x, y = a.values[F.slice_key(s)], b.values[F.slice_key(s)]
+        apart, moved = apart + float((x - y).square().sum()), moved + float((x - old).square().sum())
+    assert apart**.5 < 1e-2 * moved**.5 # AdamW moves a weight by the sign of a gradient that is all rounding
     assert torch.allclose(torch.tensor(a.curve.loss), torch.tensor(b.curve.loss), atol=1e-3)
 
 def above(lm, where):
