@@ -183,6 +183,6 @@ if __name__ == "__main__":
     torch.set_num_threads(a.threads)
     if a.alone: sys.exit(measure_alone(a))
     say(device=torch.cuda.get_device_name() if a.device == "cuda" else processor(), threads=a.threads, torch=torch.__version__, cores=os.cpu_count())
-    for name in a.models.split(","): run(name, a, a.only.split(","))
+    for name in filter(None, a.models.split(",")): run(name, a, a.only.split(","))
     if "words" in a.only.split(","): words(a)
     if a.name: (Path(__file__).parent / "results" / f"{a.name}.jsonl").write_text("".join(json.dumps(l) + "\n" for l in LINES))
