@@ -197,7 +197,7 @@ def heard(
         for h in handles: h.remove()
 
 # %% ../nbs/20_finetuning.ipynb #d8635e2c
-def _read_answers(lm, values, rows, own=None, frozen=None, read=end_logits):
+def _read_answers(lm, values, rows, own, frozen, read):
     "Logits at the answers: of every row its own, then the preferred ones; two answers of one token each are read at one place"
     pairs = [(r, [r.target, *r.rest]) for r in rows] + [(r, [*r.preferred]) for r in rows if r.preferred]
     answers, keys = [a for _, a in pairs], [(id(r), *a[:-1]) for r, a in pairs]
@@ -215,6 +215,12 @@ def _unembedding(lm, values):
     "The unembedding with its slices put in, if there are any"
     return matrices(lm, {s: v for s, v in values.items() if lm.weight(s.param) is lm.hf.get_output_embeddings().weight})
 
+def _said(lm, values, rows, own=None, frozen=None, whole=False):
+    "-log p of the answers, what it was read from (of a large vocabulary hidden states, unless `whole` logits are asked for), and the answers"
+    chunked = not whole and large(lm, sum(1 + len(r.rest) + len(r.preferred) for r in rows))
+    read, answers = _read_answers(lm, values, rows, own, frozen, _end_hidden if chunked else end_logits)
+    return answers_said(lm, read, answers, _unembedding(lm, values)) if chunked else answer_losses(read, answers), read, answers
+
 def fact_losses(
     lm:LM, # model
     values:dict[Slice, Tensor], # masters
@@ -225,9 +231,7 @@ def fact_losses(
 ) -> Tensor: # one loss a row
     "Loss at the answers of the prompts"
     where = [i for i, r in enumerate(rows) if r.term == "forget"]
-    chunked = (forget_loss is not not_said or not where) and large(lm, sum(1 + len(r.rest) + len(r.preferred) for r in rows))
-    logits, answers = _read_answers(lm, values, rows, own, frozen, _end_hidden if chunked else end_logits)
-    every = answers_said(lm, logits, answers, _unembedding(lm, values)) if chunked else answer_losses(logits, answers)
+    every, logits, answers = _said(lm, values, rows, own, frozen, whole=forget_loss is not_said and bool(where))
     nll, better = every[:len(rows)], every[len(rows):]
     if forget_loss is said or not where: return nll
     if forget_loss is not_said:
@@ -245,7 +249,7 @@ def with_reference(
     "What the unedited model says to the answers. A forward a row, and one for each preferred answer."
     out = []
     for part in (rows[k:k + micro_batch] for k in range(0, len(rows), micro_batch)):
-        logp = -answer_losses(*_read_answers(lm, {}, part))
+        logp = -_said(lm, {}, part)[0]
         out += [r._replace(reference=tuple(x.tolist())) for r, x in zip(part, logp.view(-1, len(part)).T)]
     return out
 
