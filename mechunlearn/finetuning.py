@@ -14,6 +14,7 @@ __all__ = ['MAX_TOKENS', 'FILES', 'LEARNING_RATES', 'RATE_GROUPS', 'LIKE', 'VISI
 import math
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple, Sequence
@@ -32,7 +33,8 @@ from .localization import Localization
 from .losses import UPDATES, Answers, Update, answer_losses, choose_update, l1_change, not_said, said
 from .families import transposed
 from .models import LM, Slice, components, is_adapter, load, locate, slices, snapshot
-from .questions import answer, completions, some, token_loss
+from .questions import answer, completions, hidden_states, some, token_loss
+from .steps import Frozen, answers_said, at_end, chain, chains, come_back, large, own_lengths, pack, said_in_chunks, without_unembedding
 from .stats import edited_by
 from .store import (Refusal, Run, cause_hash, choose, load_json, load_table, load_tensors, save_json,
     save_table, save_tensors)
@@ -140,12 +142,12 @@ def end_logits(
     ids:list[list[int]], # prompts, each with its answer but for the last token
     n:int=1, # positions at the end
     share:bool=True, # read once what several prompts begin with
+    frozen:Frozen|None=None, # what the lowest trained layer reads of these prompts
 ) -> Tensor: # [prompts, n, vocab], float32
     "Logits at the end of prompts, differentiable"
-    run = lambda **batch: functional_call(lm.hf, weights, (), batch)
-    found = list(models.parts(lm, ids, len(ids), n, share))
-    order = torch.tensor([i for p in found for i in p.rows]).argsort()
-    return torch.cat([models.end_logits(lm, ids, p, n, run) for p in found])[order.to(lm.device)].float()
+    return at_end(lm, ids, n, partial(_run, lm, weights), share, frozen).float()
+
+def _run(lm, weights, **batch): return functional_call(lm.hf, weights, (), batch)
 
 # %% ../nbs/20_finetuning.ipynb #e10a26e6
 def last_logits(
@@ -195,15 +197,29 @@ def heard(
         for h in handles: h.remove()
 
 # %% ../nbs/20_finetuning.ipynb #d8635e2c
-def _read_answers(lm, values, rows, own=None):
+def _read_answers(lm, values, rows, own, frozen, read):
     "Logits at the answers: of every row its own, then the preferred ones; two answers of one token each are read at one place"
     pairs = [(r, [r.target, *r.rest]) for r in rows] + [(r, [*r.preferred]) for r in rows if r.preferred]
     answers, keys = [a for _, a in pairs], [(id(r), *a[:-1]) for r, a in pairs]
     once = {k: (r, a[:-1]) for k, (r, a) in zip(keys, pairs)}
     with heard(lm, list(values), [own(r) for r, _ in once.values()]) if own else nullcontext():
-        logits = end_logits(lm, matrices(lm, values), [r.ids + given for r, given in once.values()], max(map(len, answers)), share=not own)
+        logits = read(lm, matrices(lm, values), [r.ids + given for r, given in once.values()], max(map(len, answers)), not own, frozen)
     place_of = {k: i for i, k in enumerate(once)}
     return logits if len(once) == len(keys) else logits[[place_of[k] for k in keys]], answers
+
+def _end_hidden(lm, weights, ids, n, share, frozen):
+    "What the unembedding would read at the end of prompts"
+    return at_end(lm, ids, n, without_unembedding(lm, weights), share, frozen)
+
+def _unembedding(lm, values):
+    "The unembedding with its slices put in, if there are any"
+    return matrices(lm, {s: v for s, v in values.items() if lm.weight(s.param) is lm.hf.get_output_embeddings().weight})
+
+def _said(lm, values, rows, own=None, frozen=None, whole=False):
+    "-log p of the answers, what it was read from (of a large vocabulary hidden states, unless `whole` logits are asked for), and the answers"
+    chunked = not whole and large(lm, sum(1 + len(r.rest) + len(r.preferred) for r in rows))
+    read, answers = _read_answers(lm, values, rows, own, frozen, _end_hidden if chunked else end_logits)
+    return answers_said(lm, read, answers, _unembedding(lm, values)) if chunked else answer_losses(read, answers), read, answers
 
 def fact_losses(
     lm:LM, # model
@@ -211,10 +227,11 @@ def fact_losses(
     rows:list[Row], # forget and retain
     forget_loss:Callable, # of an `Update`
     own:Callable|None=None, # row -> the slices that hear it; none: all
+    frozen:Frozen|None=None, # what the lowest trained layer reads of these prompts
 ) -> Tensor: # one loss a row
     "Loss at the answers of the prompts"
-    logits, answers = _read_answers(lm, values, rows, own)
-    every, where = answer_losses(logits, answers), [i for i, r in enumerate(rows) if r.term == "forget"]
+    where = [i for i, r in enumerate(rows) if r.term == "forget"]
+    every, logits, answers = _said(lm, values, rows, own, frozen, whole=forget_loss is not_said and bool(where))
     nll, better = every[:len(rows)], every[len(rows):]
     if forget_loss is said or not where: return nll
     if forget_loss is not_said:
@@ -232,7 +249,7 @@ def with_reference(
     "What the unedited model says to the answers. A forward a row, and one for each preferred answer."
     out = []
     for part in (rows[k:k + micro_batch] for k in range(0, len(rows), micro_batch)):
-        logp = -answer_losses(*_read_answers(lm, {}, part))
+        logp = -_said(lm, {}, part)[0]
         out += [r._replace(reference=tuple(x.tolist())) for r, x in zip(part, logp.view(-1, len(part)).T)]
     return out
 
@@ -241,19 +258,41 @@ def text_losses(
     lm:LM, # model
     values:dict[Slice, Tensor], # masters
     rows:list[Row], # text
+    frozen:Frozen|None=None, # what the lowest trained layer reads of these texts
+    chained:bool=False, # one behind the other, without padding
 ) -> Tensor: # one loss a row: the sum over its tokens
     "Loss at every position of texts"
-    return token_loss(lm, lm.pad([r.ids for r in rows]), matrices(lm, values))[0].sum(1)
+    ids, weights = [r.ids for r in rows], matrices(lm, values)
+    batch = chain(lm, ids) if chained else lm.pad(ids)
+    with frozen.read(ids, chained) if frozen else nullcontext():
+        if not chained and not large(lm, batch["input_ids"].numel()): return token_loss(lm, batch, weights)[0].sum(1)
+        hidden = hidden_states(lm, batch, weights)
+    after = batch["position_ids"].roll(-1, 1) > 0 # where a token of the same text follows
+    each = said_in_chunks(lm, hidden[after.to(hidden.device)], batch["input_ids"].roll(-1, 1)[after], _unembedding(lm, values))
+    row = torch.tensor([k for k, i in enumerate(ids) for _ in i[1:]], device=each.device)
+    return torch.zeros(len(rows), device=each.device).index_add(0, row, each)
 
 # %% ../nbs/20_finetuning.ipynb #200024
-def _accumulate(losses, rows, weight, size):
+def _micro_batches(rows, known, group):
+    "Which rows go through the model together; those that are known apart from the others"
+    for those in ([i for i, r in enumerate(rows) if known(r) == k] for k in (True, False)):
+        yield from ([those[j] for j in some] for some in group([rows[i] for i in those]))
+
+def _in_order(size): return lambda rows: (range(k, min(k + size, len(rows))) for k in range(0, len(rows), size))
+
+def _accumulate(losses, rows, weight, groups):
     "Backward a few rows at a time; each row's own loss"
-    each = []
-    for part in (rows[k:k + size] for k in range(0, len(rows), size)):
+    each = {}
+    for group in groups:
+        part = [rows[i] for i in group]
         loss = losses(part)
         (loss * torch.tensor([weight(r) for r in part], device=loss.device)).sum().backward()
-        each += loss.tolist()
-    return each
+        each |= zip(group, loss.tolist())
+    return [each[i] for i in range(len(rows))]
+
+def _reads(row):
+    "What goes through the model for a row: its text, or its prompt with each of its answers but for the last token"
+    return [row.ids + [*a][:-1] for a in ((row.target, *row.rest), row.preferred) if a and row.target is not None] or [row.ids]
 
 # %% ../nbs/20_finetuning.ipynb #40c86a83
 def step_losses(
@@ -264,14 +303,20 @@ def step_losses(
     inject:float=1., # weight of the forget term
     micro_batch:int=128, # prompts in one forward; texts a thirty-second of it
     own:Callable|None=None, # row -> the slices that hear it; none: all
+    packed:bool=False, # instead prompts of similar length together, 32 tokens for each of `micro_batch`, and texts one behind the other, 4 tokens for each
+    frozen:Frozen|None=None, # what the lowest trained layer reads of rows that come back
 ) -> dict[str, float]: # mean loss of each term; nan for a term without rows
     "Loss of one batch and its gradients. A forward and a backward a row."
     rows = sorted(rows, key=lambda r: len(r.ids))
     facts, text = [r for r in rows if r.term != "text"], [r for r in rows if r.term == "text"]
     n = {t: sum(r.term == t for r in facts) for t in ("forget", "retain")} | dict(text=sum(len(r.ids) - 1 for r in text))
     weight = lambda r: (inject if r.term == "forget" else 1.) / n[r.term]
-    each = _accumulate(lambda part: fact_losses(lm, values, part, update.loss, own), facts, weight, micro_batch)
-    each += _accumulate(lambda part: text_losses(lm, values, part), text, weight, max(1, micro_batch // 32))
+    known = lambda r: frozen is not None and all(i in frozen for i in _reads(r))
+    kept = lambda part: frozen if known(part[0]) else None
+    by_length, chained = lambda part: pack(own_lengths(lm, [r.ids for r in part]), 32 * micro_batch), lambda part: chains([len(r.ids) for r in part], 4 * micro_batch)
+    together, behind = (by_length, chained) if packed else (_in_order(micro_batch), _in_order(max(1, micro_batch // 32)))
+    each = _accumulate(lambda part: fact_losses(lm, values, part, update.loss, own, kept(part)), facts, weight, _micro_batches(facts, known, together))
+    each += _accumulate(lambda part: text_losses(lm, values, part, kept(part), packed), text, weight, _micro_batches(text, known, behind))
     return {t: sum(l for r, l in zip(facts + text, each) if r.term == t) / n[t] if n[t] else math.nan for t in n}
 
 # %% ../nbs/20_finetuning.ipynb #200029
@@ -485,13 +530,14 @@ def _guard(step, terms, norm, lr):
     if odd: return f"training diverged at step {step} ({', '.join(odd)}): lower the learning rate (lr={lr:g}); the last good state is kept"
 
 # %% ../nbs/20_finetuning.ipynb #903b4c37
-def _train(lm, values, batches, steps, lr, update, inject, micro_batch, clip, progress, own=None, l1=0.):
+def _train(lm, values, batches, steps, lr, update, inject, micro_batch, clip, progress, own=None, l1=0., packed=False, again=()):
     "The loop; one row of the curve a step"
     opt = torch.optim.AdamW(values.values(), lr=lr, weight_decay=0.)
+    frozen = Frozen(lm, list(values), [i for r in again for i in _reads(r)]) if again else None
     schedule, curve = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps), []
     start, good = ({s: v.detach().clone() for s, v in values.items()} if n else {} for n in (l1, steps))
     for step, rows in enumerate(tqdm(batches, "steps", steps, leave=False, disable=None if progress else True)):
-        terms = step_losses(lm, values, rows, update, inject, micro_batch, own)
+        terms = step_losses(lm, values, rows, update, inject, micro_batch, own, packed, frozen)
         if l1: terms["l1"] = _held_back(values, start, l1)
         norm = float(torch.nn.utils.clip_grad_norm_(values.values(), clip))
         there = {t: x for t, x in terms.items() if t == "l1" or any(r.term == t for r in rows)}
@@ -521,15 +567,15 @@ def ask_parts(
     return pd.concat([ask(*g) for g in groups], ignore_index=True)
 
 # %% ../nbs/20_finetuning.ipynb #f1b78dbc
-def _sequence(lm, task, where, rows_of, steps, sizes, seed, between, **how):
+def _sequence(lm, task, where, rows_of, steps, sizes, seed, between, remember=False, **how):
     "Part after part; final values, curves, and what was measured after each part"
     if not where.parts: raise Refusal(f"{where.name} was not made for a sequence: localize(lm, task, ...) with this task gives a localization for each part")
     rows, curves, records = [rows_of(sub) for sub in task.in_parts()], [], [between(lm, task, 0)]
     with kept([place(lm, s) for s in where.slices]):
         for k, (own_rows, part) in enumerate(zip(rows, where.parts, strict=True)):
             own = [s for s in where.slices if _inside(s, part.slices)]
-            values = masters(lm, own)
-            try: curves.append(_train(lm, values, draws(own_rows, sizes, steps, seed + k), steps, **how).assign(part=k + 1))
+            values, again = masters(lm, own), come_back(own_rows, sizes, steps) if remember else ()
+            try: curves.append(_train(lm, values, draws(own_rows, sizes, steps, seed + k), steps, **how, again=again).assign(part=k + 1))
             except Diverged as e:
                 put(lm, e.values)
                 raise Diverged(f"part {k + 1}: {e}", masters(lm, where.slices), pd.concat([*curves, e.curve.assign(part=k + 1)], ignore_index=True)) from None
@@ -575,12 +621,14 @@ def finetune(
     beta:float|None=None, # of npo, simnpo and dpo; none: as published
     l1:float|None=None, # weight of the L1 norm of the change of the weights; none: 0
     preferred:str|None=None, # of idk and dpo: the answer to be given instead, or "edit" for each fact's edit answer; none: a word for not knowing
+    packed:bool=False, # prompts of similar length together and texts one behind the other, so that little padding is read; the result stays up to rounding
+    remember:bool=False, # compute what lies below the lowest trained layer once for rows that come back; the result stays up to rounding
 ) -> Edit: # Refusal if memory runs out; `Diverged`, with the last good state, if training diverges
     "Localized fine-tuning (paper, section 2.3). `steps` forwards and backwards of `batch + retain_batch` prompts and `text_batch` texts."
     update, chosen = choose_update(lm, task, loss, beta, l1, preferred)
     lr, inject = rates(lm, task, where, lr, inject, loss=loss)
     seed, sizes = task.seed if seed is None else seed, {t: n if t in update.terms else 0 for t, n in (("forget", batch), ("retain", retain_batch), ("text", text_batch))}
-    how = dict(lr=lr, update=update, inject=inject, micro_batch=micro_batch, clip=clip, progress=progress, l1=l1 or 0.)
+    how = dict(lr=lr, update=update, inject=inject, micro_batch=micro_batch, clip=clip, progress=progress, l1=l1 or 0., packed=packed)
     def rows_of(task):
         rows = training_rows(lm, task, update)
         return rows | dict(forget=with_reference(lm, rows["forget"], micro_batch)) if update.reference else rows
@@ -589,11 +637,12 @@ def finetune(
         named = curve.assign(formula=loss) if loss else curve
         return Edit(where, {slice_key(s): v.detach().cpu() for s, v in values.items()}, named, about, records)
     try:
-        if task.update == "sequential": return made(*_sequence(lm, task, where, rows_of, max(1, steps // 2), sizes, seed, between, **how))
+        if task.update == "sequential": return made(*_sequence(lm, task, where, rows_of, max(1, steps // 2), sizes, seed, between, remember, **how))
         values, rows = masters(lm, where.slices), rows_of(task)
         if task.update == "each": steps = max(steps, -(-VISITS * len(task.forget) // batch))
         own = own_slices(task, rows["forget"], where) if where.parts else None
-        return made(values, _train(lm, values, draws(rows, sizes, steps, seed), steps, **how, own=own))
+        again = come_back(rows, sizes, steps) if remember else ()
+        return made(values, _train(lm, values, draws(rows, sizes, steps, seed), steps, **how, own=own, again=again))
     except Diverged as e:
         e.edit = made(e.values, e.curve)
         raise
