@@ -30,6 +30,7 @@ from .facts import Task
 from .figures import FIGURE_STYLE, cell_text, figure, listed, look, ordered, printed
 from .localization import Localization
 from .losses import UPDATES, Answers, Update, answer_losses, choose_update, l1_change, not_said, said
+from .memory import checkpointed, optimizer_class, unsteppable, written_out
 from .families import transposed
 from .models import LM, Slice, components, is_adapter, load, locate, slices, snapshot
 from .questions import answer, completions, some, token_loss
@@ -47,12 +48,14 @@ def place(
 # %% ../nbs/20_finetuning.ipynb #68343286
 def untrainable(
     lm:LM, # model
+    params:Sequence[str]|None=None, # names of the weights in question; none: all
 ) -> str|None: # none: they can be changed
     "Why the weights of a model cannot be changed"
-    if any(getattr(hook, "offload", False) for m in lm.hf.modules() for hook in _hooks(m)):
+    modules = lm.hf.modules() if params is None else [lm.hf.get_submodule(p.rpartition(".")[0]) for p in params]
+    if any(getattr(hook, "offload", False) for m in modules for hook in _hooks(m)):
         return (f"weights of {lm.name} are offloaded to CPU or disk (device_map): they cannot be trained or replaced there. "
             "Use more GPUs, or a smaller model; a bfloat16 model needs 2 bytes a parameter")
-    odd = next((n for n, p in lm.hf.named_parameters() if not p.is_floating_point()), None)
+    odd = next((n for n, p in lm.hf.named_parameters() if not p.is_floating_point() and (params is None or n in params)), None)
     if odd: return f"{odd} is quantized ({lm.weight(odd).dtype}) and cannot be trained: load the model without quantize"
 
 def _hooks(module):
@@ -66,7 +69,7 @@ def masters(
     slices:Sequence[Slice], # disjoint slices of its matrices
 ) -> dict[Slice, Tensor]: # float32 copies that require gradients
     "The trained slices as tensors of their own"
-    if reason := untrainable(lm): raise Refusal(reason)
+    if reason := untrainable(lm, {s.param for s in slices}): raise Refusal(reason)
     return {s: place(lm, s).float().clone().requires_grad_() for s in slices}
 
 # %% ../nbs/20_finetuning.ipynb #200010
@@ -317,7 +320,6 @@ def _values(edit, lm):
     "The values by slice; refuses a model that the edit was not made for"
     if lm.revision != edit.config["revision"]:
         raise Refusal(f"this edit was made for {edit.config['model']} {edit.config['revision']}, not for {lm.name} {lm.revision}")
-    if reason := untrainable(lm): raise Refusal(reason)
     return {parse_slice(k): v for k, v in edit.values.items()}
 
 # %% ../nbs/20_finetuning.ipynb #a347cd5f
@@ -342,6 +344,14 @@ def kept(
         for w, value in reversed(old): w.copy_(value)
 
 # %% ../nbs/20_finetuning.ipynb #ff1717b9
+@contextmanager
+def _changeable(lm, slices):
+    "In this block the matrices around some slices are numbers, written out if they are quantized"
+    params = list(dict.fromkeys(s.param for s in slices))
+    with written_out(lm, params):
+        if reason := untrainable(lm, params): raise Refusal(reason)
+        yield
+
 @patch
 @contextmanager
 def applied(self:Edit,
@@ -349,7 +359,7 @@ def applied(self:Edit,
 ):
     "The edited model, for the length of a `with` block; afterwards every bit is as before"
     values = _values(self, lm)
-    with kept([place(lm, s) for s in values]):
+    with _changeable(lm, list(values)), kept([place(lm, s) for s in values]):
         put(lm, values)
         yield lm
 
@@ -459,16 +469,10 @@ def missing_rates(
 
 # %% ../nbs/20_finetuning.ipynb #1a40ae24
 def can_train(
-    settings:dict, # of a run: quantize, device_map, ...
+    settings:dict, # of a run: optimizer, device, ...
 ) -> str|None: # none: it can
     "Why a model that is loaded with these settings cannot be edited"
-    if how := settings.get("quantize"):
-        return (f"a model in {how} cannot be edited: its weights are no numbers that a step could change. "
-            "Leave out quantize; maps alone can be drawn with it")
-    places = settings.get("device_map")
-    if isinstance(places, dict) and {"cpu", "disk"} & set(map(str, places.values())) and len(set(map(str, places.values()))) > 1:
-        return ("a model partly offloaded to CPU or disk (device_map) cannot be edited: spread it over GPUs (device_map auto), "
-            "or put all of it on the CPU (device cpu)")
+    return unsteppable(settings.get("optimizer"), settings.get("device") or (None if torch.cuda.is_available() else "cpu"))
 
 # %% ../nbs/20_finetuning.ipynb #200039
 class Diverged(Refusal):
@@ -484,13 +488,14 @@ def _guard(step, terms, norm, lr):
     if odd: return f"training diverged at step {step} ({', '.join(odd)}): lower the learning rate (lr={lr:g}); the last good state is kept"
 
 # %% ../nbs/20_finetuning.ipynb #903b4c37
-def _train(lm, values, batches, steps, lr, update, inject, micro_batch, clip, progress, own=None, l1=0.):
+def _train(lm, values, batches, steps, lr, update, inject, micro_batch, clip, progress, own=None, l1=0., optimizer=None, checkpoint=False):
     "The loop; one row of the curve a step"
-    opt = torch.optim.AdamW(values.values(), lr=lr, weight_decay=0.)
+    AdamW = optimizer_class(optimizer, lm.device)
+    opt = AdamW(values.values(), lr=lr, weight_decay=0.)
     schedule, curve = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps), []
-    start, good = ({s: v.detach().clone() for s, v in values.items()} if n else {} for n in (l1, steps))
+    start, good = {s: v.detach().clone() for s, v in values.items() if l1}, {s: v.detach().to("cpu", copy=True) for s, v in values.items()}
     for step, rows in enumerate(tqdm(batches, "steps", steps, leave=False, disable=None if progress else True)):
-        terms = step_losses(lm, values, rows, update, inject, micro_batch, own)
+        with checkpointed(lm, checkpoint): terms = step_losses(lm, values, rows, update, inject, micro_batch, own)
         if l1: terms["l1"] = _held_back(values, start, l1)
         norm = float(torch.nn.utils.clip_grad_norm_(values.values(), clip))
         there = {t: x for t, x in terms.items() if t == "l1" or any(r.term == t for r in rows)}
@@ -574,25 +579,28 @@ def finetune(
     beta:float|None=None, # of npo, simnpo and dpo; none: as published
     l1:float|None=None, # weight of the L1 norm of the change of the weights; none: 0
     preferred:str|None=None, # of idk and dpo: the answer to be given instead, or "edit" for each fact's edit answer; none: a word for not knowing
+    optimizer:str|None=None, # adamw-8bit or paged-adamw-8bit, of bitsandbytes; none: adamw
+    checkpoint:bool|None=None, # compute blocks again on the way back instead of remembering them: less memory, more time, the result stays
 ) -> Edit: # Refusal if memory runs out; `Diverged`, with the last good state, if training diverges
     "Localized fine-tuning (paper, section 2.3). `steps` forwards and backwards of `batch + retain_batch` prompts and `text_batch` texts."
     update, chosen = choose_update(lm, task, loss, beta, l1, preferred)
     lr, inject = rates(lm, task, where, lr, inject, loss=loss)
     seed, sizes = task.seed if seed is None else seed, {t: n if t in update.terms else 0 for t, n in (("forget", batch), ("retain", retain_batch), ("text", text_batch))}
-    how = dict(lr=lr, update=update, inject=inject, micro_batch=micro_batch, clip=clip, progress=progress, l1=l1 or 0.)
+    how = dict(lr=lr, update=update, inject=inject, micro_batch=micro_batch, clip=clip, progress=progress, l1=l1 or 0., optimizer=optimizer, checkpoint=bool(checkpoint))
     def rows_of(task):
         rows = training_rows(lm, task, update)
         return rows | dict(forget=with_reference(lm, rows["forget"], micro_batch)) if update.reference else rows
     def made(values, curve, records=None):
-        about = dict(model=lm.name, revision=lm.revision, task=task.name, seed=seed, lr=lr, inject=inject, steps=steps, clip=clip, **sizes, **chosen)
+        about = dict(model=lm.name, revision=lm.revision, task=task.name, seed=seed, lr=lr, inject=inject, steps=steps, clip=clip, **sizes, **chosen, **({"optimizer": optimizer} if optimizer else {}))
         named = curve.assign(formula=loss) if loss else curve
         return Edit(where, {slice_key(s): v.detach().cpu() for s, v in values.items()}, named, about, records)
     try:
-        if task.update == "sequential": return made(*_sequence(lm, task, where, rows_of, max(1, steps // 2), sizes, seed, between, **how))
-        values, rows = masters(lm, where.slices), rows_of(task)
-        if task.update == "each": steps = max(steps, -(-VISITS * len(task.forget) // batch))
-        own = own_slices(task, rows["forget"], where) if where.parts else None
-        return made(values, _train(lm, values, draws(rows, sizes, steps, seed), steps, **how, own=own))
+        with _changeable(lm, where.slices):
+            if task.update == "sequential": return made(*_sequence(lm, task, where, rows_of, max(1, steps // 2), sizes, seed, between, **how))
+            values, rows = masters(lm, where.slices), rows_of(task)
+            if task.update == "each": steps = max(steps, -(-VISITS * len(task.forget) // batch))
+            own = own_slices(task, rows["forget"], where) if where.parts else None
+            return made(values, _train(lm, values, draws(rows, sizes, steps, seed), steps, **how, own=own))
     except Diverged as e:
         e.edit = made(e.values, e.curve)
         raise

@@ -248,6 +248,8 @@ class Settings(BaseModel, extra="forbid"):
     text_batch: Whole|None = Field(None, ge=0) # texts a step
     micro_batch: Whole|None = Field(None, ge=1) # rows a backward
     clip: Real|None = Field(None, gt=0) # norm of the gradient
+    optimizer: Literal["adamw", "adamw-8bit", "paged-adamw-8bit"]|None = None # of the edit; the last two are of bitsandbytes
+    checkpoint: bool|None = None # blocks are computed again on the way back: less memory, more time
     loss: Literal["injection", "log-1-p", "gradient-ascent", "graddiff", "npo", "simnpo", "idk", "dpo"]|None = None # on the forget facts; default: the task's own
     beta: Real|None = Field(None, gt=0) # of npo, simnpo and dpo
     l1: Real|None = Field(None, ge=0) # weight of the L1 norm of the change of the weights
