@@ -96,10 +96,10 @@ def checkpointed(
         lm.hf.training, lm.hf.gradient_checkpointing = own
         for b, f in zip(blocks, before): _restore(b, "forward", f)
 
-def _restore(module, name, value):
-    "An attribute of the instance, or none"
-    if value is None: module.__dict__.pop(name, None)
-    else: setattr(module, name, value)
+def _restore(thing, name, value):
+    "Put back an attribute, or that there was none"
+    if value is None: thing.__dict__.pop(name, None)
+    else: setattr(thing, name, value)
 
 # %% ../nbs/23_memory.ipynb #230041
 def quantized(
@@ -122,15 +122,21 @@ def numbers(
 @contextmanager
 def _plainly_packed(lm):
     "In this block of code no 4-bit matrix is packed for the CPU's own product"
-    those = [m for m in lm.hf.modules() if getattr(m, "support_avx512bf16_for_cpu", False)]
-    for m in those:
-        m.support_avx512bf16_for_cpu = False
-        if not getattr(getattr(m.weight, "quant_state", None), "packing_format_for_cpu", False): continue
-        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as inverse
-        m.weight.data, m.weight.quant_state = inverse(m.weight.data, m.weight.quant_state)
+    own = [m for m in lm.hf.modules() if getattr(m, "support_avx512bf16_for_cpu", False)]
+    packed = [(m.weight, m.weight.data, dict(vars(m.weight.quant_state))) for m in own if getattr(getattr(m.weight, "quant_state", None), "packing_format_for_cpu", False)]
+    for m in own: m.support_avx512bf16_for_cpu = False
+    for w, *_ in packed: _unpack(w)
     try: yield
     finally:
-        for m in those: m.support_avx512bf16_for_cpu = True
+        for m in own: m.support_avx512bf16_for_cpu = True
+        for w, data, state in packed:
+            w.data, w.quant_state.__dict__ = data, state
+
+def _unpack(w):
+    "Undo the packing; bitsandbytes (0.50) leaves the scales of its blocks lying crosswise"
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as inverse
+    w.data, w.quant_state = inverse(w.data, w.quant_state)
+    if w.quant_state.absmax.ndim == 2: w.quant_state.absmax = w.quant_state.absmax.T.reshape(-1).float()
 
 # %% ../nbs/23_memory.ipynb #230044
 @contextmanager
@@ -141,18 +147,24 @@ def written_out(
     "In this block of code the quantized ones among some matrices are plain numbers in the model's dtype; afterwards their old bits are back"
     modules = [lm.hf.get_submodule(name) for name in dict.fromkeys(p.rpartition(".")[0] for p in params)]
     packed, dtype = [m for m in modules if quantized(m)], lm.hf.get_input_embeddings().weight.dtype
-    called = lambda m: "_old_forward" if hasattr(m, "_old_forward") else "forward" # the first is under a hook of accelerate
     with _plainly_packed(lm):
-        before = [(m, m.weight, called(m), m.__dict__.get(called(m))) for m in packed]
+        before = [(m, m.weight, type(m), _body(m)) for m in packed]
         try:
-            for m, _, name, _ in before:
-                m.weight = nn.Parameter(numbers(m).to(dtype), requires_grad=False)
-                setattr(m, name, partial(nn.Linear.forward, m))
+            for m, _, _, (holder, name, body) in before:
+                m.weight, m.__class__ = nn.Parameter(numbers(m).to(dtype), requires_grad=False), nn.Linear
+                if body is not None: setattr(holder, name, nn.Linear.forward if holder is not m else partial(nn.Linear.forward, m))
             yield
         finally:
-            for m, w, name, forward in before:
-                m.weight = w
-                _restore(m, name, forward)
+            for m, w, kind, (holder, name, body) in before:
+                m.weight, m.__class__ = w, kind
+                _restore(holder, name, body)
+
+def _body(module):
+    "Where nnsight or accelerate keep the forward of a module that they have put theirs around: in what object, by what name, and the forward"
+    state = getattr(module.__dict__.get("forward"), "state", None)
+    if state is not None: return state, "body", state.body
+    name = "_old_forward" if hasattr(module, "_old_forward") else "forward"
+    return module, name, module.__dict__.get(name)
 
 # %% ../nbs/23_memory.ipynb #230047
 def rest_quantized(
@@ -191,6 +203,7 @@ class Live(TorchDispatchMode):
         self.now, self.most, self.known = 0, 0, {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta: return 0 # there are no numbers to decide by
         for t in tree_leaves((args, kwargs)): self.see(t, 0)
         out = func(*args, **(kwargs or {}))
         for t in tree_leaves(out): self.see(t, None)

@@ -6,13 +6,12 @@ from plain import blocks, every_family
 from test_finetuning import SMALL, mixed, task_for
 from test_quantized_maps import written_out as dequantize
 from mechunlearn import finetuning as F, memory as M
-from mechunlearn.facts import sports_athlete_editing
 from mechunlearn.finetuning import UPDATES, can_train, draws, finetune, fingerprint, masters, step_losses, training_rows
-from mechunlearn.grids import Settings, make_job, parse
+from mechunlearn.grids import Settings, estimate, make_job, parse
 from mechunlearn.jobs import Job
 from mechunlearn.localization import build
 from mechunlearn.memory import Live, checkpointed, optimizer_class, quantized, rest_quantized, step_memory, weight_bytes, written_out
-from mechunlearn.models import Component, load, wrap
+from mechunlearn.models import Component, load, skeleton, wrap
 from mechunlearn.store import Refusal
 
 bitsandbytes = pytest.mark.skipif(M.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
@@ -103,11 +102,11 @@ def test_computed_twice_the_gradients_are_the_same(lm, part, monkeypatch):
 
 
 def test_dropout_stays_off_and_blocks_are_called_twice(tiny):
-    lm = tiny("gpt2", attn_pdrop=.5, resid_pdrop=.5, embd_pdrop=.5) if False else tiny("gpt2")
+    lm = tiny("gpt2")
     for m in lm.hf.modules():
         if isinstance(m, torch.nn.Dropout): m.p = .5
     calls, where = [], build(lm, "x", [Component("mlp", 1)])
-    handles = [b.mlp.register_forward_hook(lambda m, a, o, l=l: calls.append(l)) for l, b in enumerate(blocks(lm.hf))]
+    handles = [b.mlp.register_forward_pre_hook(lambda m, a, l=l: calls.append(l)) for l, b in enumerate(blocks(lm.hf))]
     plain = gradients(lm, where.slices, micro_batch=256)
     twice = gradients(lm, where.slices, True, micro_batch=256)
     for h in handles: h.remove()
@@ -129,7 +128,7 @@ def lm_with_parts(tiny):
 
 
 def test_less_is_remembered_and_the_edit_is_the_same(tiny):
-    lm = tiny("gemma2", num_hidden_layers=6, layer_types=["sliding_attention", "full_attention"] * 3)
+    lm = tiny("llama", num_hidden_layers=6)
     where, rows = build(lm, "x", [Component("mlp", 1)]), batch_of(lm, 8)
     plain, twice = (step_memory(lm, where.slices, rows, checkpoint=on)["activations"] for on in (False, True))
     assert twice < .8 * plain
@@ -143,7 +142,7 @@ def test_less_is_remembered_and_the_edit_is_the_same(tiny):
 def test_the_way_back_ends_at_the_lowest_trained_layer(lm):
     seen, values = {}, masters(lm, build(lm, "x", [Component("mlp", 1)]).slices)
     handles = [b.register_forward_hook(lambda m, a, o, l=l: seen.setdefault(l, []).append((o[0] if isinstance(o, tuple) else o).requires_grad)) for l, b in enumerate(blocks(lm.hf))]
-    back = [b.register_full_backward_hook(lambda m, i, o, l=l: seen.setdefault(("back", l), True)) for l, b in enumerate(blocks(lm.hf))]
+    back = [b.register_full_backward_hook(lambda m, i, o, l=l: seen.update({("back", l): True})) for l, b in enumerate(blocks(lm.hf))]
     with Live() as live: step_losses(lm, values, batch_of(lm), UPDATES["edit"])
     for h in handles + back: h.remove()
     assert not any(seen[0]) and all(seen[1]) and all(seen[2]) and ("back", 0) not in seen and ("back", 2) in seen
@@ -172,10 +171,11 @@ def test_a_quantized_model_is_edited_like_its_numbers(both):
     lm, ref, _, bits = both
     task, where = task_for(ref), build(ref, "mlps", [Component("mlp", 0), Component("mlp", 2)])
     assert build(lm, "mlps", [Component("mlp", 0), Component("mlp", 2)]).slices == where.slices
-    prompts, before = lm.encode([f.prompt for f in task.forget]), fingerprint(lm)
-    with torch.no_grad(): said = lm.hf(**prompts).logits
+    prompts = lm.encode([f.prompt for f in task.forget])
+    with torch.no_grad(): said = lm.hf(**prompts).logits # some CPUs pack 4-bit matrices anew here
+    before, held = fingerprint(lm), {m: m.__dict__.get("forward") for m in lm.hf.modules()}
     with written_out(lm, [s.param for s in where.slices]):
-        for s in where.slices: assert torch.allclose(F.place(lm, s), F.place(ref, s), atol=1e-6), s
+        for s in where.slices: assert torch.allclose(F.place(lm, s), F.place(ref, s), rtol=5e-3), s # scales are bfloat16 there
         assert sum(map(quantized, lm.hf.modules())) == 7 * 3 - 6
     how = SMALL | dict(lr=1e-3, steps=5)
     a, b = finetune(lm, task, where, **how), finetune(ref, task, where, **how)
@@ -184,7 +184,14 @@ def test_a_quantized_model_is_edited_like_its_numbers(both):
         with a.applied(lm): edited = lm.hf(**prompts).logits
         with a.applied(ref): assert torch.allclose(edited, ref.hf(**prompts).logits, atol=.1 * float(edited.abs().max()))
         assert torch.equal(lm.hf(**prompts).logits, said) and not torch.equal(edited, said)
-    assert fingerprint(lm) == before and all("forward" not in m.__dict__ for m in lm.hf.modules())
+        with a.applied(lm):
+            with lm.nn.trace(prompts):
+                read = lm.nn.get(where.slices[0].param.removesuffix(".weight")).output.save()
+    assert fingerprint(lm) == before and torch.isfinite(read).all() and {m: m.__dict__.get("forward") for m in lm.hf.modules()} == held
+    with torch.no_grad():
+        with lm.nn.trace(prompts):
+            same = lm.nn.output.logits.save()
+    assert torch.equal(same, said)
 
 
 def test_computed_twice_on_quantized_blocks(both):
@@ -203,20 +210,31 @@ def test_a_rest_is_quantized_around_a_localization(both):
     assert sum(map(quantized, lm.hf.modules())) == 7 * 3 - 3 and lm.revision.startswith(f"r+{bits}-but-")
     batch = whole.encode(["Fact: the sport", "Fact: golf"])
     with torch.no_grad(): assert torch.cosine_similarity(lm.hf(**batch).logits.flatten(), whole.hf(**batch).logits.flatten(), dim=0) > .97
-    edit = finetune(lm, task_for(lm), where, **SMALL)
-    assert edit.curve.forget.iloc[-1] < edit.curve.forget.iloc[0]
+    values, ref = masters(lm, where.slices), masters(whole, where.slices)
+    with written_out(lm, []): step_losses(lm, values, batch_of(lm), UPDATES["edit"])
+    step_losses(whole, ref, batch_of(whole), UPDATES["edit"])
+    for s in values: assert torch.cosine_similarity(values[s].grad.flatten(), ref[s].grad.flatten(), dim=0) > .9, s # a gradient that flows through the quantized blocks above
 
 
 @bitsandbytes
 @pytest.mark.parametrize("family", ["gpt2", "neox", "phi3", "gemma3"])
 def test_a_rest_of_other_families(tiny, family):
-    plain, lm = tiny(family, **WIDE), tiny(family, **WIDE)
+    size = WIDE | dict(head_dim=32) # bitsandbytes has no product for fewer than 32 outputs on some CPUs
+    plain, lm = tiny(family, **size), tiny(family, **size)
     where = build(lm, "mlp", [Component("mlp", 1)])
     lm = rest_quantized(lm, where.slices)
     batch = plain.encode(["Fact: the sport", "Fact: golf"])
-    with torch.no_grad(): assert torch.cosine_similarity(lm.hf(**batch).logits.flatten(), plain.hf(**batch).logits.flatten(), dim=0) > .95
+    with torch.no_grad(): assert torch.cosine_similarity(lm.hf(**batch).logits.flatten(), plain.hf(**batch).logits.flatten(), dim=0) > .9
     a, b = (finetune(m, task_for(plain), where, **SMALL | dict(lr=1e-3)) for m in (lm, plain))
     assert a.curve.forget.iloc[-1] < a.curve.forget.iloc[0] and all(torch.equal(F.place(lm, s), F.place(plain, s)) for s in where.slices)
+
+
+def test_differences_of_a_quantized_model_are_written(both, tmp_path):
+    lm, _, _, _ = both
+    edit = finetune(lm, task_for(lm), build(lm, "mlp", [Component("mlp", 1)]), **SMALL)
+    F.export(lm, edit, tmp_path / "delta", delta=True)
+    with pytest.raises(Refusal, match="is quantized.*delta"): F.export(lm, edit, tmp_path / "whole")
+    with pytest.raises(Refusal, match="is quantized"): masters(lm, edit.localization.slices)
 
 
 def test_sizes_of_quantized_weights(both):
@@ -254,11 +272,20 @@ def test_what_is_offloaded_cannot_be_trained(tiny, tmp_path):
 
 # ---- bytes of a step
 
+def test_a_dry_run_knows_the_options():
+    def asked(**settings): return estimate(make_job("organism", "sports-athlete-editing", {}, ["late"], [0], dict(device="cpu", **settings))).iloc[0]
+    plain, eight, four = asked(), asked(optimizer="adamw-8bit"), asked(quantize="4bit", optimizer="adamw-8bit")
+    total = load("organism", device="cpu").hf.num_parameters()
+    assert plain.memory_gb == pytest.approx((4 * total + 16 * plain.trained) / 1e9) and plain.memory_gb - eight.memory_gb == pytest.approx((8 - M.OPTIMIZERS["adamw-8bit"]) * plain.trained / 1e9)
+    assert four.memory_gb < eight.memory_gb and asked(checkpoint=True).memory_gb == plain.memory_gb
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "qwen3"])
 def test_a_step_on_the_meta_device_takes_what_a_real_one_takes(tiny, family):
-    lm, empty = tiny(family), tiny(family)
-    where, rows = build(lm, "x", [Component("mlp", 1)]), batch_of(lm)
-    empty.hf.to("meta")
+    lm = tiny(family)
+    where, rows, hf = build(lm, "x", [Component("mlp", 1)]), batch_of(lm), skeleton(lm.hf.config)
+    hf.hf_device_map = {"": "meta"}
+    empty = wrap(hf, lm.tok)
     for checkpoint in (False, True):
         real, dry = (step_memory(m, where.slices, rows, checkpoint=checkpoint) for m in (lm, empty))
         assert dry["activations"] == pytest.approx(real["activations"], rel=.1) and {k: v for k, v in dry.items() if k != "activations"} == {k: v for k, v in real.items() if k != "activations"}
