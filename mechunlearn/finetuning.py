@@ -614,7 +614,8 @@ def finetune(
         e.edit = made(e.values, e.curve)
         raise
     except torch.OutOfMemoryError as e:
-        raise Refusal(f"out of memory on {lm.device} while training {where.name}: lower micro_batch (now {micro_batch})") from e
+        more = [name for name, used in {"checkpoint": checkpoint, "optimizer adamw-8bit": optimizer not in (None, "adamw")}.items() if not used]
+        raise Refusal(f"out of memory on {lm.device} while training {where.name}: lower micro_batch (now {micro_batch}){', or set ' * bool(more)}{' and '.join(more)}") from e
 
 # %% ../nbs/20_finetuning.ipynb #200043
 @mpl.rc_context(FIGURE_STYLE)

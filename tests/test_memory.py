@@ -87,6 +87,14 @@ def test_an_optimizer_that_is_not_here_is_one_line(tiny, monkeypatch):
     with pytest.raises(Refusal, match="optimizer"): parse(Settings, dict(optimizer="adam"), "settings")
 
 
+def test_out_of_memory_names_what_helps(tiny, monkeypatch):
+    lm = tiny()
+    def full(*a, **k): raise torch.OutOfMemoryError("full")
+    monkeypatch.setattr(F, "step_losses", full)
+    with pytest.raises(Refusal, match=r"micro_batch \(now 128\), or set checkpoint and optimizer adamw-8bit$"): finetune(lm, task_for(lm), mixed(lm), **SMALL)
+    with pytest.raises(Refusal, match=r"micro_batch \(now 128\), or set optimizer adamw-8bit$"): finetune(lm, task_for(lm), mixed(lm), **SMALL, checkpoint=True)
+
+
 # ---- blocks computed twice
 
 @every_family
