@@ -192,6 +192,7 @@ def _packed(module, kind, device):
     else:
         out = bnb.nn.Linear4bit(*shape, compute_dtype=kind.bnb_4bit_compute_dtype, quant_type=kind.bnb_4bit_quant_type, device="meta")
         out.weight = bnb.nn.Params4bit(w, requires_grad=False, quant_type=kind.bnb_4bit_quant_type, compress_statistics=kind.bnb_4bit_use_double_quant, module=out).to(device)
+    out.support_avx512bf16_for_cpu = False # no gradient flows through that product
     if bias is not None: out.bias = nn.Parameter(bias.data.to(device), requires_grad=False)
     return out.eval()
 

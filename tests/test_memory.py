@@ -1,5 +1,5 @@
 "What an edit costs in memory: 8-bit optimizers, blocks computed twice, a quantized rest, several devices; with and without, the result is the same."
-import copy
+import copy, json
 import numpy as np, pytest, torch
 from conftest import BUILD, SIZES
 from plain import blocks, every_family
@@ -8,11 +8,11 @@ from test_quantized_maps import written_out as dequantize
 from mechunlearn import finetuning as F, memory as M
 from mechunlearn.finetuning import UPDATES, can_train, draws, finetune, fingerprint, masters, step_losses, training_rows
 from mechunlearn.grids import Settings, estimate, make_job, parse
-from mechunlearn.jobs import Job
+from mechunlearn.jobs import Job, run_finetuning
 from mechunlearn.localization import build
 from mechunlearn.memory import Live, checkpointed, optimizer_class, quantized, rest_quantized, step_memory, weight_bytes, written_out
 from mechunlearn.models import Component, load, skeleton, wrap
-from mechunlearn.store import Refusal
+from mechunlearn.store import Refusal, Run
 
 bitsandbytes = pytest.mark.skipif(M.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 WIDE = dict(hidden_size=64, intermediate_size=128, head_dim=16) # matrices of 8,192 weights: bitsandbytes keeps states of fewer than 4,096 in float32
@@ -243,6 +243,39 @@ def test_differences_of_a_quantized_model_are_written(both, tmp_path):
     F.export(lm, edit, tmp_path / "delta", delta=True)
     with pytest.raises(Refusal, match="is quantized.*delta"): F.export(lm, edit, tmp_path / "whole")
     with pytest.raises(Refusal, match="is quantized"): masters(lm, edit.localization.slices)
+
+
+@bitsandbytes
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+@pytest.mark.parametrize("family", ["gpt2", "neox", "phi3", "gemma2", "mistral"])
+def test_quantized_models_of_other_families(tiny, family, bits, tmp_path):
+    plain = tiny(family, **WIDE | dict(head_dim=32))
+    plain.hf.save_pretrained(tmp_path); plain.tok.save_pretrained(tmp_path)
+    lm, comps = load(str(tmp_path), device="cpu", quantize=bits), [Component("mlp", 1), Component("head", 2, 1)]
+    batch = lm.encode(["Fact: the sport", "Fact: golf"])
+    with torch.no_grad(): said = lm.hf(**batch).logits
+    where = build(lm, "x", comps)
+    with written_out(lm, [s.param for s in where.slices]), torch.no_grad():
+        assert torch.allclose(lm.hf(**batch).logits, said, atol=.1 * float(said.abs().max()))
+    for checkpoint in (None, True):
+        edit = finetune(lm, task_for(lm), where, **SMALL | dict(lr=1e-3, steps=6), checkpoint=checkpoint)
+        assert edit.curve.forget.iloc[-1] < edit.curve.forget.iloc[0]
+    with torch.no_grad(): assert torch.equal(lm.hf(**batch).logits, said)
+
+
+@bitsandbytes
+def test_a_run_hands_the_options_on(tiny, tmp_path):
+    lm, folder = tiny("llama", **WIDE), Run(tmp_path, "tiny", "r", "sports-athlete-editing", {})
+    curves = run_finetuning(lm, lambda seed: task_for(lm, seed), folder, ["late"], lr=1e-3, steps=2, optimizer="adamw-8bit", checkpoint=True, batch=4, retain_batch=4, text_batch=2, progress=False)
+    assert len(curves) == 2 and json.loads((tmp_path / "late/seed0/edit.json").read_text())["config"]["optimizer"] == "adamw-8bit"
+
+
+def test_bfloat16_computed_twice(tiny):
+    lm = tiny("gemma2")
+    lm.hf.bfloat16()
+    slices = build(lm, "x", [Component("mlp", 0), Component("head", 1, 1)]).slices
+    plain, twice = (gradients(lm, slices, on) for on in (False, True))
+    for s in slices: assert torch.cosine_similarity(plain[s].grad.flatten(), twice[s].grad.flatten(), dim=0) > .99
 
 
 def test_sizes_of_quantized_weights(both):
