@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PIPELINE', 'MAPS', 'ATTACKS', 'STANDARD', 'BENCHMARKS', 'MAX_SEED', 'Whole', 'Real', 'Rate', 'Seed', 'GROUPS',
-           'ASKED', 'DEVICE', 'SPREAD', 'Evaluated', 'MAX_JOBS', 'BYTES', 'Stage', 'find_notebook', 'Job', 'folder',
-           'Lora', 'Attackers', 'Relearning', 'SoftPrompts', 'Hardened', 'Generation', 'Capabilities', 'Latents',
-           'Settings', 'parse', 'read_yaml', 'Grid', 'TaskOwn', 'make_job', 'grid', 'unwritable', 'writable',
-           'skeleton', 'check_job', 'trained', 'estimate']
+           'ASKED', 'DEVICE', 'SPREAD', 'Evaluated', 'MAX_JOBS', 'Stage', 'find_notebook', 'Job', 'folder', 'Lora',
+           'Attackers', 'Relearning', 'SoftPrompts', 'Hardened', 'Generation', 'Capabilities', 'Latents', 'Settings',
+           'parse', 'read_yaml', 'Grid', 'TaskOwn', 'make_job', 'grid', 'unwritable', 'writable', 'skeleton',
+           'check_job', 'trained', 'estimate']
 
 # %% ../nbs/38_grids.ipynb #380002
 import itertools, math, os, re, reprlib, tempfile
@@ -262,6 +262,8 @@ class Settings(BaseModel, extra="forbid"):
     text_batch: Whole|None = Field(None, ge=0) # texts a step
     micro_batch: Whole|None = Field(None, ge=1) # rows a backward
     clip: Real|None = Field(None, gt=0) # norm of the gradient
+    optimizer: Literal["adamw", "adamw-8bit", "paged-adamw-8bit"]|None = None # of the edit; the last two are of bitsandbytes
+    checkpoint: bool|None = None # blocks are computed again on the way back: less memory, more time
     loss: Literal["injection", "log-1-p", "gradient-ascent", "graddiff", "npo", "simnpo", "idk", "dpo"]|None = None # on the forget facts; default: the task's own
     beta: Real|None = Field(None, gt=0) # of npo, simnpo and dpo
     l1: Real|None = Field(None, ge=0) # weight of the L1 norm of the change of the weights
@@ -550,20 +552,21 @@ def trained(
     return (budget, True) if budget else (size("all-mlps"), False)
 
 # %% ../nbs/38_grids.ipynb #400091
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "8bit": 1, "4bit": .5}
-
 def estimate(
     job:Job, # a job
 ): # DataFrame: run_dir, localization, edits (seeds times draws), trained, exact, memory_gb, disk_gb
     "What each localization of a job will train and need"
     import pandas as pd
-    from mechunlearn.loading import usual_dtype
+    from mechunlearn.loading import as_dtype, usual_dtype
     from mechunlearn.localization import localizations_for
+    from mechunlearn.memory import OPTIMIZERS, weight_bytes
     lm = skeleton(job)
-    total = sum(p.numel() for p in lm.hf.parameters())
-    kind = job.settings.get("quantize") or job.settings.get("dtype") or str(usual_dtype(total, job.settings.get("device") == "cpu")).removeprefix("torch.")
+    asked, total = job.settings, sum(p.numel() for p in lm.hf.parameters())
+    dtype, quantize = as_dtype(asked.get("dtype") or usual_dtype(total, asked.get("device") == "cpu")), asked.get("quantize")
+    weights = weight_bytes(lm, quantize=quantize, dtype=dtype)
+    each = 8 + OPTIMIZERS[asked.get("optimizer") or "adamw"] + (dtype.itemsize if quantize else 0) # master, gradient, states, and the weight written out
     every = localizations_for(job.localizations, job.settings.get("draws", 1))
     rows = pd.DataFrame([(job.run_dir, name.split("#")[0], len(job.seeds), *trained(job, lm, name)) for name in every],
                         columns=["run_dir", "localization", "edits", "trained", "exact"])
     rows = rows.groupby(["run_dir", "localization"], sort=False, as_index=False).agg({"edits": "sum", "trained": "max", "exact": "all"})
-    return rows.assign(memory_gb=lambda d: (total*BYTES[kind] + 16*d.trained)/1e9, disk_gb=lambda d: 4*d.trained*d.edits/1e9)
+    return rows.assign(memory_gb=lambda d: (weights + each*d.trained)/1e9, disk_gb=lambda d: 4*d.trained*d.edits/1e9)

@@ -42,7 +42,7 @@ class Job:
     def path(self, file) -> Path|None: return self.folder and self.folder/file
 
 # %% ../nbs/24_jobs.ipynb #200065
-TRAINING = dict(lr=None, inject=None, steps=50, batch=64, retain_batch=48, text_batch=8, clip=1., loss=None, beta=None, l1=None, preferred=None)
+TRAINING = dict(lr=None, inject=None, steps=50, batch=64, retain_batch=48, text_batch=8, clip=1., loss=None, beta=None, l1=None, preferred=None, optimizer=None)
 
 @patch
 def causes(self:Job, **more) -> dict:
@@ -156,7 +156,7 @@ def edit_jobs(
     names, given = [n for n in localizations if n != "none" and n not in others], [_given(lm, n, settings.get("edited"), run) for n in others]
     how = {k: v for k, v in settings.items() if k not in (*TRAINING, "edited", "editors")}
     made = {s: _localized(lm, tasks, s, names, run, how) for s in seeds} if names else {}
-    training = {k: v for k, v in settings.items() if k in (*TRAINING, "micro_batch", "progress", "editors")}
+    training = {k: v for k, v in settings.items() if k in (*TRAINING, "micro_batch", "checkpoint", "packed", "remember", "progress", "editors")}
     unedited = [Job(lm, tasks[s], None, run, training, recompute) for s in seeds if "none" in localizations]
     unedited += [Job(lm, tasks[s], e.localization, run, {}, recompute, e) for e in given for s in seeds]
     return unedited + [Job(lm, tasks[s], made[s][name], run, training, recompute) for name in made.get(seeds[0], ()) for s in seeds if name in made[s]]

@@ -161,7 +161,7 @@ def test_an_option_and_the_same_setting(capsys, nothing_starts):
 
 # before work
 
-@pytest.mark.parametrize("argv,message", [(["run", "--quantize", "8bit"], "cannot be edited"), (["edit", "--quantize", "4bit", "--localizations", "late"], "cannot be edited"), (["sweep", "--quantize", "8bit"], "cannot be edited"),
+@pytest.mark.parametrize("argv,message", [(["run", "--device", "cpu", "--set", "optimizer=paged-adamw-8bit"], "only a CPU"), (["edit", "--device", "mps", "--set", "optimizer=adamw-8bit", "--localizations", "late"], "mps"),
     (["run", "--device", "cuda:77"], "is not there"), (["run", "--device", "gpu"], "device"), (["localize", "--device", "cuda:77"], "is not there"), (["sweep", "--set", "lr=1e-3"], "--lrs"), (["sweep", "--set", "budget=9"], "does not use the setting budget"),
     (["sweep", "--task", "sequential-counterfact-editing"], "no facts set aside"), (["run", "--model", "~nouser-here/x"], "no such user"), (["run", "--facts", "~nouser-here/x.csv"], "no such user"),
     (["run", "--out", "~nouser-here/x"], "no such user"), (["attack", "--edited", "~nouser-here/x"], "no such user"), (["check", "--model", "~nouser-here/x"], "no such user"),

@@ -91,8 +91,8 @@ def test_missing_rates_are_named():
     assert missing_rates("organism", "sports-athlete-editing", 64, ["flu", "late", "nonlocalized"], table) == {}  # the committed table has them
 
 
-@pytest.mark.parametrize("settings, why", [({}, None), (dict(dtype="bfloat16"), None), (dict(quantize="4bit"), "4bit cannot be edited"), (dict(device_map="auto"), None),
-    (dict(device_map={"model": 0, "lm_head": "disk"}), "offloaded"), (dict(device_map={"": "cpu"}), None)])
+@pytest.mark.parametrize("settings, why", [({}, None), (dict(dtype="bfloat16"), None), (dict(quantize="4bit"), None), (dict(device_map="auto"), None),
+    (dict(device_map={"model": 0, "lm_head": "disk"}), None), (dict(optimizer="paged-adamw-8bit", device="cpu"), "only a CPU"), (dict(device_map={"": "cpu"}), None)])
 def test_what_cannot_be_edited(settings, why):
     got = can_train(settings)
     assert (got is None) if why is None else why in got
