@@ -27,7 +27,6 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.func import functional_call
 from tqdm.auto import tqdm
-from . import models
 from .facts import Task
 from .figures import FIGURE_STYLE, cell_text, figure, listed, look, ordered, printed
 from .localization import Localization

@@ -263,6 +263,8 @@ class Settings(BaseModel, extra="forbid"):
     micro_batch: Whole|None = Field(None, ge=1) # rows a backward
     clip: Real|None = Field(None, gt=0) # norm of the gradient
     optimizer: Literal["adamw", "adamw-8bit", "paged-adamw-8bit"]|None = None # of the edit; the last two are of bitsandbytes
+    packed: bool|None = None # rows of similar length together in a step
+    remember: bool|None = None # what lies below the lowest trained layer is computed once for rows that come back
     checkpoint: bool|None = None # blocks are computed again on the way back: less memory, more time
     loss: Literal["injection", "log-1-p", "gradient-ascent", "graddiff", "npo", "simnpo", "idk", "dpo"]|None = None # on the forget facts; default: the task's own
     beta: Real|None = Field(None, gt=0) # of npo, simnpo and dpo

@@ -287,6 +287,8 @@ def read_weights(
             trust_remote_code=False, weights_only=True, **how)
     check_complete(report)
     check_finite(hf)
+    for m in hf.modules():
+        if hasattr(m, "support_avx512bf16_for_cpu"): m.support_avx512bf16_for_cpu = False # its products have no gradient
     return hf
 
 # %% ../nbs/09_loading.ipynb #09g002

@@ -19,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 from tqdm.auto import tqdm
 from .facts import Fact, Task
 from .figures import FIGURE_STYLE, baseline, extremes, figure, listed, look, margin_labels, ordered, printed
-from .finetuning import UPDATES, Edit, draws, fact_rows, kept, masters, place, put, step_losses, training_rows, untrainable
+from .finetuning import UPDATES, Edit, draws, fact_rows, kept, masters, offloaded, place, put, step_losses, training_rows, untrainable
 from .jobs import Job, edit_jobs, keep_missing, tried
 from .families import transposed
 from .models import LM, Slice
@@ -142,7 +142,7 @@ def teach(
     values:dict={}, # masters, if the weights themselves are trained
 ) -> Iterator[int]: # steps done so far: 0, 1, ..., `steps`
     "Train on the truth; between steps the caller may look at the model"
-    if reason := untrainable(lm): raise Refusal(reason)
+    if reason := untrainable(lm, [s.param for s in values]) or offloaded(lm): raise Refusal(reason)
     rows = training_rows(lm, task) | dict(forget=fact_rows(lm, facts, [f.answer for f in facts], "forget"))
     opt = torch.optim.AdamW(params, lr=lora.lr, weight_decay=0.)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
