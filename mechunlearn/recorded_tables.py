@@ -14,7 +14,8 @@ from typing import NamedTuple
 import pandas as pd
 from .claims import CLAIMS
 from .metrics import BARS, COLUMNS, about, at_column, column_rows
-from .scorecard import at_its_rate, find, over_rates
+from .frontier import at_its_rate, over_rates
+from .scorecard import find
 from .localization import trained
 from .stats import MEASURED, PLACE
 from .store import Refusal, choose

@@ -13,8 +13,9 @@ import matplotlib as mpl
 from matplotlib.ticker import NullFormatter
 from .figures import EDIT_COLOUR, FIGURE_STYLE, TRUTH_COLOUR, cell_text, figure, look, ordered, printed
 from .stats import family
-from .metrics import BARS, arrow, column_rows, edit_files, meta_of, plot_bars, results_html, results_table, say_bars
-from .scorecard import Found, at_worst, find, plot_frontier, plot_scorecard, plot_spider, say_frontier, say_scorecard, scorecard_text
+from .metrics import BARS, arrow, column_rows, edit_files, meta_of, plot_bars, plot_spider, results_html, results_table, say_bars
+from .frontier import at_worst, plot_frontier, say_frontier
+from .scorecard import Found, find, plot_scorecard, say_scorecard, scorecard_text
 from .claims import orderings, plot_orderings, say_orderings, say_tally
 from .capability import capability_table, capability_text
 from .evaluation import before_after
@@ -31,8 +32,10 @@ from .figures import FLU, LOOKS, TRACING, baseline
 from .stats import MCQ_CHANCE, MEASURED, METRICS, PLACE, Chance, chance, per_fact, summarise
 from .metrics import (ACROSS, ATTACKED, BEYOND, COLUMNS, EDITED, KEY, LATENT, SIDE, Column, about, compare, fact_values, finished,
     mlp_layers, gone_lines, localizations, metrics, plot_tasks, records, results_text, scores, settings, training, unavailable)
-from .scorecard import (CARD, SCORED, SCORE_KEY, SPIDER, WORST, Attack, at_rate, attempts, broken, compare_attacks, costs, frontier,
-    guesses, over_rates, plot_attack, plot_rates, say_attack, say_rates, scorecard, under_attack, undominated, verdict)
+from .metrics import SPIDER, broken
+from .scorecard import (CARD, SCORED, SCORE_KEY, WORST, Attack, attempts, compare_attacks, costs, guesses, plot_attack, say_attack, scorecard,
+    under_attack, verdict)
+from .frontier import at_rate, frontier, over_rates, plot_rates, say_rates, undominated
 from .claims import CLAIMS, Claim
 from .recorded_tables import RECORDED, WHICH, check_recorded, needed, record, recorded, source_hash
 

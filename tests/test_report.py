@@ -9,7 +9,8 @@ from mechunlearn.evaluation import SCALED, plot_scale
 from mechunlearn.figures import spread
 from mechunlearn.claims import tally
 from mechunlearn.metrics import holm_by, opponent
-from mechunlearn.scorecard import side_of, with_power
+from mechunlearn.frontier import side_of
+from mechunlearn.scorecard import with_power
 from mechunlearn.stats import wilson
 from mechunlearn.store import Broken, Refusal
 from synthetic import synthetic_run
