@@ -5,7 +5,7 @@ from conftest import BUILD, SIZES
 from plain import blocks, every_family
 from test_finetuning import SMALL, mixed, task_for
 from test_quantized_maps import written_out as dequantize
-from mechunlearn import finetuning as F, memory as M
+from mechunlearn import finetuning as F, memory as M, models
 from mechunlearn.finetuning import UPDATES, can_train, draws, finetune, fingerprint, masters, step_losses, training_rows
 from mechunlearn.grids import Settings, estimate, make_job, parse
 from mechunlearn.jobs import Job, run_finetuning
@@ -104,7 +104,7 @@ def test_computed_twice_the_gradients_are_the_same(lm, part, monkeypatch):
     plain, before = gradients(lm, where.slices), [b.__dict__.get("forward") for b in blocks(lm.hf)]
     twice = gradients(lm, where.slices, True)
     for s in plain: assert torch.allclose(plain[s].grad, twice[s].grad, rtol=1e-4, atol=1e-5 * float(plain[s].grad.abs().max())), s
-    monkeypatch.setattr(F.models, "may_share", lambda lm: False) # with the same prompts in the same products: to the bit
+    monkeypatch.setattr(models, "may_share", lambda lm: False) # with the same prompts in the same products: to the bit
     for s, v in gradients(lm, where.slices).items(): assert torch.equal(v.grad, twice[s].grad), s
     assert [b.__dict__.get("forward") for b in blocks(lm.hf)] == before and not lm.hf.training and not any(m.training for m in lm.hf.modules())
 
