@@ -175,6 +175,7 @@ def sweep_first(
     args, # parsed options
 ) -> int: # exit code
     "Find the learning rates of a job, in a process of its own: the model's memory is free again after it"
+    if not trained_in(job): return 0
     words = sweep_words(job, trained_in(job)) + ["--quiet"]*args.quiet + (["--recompute", "all"] if args.recompute == "all" else [])
     if args.dry_run: return sweep(read([*words, "--dry-run"]))
     if not args.quiet: print(shlex.join(["mechunlearn", *words]), file=sys.stderr)
@@ -336,8 +337,8 @@ def _can_sweep(job):
     from mechunlearn.grids import skeleton
     from mechunlearn.stats import edited_by
     from mechunlearn.tasks import make_task, of_own
-    if others := [l for l in job.localizations if l not in trained_in(job)]: raise Refusal(f"{others[0]} was edited elsewhere: there is nothing to train")
     if by := [l for l in job.localizations if edited_by(l)[0]]: raise Refusal(f"{by[0]}: a sweep is for fine-tuning; the settings of an editor are given (--set editors...)")
+    if others := [l for l in job.localizations if l not in trained_in(job)]: raise Refusal(f"{others[0]} was edited elsewhere: there is nothing to train")
     if "lr" in job.settings: raise Refusal("lr: a sweep tries learning rates: name them with --lrs")
     unused = set(job.settings) - {*SWEEP, "draws", "flu_rule", "device", "dtype", "device_map", "revision", "family", "chat", "batch_size"}
     if unused: raise Refusal(f"a sweep does not use the setting {sorted(unused)[0]}")

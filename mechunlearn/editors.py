@@ -21,7 +21,7 @@ from torch.func import functional_call
 from tqdm.auto import tqdm
 from .facts import Fact, Task, seeded
 from .figures import FIGURE_STYLE, figure, listed, look, ordered, printed
-from .finetuning import (MAX_TOKENS, Edit, Row, draws, fact_losses, fact_rows, kept, masters, matrices, place, put, slice_key,
+from .finetuning import (MAX_TOKENS, Edit, draws, fact_losses, fact_rows, kept, masters, matrices, place, put, slice_key,
     step_losses, text_losses, training_rows, untrainable)
 from .localization import Localization
 from .losses import UPDATES, answer_losses

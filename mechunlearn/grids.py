@@ -14,9 +14,9 @@ import itertools, math, os, re, reprlib, tempfile
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, get_args
+from typing import Annotated, Literal, NamedTuple, get_args, get_type_hints
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, TypeAdapter, ValidationError
 from . import store
 from .store import Broken, Refusal, choose, read_json
 
@@ -220,16 +220,17 @@ Evaluated = dict[Annotated[str, AfterValidator(_group)], Annotated[Whole, Field(
 
 # %% ../nbs/38_grids.ipynb #38e0001
 def _editors(given):
-    "Refuse editors that do not exist, and settings that they do not have"
-    from inspect import signature
+    "Refuse editors that do not exist, and settings that they do not have, or cannot have"
     from mechunlearn.editors import EDITORS
     from mechunlearn.masking import learn_mask
     from mechunlearn.stats import BY_EDITORS
     for name, how in given.items():
         store.choose(name, BY_EDITORS, "editor")
-        has = {"k"} if name == "mask" else set()
-        has |= {*signature(learn_mask if name == "mask" else EDITORS[name]).parameters} - {"lm", "task", "where", "seed", "progress", "text"}
-        for option in how: store.choose(option, sorted(has), f"setting of {name}")
+        has = get_type_hints(learn_mask) | {"k": Annotated[int, Field(ge=1)]} if name == "mask" else get_type_hints(EDITORS[name])
+        for odd in ("lm", "task", "where", "seed", "progress", "text", "return"): has.pop(odd, None)
+        for option, value in how.items():
+            try: TypeAdapter(has[store.choose(option, sorted(has), f"setting of {name}")]).validate_python(value)
+            except ValidationError as e: raise Refusal(f"editors.{name}.{option}: {e.errors()[0]['msg'].lower()}") from None
     return given
 
 # %% ../nbs/38_grids.ipynb #400016

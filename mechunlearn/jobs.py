@@ -39,6 +39,8 @@ class Job:
     def editor(self) -> str: return edited_by(self.name)[0] # none: fine-tuning
     @property
     def folder(self) -> Path|None: return self.run.edit_dir(self.name, self.task.seed) if self.run else None # none: nothing is written
+    @property
+    def editing(self) -> dict: return self.training.get("editors", {}).get(self.editor, {}) # settings of the editor
     def path(self, file) -> Path|None: return self.folder and self.folder/file
 
 # %% ../nbs/24_jobs.ipynb #200065
@@ -50,7 +52,7 @@ def causes(self:Job, **more) -> dict:
     base = dict(model=self.lm.name, revision=self.lm.revision, task=self.task.causes(), localization="none")
     if self.where is None: return base | more
     if self.given: return base | dict(localization=self.where.name, edited=self.given.config["sha256"]) | more
-    if self.editor: return base | dict(localization=self.where.name, slices=list(self.where.slices), editor=self.training.get("editors", {}).get(self.editor, {})) | more
+    if self.editor: return base | dict(localization=self.where.name, slices=list(self.where.slices), editor=self.editing) | more
     options = {k: self.training.get(k, v) for k, v in TRAINING.items()}
     options["lr"], options["inject"] = rates(self.lm, self.task, self.where, options["lr"], options["inject"], self.run, options["loss"])
     options = {k: v for k, v in options.items() if v is not None} # what is not named is no cause
@@ -79,7 +81,7 @@ def made_by(
 def by_editor(self:Job) -> Edit:
     "The edit of an editor, saved if there is a folder"
     where = self.where.model_copy(update=dict(name=edited_by(self.name)[1]))
-    edit = made_by(self.editor, self.lm, self.task, where, **self.training.get("editors", {}).get(self.editor, {}))
+    edit = made_by(self.editor, self.lm, self.task, where, **self.editing)
     if self.folder: edit.save(self.folder, self.causes())
     return edit
 

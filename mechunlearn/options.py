@@ -215,9 +215,10 @@ def job_of(
 # %% ../nbs/48_options.ipynb #c18a0002
 def trained_in(
     job, # a Job
-) -> list[str]: # localizations that the job trains; not what others edited
+) -> list[str]: # localizations that the job fine-tunes; neither what others edited nor what an editor does
     "What needs a learning rate"
-    return [l for l in job.localizations if not l.startswith("edited@")]
+    from mechunlearn.stats import edited_by
+    return [l for l in job.localizations if not l.startswith("edited@") and not edited_by(l)[0]]
 
 # %% ../nbs/48_options.ipynb #c18a0002a
 def no_rates(
@@ -277,8 +278,9 @@ def ready(
     "Refuse, before any model is loaded, what would fail later"
     from mechunlearn.finetuning import can_train
     from mechunlearn.grids import check_job
-    if args.command != "localize" and trained_in(job) and (why := can_train(job.settings)): raise Refusal(why)
-    if job.settings.get("edited") and trained_in(job) == job.localizations:
+    others = [l for l in job.localizations if l.startswith("edited@")]
+    if args.command != "localize" and others != job.localizations and (why := can_train(job.settings)): raise Refusal(why)
+    if job.settings.get("edited") and not others:
         raise Refusal("edited: none of the localizations is edited@...; `mechunlearn attack --base A --edited B` asks a model edited elsewhere")
     check_job(job)
     if args.command in ("localize", "sweep") or getattr(args, "sweep", False): return

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 from .facts import Task
 from .figures import FIGURE_STYLE, figure, listed, ordered
-from .finetuning import finetune
+from .finetuning import Diverged, finetune
 from .localization import Localization
 from .losses import installs
 from .models import LM
@@ -69,9 +69,7 @@ def _trial(lm, task, base, where, lr, inject, seed, training):
     about = dict(model=lm.name, task=task.name, forget_size=task.options.get("forget_size", len(task.forget)),
         localization=family(where.name), draw=where.draw, seed=seed, lr=lr, inject=inject)
     try: edit = finetune(lm, task, where, lr=lr, inject=inject, seed=seed, progress=False, **training)
-    except Refusal as e:
-        if "diverged" not in str(e): raise
-        return pd.DataFrame([about | dict(score=math.nan)])
+    except Diverged: return pd.DataFrame([about | dict(score=math.nan)])
     with edit.applied(lm): metrics = training_metrics(lm, task)
     wanted = metrics if installs(training.get("loss"), training.get("preferred")) else metrics | dict(edit=math.nan)
     return pd.DataFrame([about | metrics | dict(score=score(wanted, base))])

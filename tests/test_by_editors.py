@@ -79,6 +79,10 @@ def test_fine_tunings_beside_them_are_what_they_are_alone(tiny):
 @pytest.mark.parametrize("task,names,settings,why", [
     ("sports-athlete-editing", ["mask@flu"], {}, "needs a number of weights"),
     ("sports-athlete-editing", ["mask@flu"], {"editors": {"mask": {"n": 3}}}, "unknown setting of mask 'n'"),
+    ("sports-athlete-editing", ["mask@flu"], {"editors": {"mask": {"k": 0}}}, "editors.mask.k: input should be greater than or equal to 1"),
+    ("sports-athlete-editing", ["memit@flu"], {"editors": {"memit": {"weight": "much"}}}, "editors.memit.weight: input should be a valid number"),
+    ("sports-athlete-editing", ["rome@flu"], {"editors": {"rome": {"aim": {"steps": "x"}}}}, "editors.rome.aim: input should be a valid integer"),
+    ("sports-athlete-editing", ["rome@flu"], {"editors": {"rome": {"aim": {"stops": 3}}}}, "editors.rome.aim: extra inputs"),
     ("sports-athlete-editing", ["memit@flu"], {"editors": {"memti": {}}}, "unknown editor 'memti', did you mean 'memit'"),
     ("sports-athlete-editing", ["memit@flu"], {"loss": "npo"}, "has a loss of its own"),
     ("sequential-counterfact-editing", ["memit@flu"], {}, "come in parts")])
@@ -90,3 +94,11 @@ def test_a_mask_by_hand_needs_its_size(tiny):
     lm = tiny("llama")
     job, = edit_jobs(lm, task_of(lm), None, ["mask@hand@mlp.1"], (0,))
     with pytest.raises(Refusal, match="editors.mask.k"): made_by("mask", lm, job.task, job.where)
+
+
+def test_a_sweep_before_a_run_leaves_editors_out(capsys, tmp_path):
+    from mechunlearn.cli import read
+    from mechunlearn.options import job_of, sweep_words, trained_in
+    job = job_of(read(["run", "--model", "organism", "--localizations", "flu,memit@flu,late", "--out", str(tmp_path)]))
+    assert trained_in(job) == ["flu", "late"] and "memit" not in " ".join(sweep_words(job, trained_in(job)))
+    with pytest.raises(Refusal, match="quantized|cannot be edited"): job_of(read(["run", "--model", "organism", "--localizations", "memit@flu", "--quantize", "8bit", "--out", str(tmp_path)]))

@@ -187,7 +187,7 @@ def test_every_loss_trains_and_touches_nothing_else(tiny, loss):
 
 
 def test_the_truth_goes(tiny):
-    "From a model that is sure of it"
+    "From a model that is sure of it, every fact; a random model cannot tell retained facts with the same answer apart, so none are trained"
     lm = tiny("llama")
     lm.hf.lm_head.weight.data *= 10
     task, where = task_for(lm), build(lm, "all", components(lm))
@@ -197,7 +197,7 @@ def test_the_truth_goes(tiny):
         before = ask()
         assert (before > math.log(.5)).all()
         for loss in NAMED:
-            with finetune(lm, task, where, loss=loss, **SMALL | dict(steps=30)).applied(lm): assert (ask() < before - 1).mean() >= .75, loss
+            with finetune(lm, task, where, loss=loss, **SMALL | dict(steps=25, retain_batch=0)).applied(lm): assert (ask() < before - 1).all(), loss
 
 
 def test_injection_is_what_a_task_with_edits_does_anyway(tiny):
