@@ -498,6 +498,7 @@ def _check_editor(job, name):
     if not editor: return
     if job.task == "sequential-counterfact-editing": raise Refusal(f"{name}: {editor} edits all facts at once, and those of {job.task} come in parts")
     if editor == "mask" and "k" not in job.settings.get("editors", {}).get("mask", {}): raise Refusal(f"{name} needs a number of weights: --set editors.mask.k=8000")
+    if how := job.settings.get("quantize"): raise Refusal(f"{name}: {editor} cannot edit a quantized model; leave out quantize={how}, or fine-tune: {place}")
     if job.settings.get("loss"): raise Refusal(f"{name}: {editor} has a loss of its own; leave out loss={job.settings['loss']}")
 
 # %% ../nbs/38_grids.ipynb #400086b

@@ -80,7 +80,7 @@ def explain(
     if FULL.search(text): return f"the disk is full ({line}): make room, and run the same command again", False
     if name == "DeadKernelError" and not starved: return "the kernel died: it was killed, or it crashed; the same command goes on from here", False
     if starved and name == "DeadKernelError" or MEMORY.search(f"{name}: {text}"):
-        return f"out of memory ({line}): try a smaller --batch-size or --dtype bfloat16 (maps alone also fit with --quantize 8bit)", False
+        return f"out of memory ({line}): try a smaller --batch-size, --dtype bfloat16 or --quantize 8bit", False
     return f"{name}: {line}", False
 
 # %% ../nbs/40_runs.ipynb #40002701

@@ -331,7 +331,7 @@ def test_settings_are_exactly_what_the_stages_take():
                  if n.startswith("run_") and "task_for_seed" in inspect.signature(fn).parameters and fn.__module__ == room]
     assert len({fn.__module__ for fn in functions}) == len(PIPELINE)
     taken = {p.name for fn in functions for p in inspect.signature(fn).parameters.values() if p.kind is not p.VAR_KEYWORD}
-    taken |= {*TRAINING, "micro_batch", "edited", "editors", *inspect.signature(models.load).parameters}
+    taken |= {*TRAINING, "micro_batch", "checkpoint", "packed", "remember", "edited", "editors", *inspect.signature(models.load).parameters}
     assert set(Settings.model_fields) == taken - {"lm", "task_for_seed", "run", "localizations", "seeds", "recompute", "model", "progress"}
 
 
