@@ -17,6 +17,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.resources import files
+from itertools import accumulate
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple, Sequence
 import matplotlib as mpl, numpy as np, pandas as pd, torch
@@ -278,10 +279,11 @@ def text_losses(
     with frozen.read(ids, chained) if frozen else nullcontext():
         if not chained and not large(lm, batch["input_ids"].numel()): return token_loss(lm, batch, weights)[0].sum(1)
         hidden = hidden_states(lm, batch, weights)
-    after = batch["position_ids"].roll(-1, 1) > 0 # where a token of the same text follows
-    each = said_in_chunks(lm, hidden[after.to(hidden.device)], batch["input_ids"].roll(-1, 1)[after], _unembedding(lm, values))
-    row = torch.tensor([k for k, i in enumerate(ids) for _ in i[1:]], device=each.device)
-    return torch.zeros(len(rows), device=each.device).index_add(0, row, each)
+    ends = [*accumulate(map(len, ids))] if chained else [batch["input_ids"].shape[1]] * len(ids)
+    where = [(0 if chained else k, end - len(i) + j, token, k) for k, (i, end) in enumerate(zip(ids, ends)) for j, token in enumerate(i[1:])]
+    row, at, tokens, text = torch.tensor(where, dtype=torch.long, device=hidden.device).reshape(-1, 4).T
+    each = said_in_chunks(lm, hidden[row, at], tokens, _unembedding(lm, values))
+    return torch.zeros(len(rows), device=each.device).index_add(0, text.to(each.device), each)
 
 # %% ../nbs/20_finetuning.ipynb #200024
 def _micro_batches(rows, known, group):

@@ -5,7 +5,7 @@ from conftest import BUILD, SIZES
 from plain import blocks, every_family
 from test_finetuning import SMALL, mixed, task_for
 from test_quantized_maps import written_out as dequantize
-from mechunlearn import finetuning as F, memory as M, models
+from mechunlearn import finetuning as F, memory as M, models, steps
 from mechunlearn.finetuning import UPDATES, can_train, draws, finetune, fingerprint, masters, step_losses, training_rows
 from mechunlearn.grids import Settings, estimate, make_job, parse
 from mechunlearn.jobs import Job, run_finetuning
@@ -322,8 +322,11 @@ def test_a_dry_run_knows_the_options():
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "qwen3"])
-def test_a_step_on_the_meta_device_takes_what_a_real_one_takes(tiny, family):
+@pytest.mark.parametrize("held", [2**24, 100], ids=["whole", "chunked"])
+def test_a_step_on_the_meta_device_takes_what_a_real_one_takes(tiny, family, held, monkeypatch):
+    monkeypatch.setattr(steps, "HELD", held)
     lm = tiny(family)
+    lm.hf.set_attn_implementation("eager") # a CPU's own attention keeps no scores, that of a skeleton does
     where, rows, hf = build(lm, "x", [Component("mlp", 1)]), batch_of(lm), skeleton(lm.hf.config)
     hf.hf_device_map = {"": "meta"}
     empty = wrap(hf, lm.tok)
