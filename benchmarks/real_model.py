@@ -1,14 +1,14 @@
 """What a real model costs: the whole standard pipeline on Gemma 3 270M, stage by stage, beside what its products alone must take.
 
     python benchmarks/real_model.py [--model gemma-3-270m] [--facts athletes] [--forget-size 16] [--localizations A,B,...]
-        [--threads 2] [--lr 1e-4] [--out FOLDER] [--save NAME]
+        [--threads 2] [--device cpu] [--lr 1e-4] [--out FOLDER] [--save NAME]
 
 The notebooks of the pipeline run one after another, each in a process of its own, with the parameters that `mechunlearn run` would give them. One JSON object
 a line, for each stage and for all: seconds (without the start of Python and its imports), peak_mb (of the process), tflop (products of linear layers, forwards and backwards, counted
 as they happen), floor_s (tflop over the rate that this machine multiplies matrices of the model's own sizes at, in its dtype), over_floor.
 The first line is the machine: its rate, the model's dtype. `equal` repeats what is read once for several prompts (`models.parts`) without
 it: the largest difference of a log-probability in float32, and the seconds of both, for the whole questionnaire of an edit and for a step of fine-tuning.
-`--save NAME` also writes results/NAME.jsonl.
+With `--device cuda` the stages follow each other in one process, and peak_mb is the most memory allocated on the card. `--save NAME` also writes results/NAME.jsonl.
 """
 import argparse, json, os, subprocess, sys, tempfile, threading, time
 from pathlib import Path
@@ -36,25 +36,34 @@ class Products:
 
 
 class Peak:
-    "The most memory this process had in a `with` block"
+    "The most memory this process, or the card, had in a `with` block"
+    def __init__(self, cuda=False): self.cuda = cuda
     def __enter__(self):
         self.go, self.high = True, 0
+        if self.cuda: torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats()
         self.thread = threading.Thread(target=self.watch, daemon=True); self.thread.start()
         return self
     def watch(self):
         while self.go: self.high = max(self.high, psutil.Process().memory_info().rss); time.sleep(.02)
-    def __exit__(self, *_): self.go = False; self.thread.join()
+    def __exit__(self, *_):
+        self.go = False; self.thread.join()
+        if self.cuda: self.high = torch.cuda.max_memory_allocated()
+
+
+def finish():
+    if torch.cuda.is_initialized(): torch.cuda.synchronize()
 
 
 def seconds(fn, n=1):
-    start = time.perf_counter()
+    finish(); start = time.perf_counter()
     for _ in range(n): fn()
+    finish()
     return (time.perf_counter() - start) / n
 
 
 def rate(lm):
     "TFLOP a second in products as large as those of 64 prompts of 16 tokens"
-    x, w = torch.randn(1024, lm.d_model).to(lm.hf.dtype), torch.randn(lm.d_mlp, lm.d_model).to(lm.hf.dtype)
+    x, w = (torch.randn(n, lm.d_model, device=lm.device).to(lm.hf.dtype) for n in (1024, lm.d_mlp))
     fn = lambda: torch.nn.functional.linear(x, w)
     seconds(fn, 5)
     return 2 * x.numel() * len(w) / min(seconds(fn, 20) for _ in range(5)) / 1e12
@@ -71,7 +80,7 @@ def run_stage(shell, stage, job):
 
 def equal(args):
     "With what prompts begin with read once, and without"
-    lm = load(args.model, device="cpu", dtype="float32")
+    lm = load(args.model, device=args.device, dtype="float32")
     task = make_task("sports-athlete-editing", lm, forget_size=args.forget_size, **({"facts": args.facts} if args.facts else {}))
     asked = questionnaire(task)
     prompts, ids = [q.prompt for q in asked], [[lm.first_token(c) for c in q.choices] for q in asked]
@@ -92,7 +101,7 @@ def equal(args):
 def job_of(args):
     "What `mechunlearn run` would do"
     facts = {"facts": args.facts} if args.facts else {}
-    settings = {"device": "cpu", "draws": 1} | ({"lr": args.lr} if args.lr else {})
+    settings = {"device": args.device, "draws": 1} | ({"lr": args.lr} if args.lr else {})
     return make_job(args.model, "sports-athlete-editing", {"forget_size": args.forget_size} | facts, args.localizations.split(","), [0], settings, args.out)
 
 
@@ -101,34 +110,44 @@ def one_stage(args):
     job = job_of(args)
     Path(job.run_dir).mkdir(parents=True, exist_ok=True)
     stage, counted, shell = next(s for s in job.stages if s.name == args.stage), Products(), InteractiveShell.instance()
-    with Peak() as peak: s = seconds(lambda: run_stage(shell, stage, job))
-    print("\n" + json.dumps(dict(seconds=s, tflop=counted.flop / 1e12, peak_mb=round(peak.high / 2**20))))
+    with Peak(args.device == "cuda") as peak: s = seconds(lambda: run_stage(shell, stage, job))
+    counted.handle.remove()
+    print("\n" + json.dumps(line := dict(seconds=s, tflop=counted.flop / 1e12, peak_mb=round(peak.high / 2**20))))
+    return line
+
+
+def alone(args):
+    "A stage in another process"
+    told = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--out", args.out, "--stage", args.stage], check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(told.splitlines()[-1])
 
 
 def main():
     p = argparse.ArgumentParser()
-    for name, default in dict(model="gemma-3-270m", facts="athletes", localizations=SIX, out=None, save=None).items(): p.add_argument(f"--{name}", default=default)
+    for name, default in dict(model="gemma-3-270m", facts="athletes", localizations=SIX, out=None).items(): p.add_argument(f"--{name}", default=default)
+    p.add_argument("--save", metavar="NAME", dest="name") # nnsight gives every object a method `save`
     p.add_argument("--forget-size", type=int, default=16); p.add_argument("--threads", type=int, default=2); p.add_argument("--lr", type=float)
-    p.add_argument("--skip-equal", action="store_true"); p.add_argument("--stage", help=argparse.SUPPRESS)
+    p.add_argument("--device", default="cpu"); p.add_argument("--skip-equal", action="store_true"); p.add_argument("--stage", help=argparse.SUPPRESS)
     args, lines = p.parse_args(), []
     torch.set_num_threads(args.threads)
-    if args.stage: return one_stage(args)
+    if args.stage: one_stage(args); return
     def say(**line):
         line = {k: round(v, 4 if v < 1 else 2) if isinstance(v, float) and v > 1e-3 else v for k, v in line.items()}
         lines.append(line); print(json.dumps(line), flush=True)
-    lm = load(args.model, device="cpu")
+    lm = load(args.model, device=args.device)
     tflops = rate(lm)
-    say(name="machine", cores=os.cpu_count(), threads=args.threads, torch=torch.__version__, model=lm.name, dtype=str(lm.hf.dtype).removeprefix("torch."), tflop_per_s=tflops)
+    say(name="machine", device=torch.cuda.get_device_name() if args.device == "cuda" else "cpu", cores=os.cpu_count(), threads=args.threads, torch=torch.__version__, model=lm.name, dtype=str(lm.hf.dtype).removeprefix("torch."), tflop_per_s=tflops)
     del lm
     args.out, total = args.out or tempfile.mkdtemp(), dict(seconds=0., tflop=0., peak_mb=0)
     for stage in job_of(args).stages:
-        line = json.loads(subprocess.run([sys.executable, __file__, *sys.argv[1:], "--out", args.out, "--stage", stage.name], check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+        args.stage = stage.name
+        line = one_stage(args) if args.device == "cuda" else alone(args)
         say(name=stage.name, **line, floor_s=line["tflop"] / tflops, over_floor=line["seconds"] * tflops / line["tflop"] if line["tflop"] else None)
         total = {k: max(v, line[k]) if k == "peak_mb" else v + line[k] for k, v in total.items()}
     say(name="all", localizations=args.localizations, **total, minutes=total["seconds"] / 60, floor_s=total["tflop"] / tflops, over_floor=total["seconds"] * tflops / total["tflop"])
     if not args.skip_equal:
         for line in equal(args): say(**line)
-    if args.save: (Path(__file__).parent/"results"/f"{args.save}.jsonl").write_text("".join(json.dumps(l) + "\n" for l in lines))
+    if args.name: (Path(__file__).parent/"results"/f"{args.name}.jsonl").write_text("".join(json.dumps(l) + "\n" for l in lines))
 
 
 if __name__ == "__main__": main()
