@@ -10,10 +10,11 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from mechunlearn import published
+from mechunlearn import published, report
 from mechunlearn.published import DISAGREEMENTS, ITEMS, PLACES, authors_runs, beside, beside_text, counterpart, disagreements, model_of, out_of_range, paper_map, plot_beside, plot_injects, published_values, say_beside
 from mechunlearn.recorded_tables import recorded
 from mechunlearn.store import Refusal
+from synthetic import synthetic_run
 
 NBS = Path(__file__).resolve().parents[1] / "nbs"
 REFDATA = Path(os.environ.get("MECHUNLEARN_REFDATA") or "/nowhere")
@@ -217,3 +218,12 @@ def test_their_runs_stand_beside_ours():
 def test_a_folder_without_results_is_refused(tmp_path):
     with pytest.raises(Refusal, match="final_metrics.csv"):
         authors_runs(tmp_path)
+
+
+@pytest.mark.parametrize("model,said", [("google/gemma-2-9b", "of the same model"), ("invented-model", "of another model")])
+def test_the_report_shows_them(tmp_path, model, said):
+    found = report.find(synthetic_run(tmp_path, ("flu", "causal-tracing-mlps", "nonlocalized"), seeds=(0, 1), n=16, stages=("localizations", "standard", "relearning"), model=model))
+    block = report._published(found)
+    assert said in block and "other model" in block and "Figure 6" in block
+    rows = beside(found.metrics)
+    assert all(f"{d:+.2f}" in block for d in rows.difference.dropna()) and rows.difference.notna().any() == (model != "invented-model")
