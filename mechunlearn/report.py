@@ -25,6 +25,7 @@ from .latent import latent_rows, plot_latent, say_latent
 from .probing import plot_probe, say_probe
 from .relearning import plot_relearning, relearning_rows, say_relearning
 from .tracing import plot_components, plot_trace, say_components, say_trace
+from .published import beside, beside_text, plot_beside, say_beside
 from .store import save_table
 
 # %% ../nbs/44_report.ipynb #d9dc1b56
@@ -186,6 +187,11 @@ def _claims(f):
     lines = "".join(f"<li>{html.escape(x)}</li>" for x in say_orderings(tests))
     return _shown(plot_orderings(tests), say_tally(tests)) + f"<ul>{lines}</ul>"
 
+def _published(f):
+    rows = beside(f.metrics) if f.has("standard") else ()
+    if not len(rows): return "" # nothing is published for this task
+    return _shown(plot_beside(rows), say_beside(rows)) + _html_table(beside_text(rows))
+
 def _again(f): return f"<pre>{html.escape(command(f))}</pre>"
 
 # %% ../nbs/44_report.ipynb #410187
@@ -210,6 +216,8 @@ SECTIONS = {
     "Do the paper's orderings appear?": (_claims, "Paired tests against FLU: McNemar or paired bootstrap, Holm over localizations. A difference "
         "counts if the adjusted p is below .05 and the interval over seeds excludes zero; numbers are the other localization minus FLU. "
         "‘No difference seen’ is not evidence of equality."),
+    "Beside the published numbers": (_published, "The paper's and its authors' numbers for this task (open diamonds), where this run measured the same of the same "
+        "localization. Theirs are mean probabilities, and so are ours here. A difference is taken for the same model only."),
     "How to make it again": (_again, ""),
 }
 

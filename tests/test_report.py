@@ -260,7 +260,7 @@ def test_before_after_names_the_words(found):
 def test_report_is_one_file_without_outside_resources(run_dir, tmp_path):
     page = r.write_report(run_dir, tmp_path/"report.html").read_text()
     assert not re.search(r"(?:src|href)=[\"'](?!data:|#)", page) and "@import" not in page and "<script" not in page
-    assert page.count("<img alt=") == 13 and "class=\"missing\"" not in page
+    assert page.count("<img alt=") == 14 and "class=\"missing\"" not in page
     assert [t for t in r.SECTIONS if f">{r.html.escape(t)}</h2>" in page] == [t for t in r.SECTIONS if t not in ("Not available", "Part after part", "Besides facts")] # where there is any such; for sequences; where asked
     assert page == r.write_report(run_dir, tmp_path/"again.html").read_text()
     pd.testing.assert_frame_equal(store.load_table(run_dir/"metrics.parquet"), r.metrics(run_dir))
