@@ -306,10 +306,15 @@ def say_plan(
     return f"{plan.job.run_dir}: " + ", ".join(said)
 
 # %% ../nbs/46_engines.ipynb #46e0039
+def _after(part):
+    "What a part waits for, in words"
+    return "after all of them" if part.label == "all" and part.after else f"after {', '.join(part.after)}"*bool(part.after)
+
+# %% ../nbs/46_engines.ipynb #46e0040
 def show_plan(
     plan:Plan, # what would be submitted
 ) -> str: # lines
     "The arrays of a job of a grid, and what they wait for"
-    lines = [(f"{len(a)} job{'s'*(len(a) > 1)}", ", ".join(p.label for p in a), f"after {', '.join(a[0].after)}"*bool(a[0].after)) for a in plan.arrays]
+    lines = [(f"{len(a)} job{'s'*(len(a) > 1)}", ", ".join(p.label for p in a), _after(a[0])) for a in plan.arrays]
     wide = max((len(names) for _, names, _ in lines), default=0)
     return "\n".join([say_plan(plan)] + [f"  {n:8} {names:{wide}}  {after}".rstrip() for n, names, after in lines])

@@ -131,9 +131,11 @@ def pair(
     text:str, # "reservation=summer"
 ) -> tuple[str, str]: # ("reservation", "summer")
     "An option of sbatch and its value"
+    from mechunlearn.cluster import option
     key, sign, value = text.removeprefix("--").partition("=")
     if not (key and value): raise argparse.ArgumentTypeError(f"KEY=VALUE, such as reservation=summer, not '{text[:60]}'")
-    return key, value
+    try: return option(key), value
+    except ValueError as e: raise argparse.ArgumentTypeError(str(e)) from None
 
 # %% ../nbs/48_options.ipynb #48e0003
 SLURM = {"partition": "machines to ask for", "gres": "GPUs of a job: gpu:1, gpu:a100:1", "time": "limit of a job: minutes, 4:00:00 or 1-12; it is requeued and goes on (default: 60)",

@@ -135,3 +135,165 @@ def test_a_grid_goes_on_after_everything_that_can_happen_to_it(node, cheap, tmp_
     assert runs.run_batch([here], quiet=True)[0]["state"] == "done"
     files = lambda root: {str(f.relative_to(root)): f.read_bytes() for f in sorted(Path(root).rglob("*.json")) if f.parent.name.startswith("seed") or f.name == "map.json"}
     assert files(cheap.run_dir) == files(here.run_dir) and len(files(here.run_dir)) == 22
+
+
+def test_a_job_that_is_requeued_goes_on(node, cheap, tmp_path):
+    job = cheap.model_copy(update={"localizations": ["flu"], "seeds": [0]}) # one part, one job
+    run(job)
+    number = cluster.recorded(job.run_dir)["all"]["number"]
+
+    def again():
+        "Without the two minutes that SLURM waits before it starts a job again"
+        until(lambda: state(job, "all") == "PENDING")
+        time.sleep(2); scontrol("update", f"JobId={number}", "StartTime=now")
+    until(lambda: lines(tmp_path / "tried"))
+    scontrol("requeue", number) # as after a failure of the node, or for somebody more important
+    again()
+    until(lambda: len(lines(tmp_path / "tried")) == 2 or lines(tmp_path / "made"))
+    subprocess.run(["scancel", "--signal=TERM", number], check=True) # SLURM says that it will kill; nobody minds
+    subprocess.run(["scancel", "--signal=USR2", number], check=True) # the time is over: submitit requeues
+    again()
+    settle(job)
+    assert set(lines(tmp_path / "made")) == {"flu-0"} and progress.status(tmp_path / "out").failed[0] == ""
+    log = engines.log_of(job.run_dir, number).read_text()
+    assert "Requeued job" in log and "Bypassing signal SIGTERM" in log and run(job)[1] == "1 parts are done, 0 in the queue, 0 submitted"
+
+
+def test_the_command_that_submits_is_killed_at_any_moment(node, cheap, tmp_path):
+    job = cheap.model_copy(update={"seeds": [0]})
+    told = tmp_path / "job.json"; told.write_text(json.dumps([job.model_dump(), str(tmp_path)]))
+    code = textwrap.dedent(f"""
+        import json, sys
+        from mechunlearn import engines, grids, runs
+        said, work = json.load(open({str(told)!r}))
+        maps, edit, attack = (grids.Stage(n, f"{{work}}/{{n}}.ipynb", (p,)) for n, p in
+                              (("map", "map.json"), ("edit", "*/seed{{seed}}/edit.json"), ("attack", "*/seed{{seed}}/attack.json")))
+        runs.MAPS, runs.ATTACKS, grids.Job.stages = (maps,), (attack,), property(lambda self: (maps, edit, attack))
+        print("ready", flush=True)
+        engines.run_slurm([grids.Job(**said)], engines.Slurm(time=20))""")
+    for pause in (.1, .3, .5, .8):
+        process = subprocess.Popen([sys.executable, "-P", "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        process.stdout.readline(); time.sleep(pause); process.kill(); process.wait()
+    done, _ = run(job, wait=True)
+    settle(job) # jobs that nobody knew of wait for the others, and find everything done
+    assert Counter(lines(tmp_path / "made")) == {f"{l}-0": 1 for l in job.localizations}
+    assert run(job)[1] == "6 parts are done, 0 in the queue, 0 submitted" and progress.status(tmp_path / "out").failed[0] == ""
+
+
+def test_what_the_cluster_is_told(node, cheap):
+    slurm = Slurm(partition="debug", time="0:20:00", gres="gpu:1", constraint="small", account="nlp", mem="100M", more={"comment": "mine"}, setup=["export MINE=1"])
+    made = engines.submit(engines.plan(cheap.model_copy(update={"seeds": [0]}), {}), slurm, at_once=2)
+    array = made["flu-seed0"] if "flu-seed0" in made else made["flu"]
+    script_ = next((Path(cheap.run_dir) / "slurm").rglob(f"{array.split('_')[0]}_submission.sh")).read_text()
+    subprocess.run(["scancel", *made.values()])
+    for line in cluster.sbatch_lines(slurm).splitlines(): assert line in script_.replace("'", "")
+    for line in ("--array=0-2%2", "--open-mode=append", "--dependency=afterok:", "%A_%a_0_log.out", f"--job-name={cluster.job_name(cheap.run_dir)}", "-P -u -m submitit"): assert line in script_
+    with pytest.raises(Refusal, match="nowhere|[Pp]artition"): engines.submit(engines.plan(cheap, {}), Slurm(partition="nowhere"))
+
+
+@pytest.mark.slow
+def test_the_organism_on_slurm_says_the_same_to_the_bit(node, tmp_path):
+    grid = {"models": ["organism"], "tasks": [{"name": "sports-athlete-editing", "forget_size": 16}], "localizations": ["flu", "late", "all-mlps"],
+            "seeds": [0, 1, 2], "settings": TINY}
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid))
+    go = lambda out, *more: main(["batch", str(tmp_path / "grid.yaml"), "--out", str(tmp_path / out), "--quiet", "--json", *more])
+    assert go("slurm", "--engine", "slurm", "--time", "30", "--sbatch", "comment=tiny") == 0
+    [job] = grids.grid(tmp_path / "grid.yaml", str(tmp_path / "slurm"))
+    assert len(numbers := {p: t["number"] for p, t in cluster.recorded(job.run_dir).items()}) == 12
+    until(lambda: state(job, "flu-seed0") == "RUNNING", 600)
+    subprocess.run(["scancel", numbers["late-seed0"]], check=True)
+    kernels = lambda: [p for p in psutil.process_iter(["cmdline"]) if "ipykernel_launcher" in " ".join(p.info["cmdline"] or ()) and "flu-seed0" in " ".join(p.info["cmdline"])]
+    until(kernels)[0].kill()
+    host = subprocess.run(["sinfo", "-h", "-N", "-o", "%n"], capture_output=True, text=True).stdout.split()[0]
+    scontrol("update", f"NodeName={host}", "State=DRAIN", "Reason=test"); time.sleep(5)
+    scontrol("update", f"NodeName={host}", "State=RESUME")
+    settle(job, 1800)
+    assert go("slurm", "--engine", "slurm", "--time", "30", "--wait") == 0 and go("here") == 0
+    from same_run import compare
+    tables, differences = compare(tmp_path / "slurm", tmp_path / "here")
+    assert tables > 30 and not differences
+    texts = [(tmp_path / out / "organism/sports-athlete-editing-16/metrics.parquet").read_bytes() for out in ("slurm", "here")]
+    assert texts[0] == texts[1]
+
+
+# ---- without SLURM
+
+def test_what_cannot_be_said_to_slurm_is_refused():
+    asked = lambda words: slurm_of(read(["batch", "grid.yaml", *words.split()]))
+    assert asked("") is None and asked("--engine slurm").time == 60
+    full = asked("--engine slurm --partition gpu --gres gpu:a100:1 --time 1-12 --account a --qos q --constraint a100&nvlink --mem 80G --cpus 8 --sbatch exclude=n1,n2")
+    assert (full.time, full.constraint, full.more) == (2160, "a100&nvlink", {"exclude": "n1,n2"})
+    for words, why in {"--partition gpu": "--partition is said to SLURM", "--wait": "--wait", "--engine slurm --time 0": "minutes", "--engine slurm --cpus 0": "cpus", "--engine pbs": "engine",
+                       "--engine slurm --sbatch output=x": "set by the engine", "--engine slurm --sbatch x": "KEY=VALUE", "--engine slurm --gres ": "gres"}.items():
+        with pytest.raises(Refusal, match=why): asked(words) if not words.endswith(" ") else slurm_of(read(["batch", "g", "--engine", "slurm", "--gres", "two words"]))
+    with pytest.raises(Refusal, match="run"): read(["run", "--engine", "slurm"])
+
+
+def test_where_there_is_no_slurm_it_is_said_in_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "grid.yaml").write_text("models: [organism]\nlocalizations: [flu]\n")
+    monkeypatch.setenv("PATH", str(tmp_path)); monkeypatch.setattr(cluster, "find_spec", lambda name: True)
+    go = lambda *more: main(["batch", str(tmp_path / "grid.yaml"), "--out", str(tmp_path / "out"), "--engine", "slurm", *more])
+    assert go() == 2 and "there is no sbatch on this machine" in capsys.readouterr().err
+    monkeypatch.setattr(cluster, "find_spec", lambda name: None)
+    assert go() == 2 and capsys.readouterr().err == "mechunlearn: --engine slurm needs the package submitit: pip install mechunlearn[slurm]\n"
+    assert go("--partition", "gpu", "--dry-run") == 0 and "#SBATCH --partition=gpu" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_queue_that_does_not_answer_is_no_end(tmp_path, monkeypatch):
+    root = tmp_path / "m/t"
+    runs.write_json(root / "jobs/flu/slurm.json", {"number": "41", "name": cluster.job_name(root)})
+    runs.write_json(root / "jobs/flu/job.json", {"job": Job(model="m", run_dir=str(root)).model_dump()})
+    gone = tmp_path / "squeue"; gone.write_text("#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact slurm controller' >&2\nexit 1\n"); gone.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    row = progress.status(tmp_path).iloc[0]
+    assert (row.failed, row.now) == ("", "SLURM does not answer: slurm_load_jobs error: Unable to contact slurm controller")
+    gone.write_text("#!/bin/sh\nexit 0\n")
+    row = progress.status(tmp_path).iloc[0]
+    assert (row.failed, row.now) == ("flu", "")
+    runs.write_json(root / "jobs/flu/slurm.json", {"number": "41; rm -rf /", "name": "x"})
+    assert cluster.recorded(root) == {}
+
+
+def test_a_device_of_another_machine_is_not_looked_for_here(monkeypatch):
+    import torch
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    job = grids.make_job("organism", "sports-athlete-editing", {"forget_size": 16}, ["flu"], [0], {"device": "cuda"})
+    with pytest.raises(Refusal, match="no cuda device"): grids.check_job(job)
+    grids.check_job(job, here=False)
+
+
+# ---- two GPUs that are none
+
+def test_one_worker_a_gpu(cheap, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    notebook(tmp_path / "edit.ipynb", """
+        import os, time
+        from mechunlearn.store import make
+        time.sleep(1)
+        for l in localizations:
+            for s in seeds: make(f"{run_dir}/{l}/seed{s}/edit.json", dict(l=l, s=s), lambda: os.environ["CUDA_VISIBLE_DEVICES"])""")
+    job = cheap.model_copy(update={"seeds": [0], "settings": {}})
+    assert runs.workers_for([job]) == 2
+    assert runs.run_batch([job], runs.workers_for([job]), quiet=True)[0]["state"] == "done"
+    seen = [json.loads((Path(job.run_dir) / l / "seed0/edit.json").read_text()) for l in job.localizations]
+    assert set(seen) == {"0", "1"}
+    spread = job.model_copy(update={"settings": {"device_map": "auto"}, "run_dir": str(tmp_path / "out/m/spread")})
+    assert runs.workers_for([spread]) == 1
+    assert runs.run_batch([spread], 1, quiet=True)[0]["state"] == "done"
+    assert {json.loads((Path(spread.run_dir) / l / "seed0/edit.json").read_text()) for l in job.localizations} == {"0,1"}
+
+
+@pytest.mark.parametrize("devices, settings, workers, expected", [
+    ("0,1", {}, 2, ["0", "1"]), ("0,1", {}, 3, ["0", "1", "0"]), ("0,1", {}, 1, [None]), ("", {}, 2, [None, None]), ("GPU-a,GPU-b", {}, 2, ["GPU-a", "GPU-b"]),
+    ("0,1,2,3", {"device_map": "auto"}, 2, ["0,2", "1,3"]), ("0,1", {"device_map": "auto"}, 3, ["0", "1", "0"]), ("0,1", {"device": "cuda:1"}, 2, [None, None])])
+def test_the_gpus_of_each_worker(devices, settings, workers, expected, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices)
+    assert [runs.gpus_of(Job(model="m", run_dir="x", settings=settings), k, workers) for k in range(workers)] == expected
+
+
+def test_a_model_is_spread_from_the_command_line(capsys):
+    from mechunlearn.options import settings_of
+    for command in ("run", "localize", "edit", "attack", "sweep"): assert settings_of(read([command, "--device-map", "auto"])) == {"device_map": "auto"}
+    with pytest.raises(Refusal, match="say one of them"): settings_of(read(["run", "--device", "cuda", "--device-map", "auto"]))
+    with pytest.raises(Refusal, match="device_map"): settings_of(read(["run", "--device-map", "disk"]))
