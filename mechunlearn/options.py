@@ -321,7 +321,7 @@ def ready(
     if args.command != "localize" and others != job.localizations and (why := can_train(job.settings)): raise Refusal(why)
     if job.settings.get("edited") and not others:
         raise Refusal("edited: none of the localizations is edited@...; `mechunlearn attack --base A --edited B` asks a model edited elsewhere")
-    check_job(job, here=getattr(args, "engine", "local") == "local")
+    check_job(job) if getattr(args, "engine", "local") == "local" else check_job(job, here=False)
     if args.command in ("localize", "sweep") or getattr(args, "sweep", False): return
     if missing := no_rates(job):
         said = (f"there is no learning rate for {', '.join(missing)} of {job.model} on {job.task}: give one with --set lr=..., "
