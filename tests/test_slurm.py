@@ -3,8 +3,9 @@
 The first tests use stages that cost nothing; the last one, marked slow, edits the organism. Without SLURM's Debian packages, or
 without submitit, all that need them skip.
 """
-import importlib, json, os, shutil, signal, subprocess, sys, textwrap, time
+import json, os, random, shutil, signal, subprocess, sys, textwrap, time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import nbformat, psutil, pytest, yaml
@@ -100,6 +101,18 @@ def run(job, **kw):
     return done, said[0].partition(": ")[2]
 
 
+def files(job):
+    "What the stages of a job have left"
+    root = Path(job.run_dir)
+    return {str(f.relative_to(root)): f.read_bytes() for f in sorted(root.rglob("*.json")) if f.parent.name.startswith("seed") or f.name == "map.json"}
+
+def local(job, tmp_path):
+    "The same job, done by the local engine"
+    here = job.model_copy(update={"run_dir": str(tmp_path / "local/m/t")})
+    assert runs.run_batch([here], quiet=True)[0]["state"] == "done"
+    return here
+
+
 def test_a_grid_goes_on_after_everything_that_can_happen_to_it(node, cheap, tmp_path):
     done, said = run(cheap)
     assert done["state"] == "submitted" and said.startswith("0 parts are done, 0 in the queue, 12 submitted as ")
@@ -131,10 +144,7 @@ def test_a_grid_goes_on_after_everything_that_can_happen_to_it(node, cheap, tmp_
     assert Counter(lines(tmp_path / "made")) == {f"{l}-{s}": 1 for l in cheap.localizations for s in range(3)} # only what was missing
     assert progress.status(tmp_path / "out").failed[0] == "" and run(cheap)[1] == "12 parts are done, 0 in the queue, 0 submitted"
 
-    here = cheap.model_copy(update={"run_dir": str(tmp_path / "local/m/t")}) # the same by the local engine
-    assert runs.run_batch([here], quiet=True)[0]["state"] == "done"
-    files = lambda root: {str(f.relative_to(root)): f.read_bytes() for f in sorted(Path(root).rglob("*.json")) if f.parent.name.startswith("seed") or f.name == "map.json"}
-    assert files(cheap.run_dir) == files(here.run_dir) and len(files(here.run_dir)) == 22
+    assert files(cheap) == files(local(cheap, tmp_path)) and len(files(cheap)) == 22
 
 
 def test_a_job_that_is_requeued_goes_on(node, cheap, tmp_path):
@@ -180,6 +190,18 @@ def test_the_command_that_submits_is_killed_at_any_moment(node, cheap, tmp_path)
     assert run(job)[1] == "6 parts are done, 0 in the queue, 0 submitted" and progress.status(tmp_path / "out").failed[0] == ""
 
 
+@pytest.mark.slow
+def test_ten_kills_at_random_moments(node, cheap, tmp_path):
+    random.seed(0)
+    mine = lambda: [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or ()) and p.pid != os.getpid()]
+    for _ in range(10):
+        run(cheap)
+        time.sleep(random.uniform(.5, 6))
+        with suppress(IndexError, psutil.NoSuchProcess): random.choice(mine()).kill() # srun, submitit, a part or a kernel
+    until(lambda: run(cheap, wait=True)[0]["state"] == "done", 400)
+    assert files(cheap) == files(local(cheap, tmp_path)) and progress.status(tmp_path / "out").failed[0] == ""
+
+
 def test_what_the_cluster_is_told(node, cheap):
     slurm = Slurm(partition="debug", time="0:20:00", gres="gpu:1", constraint="small", account="nlp", mem="100M", more={"comment": "mine"}, setup=["export MINE=1"])
     made = engines.submit(engines.plan(cheap.model_copy(update={"seeds": [0]}), {}), slurm, at_once=2)
@@ -202,8 +224,8 @@ def test_the_organism_on_slurm_says_the_same_to_the_bit(node, tmp_path):
     assert len(numbers := {p: t["number"] for p, t in cluster.recorded(job.run_dir).items()}) == 12
     until(lambda: state(job, "flu-seed0") == "RUNNING", 600)
     subprocess.run(["scancel", numbers["late-seed0"]], check=True)
-    kernels = lambda: [p for p in psutil.process_iter(["cmdline"]) if "ipykernel_launcher" in " ".join(p.info["cmdline"] or ()) and "flu-seed0" in " ".join(p.info["cmdline"])]
-    until(kernels)[0].kill()
+    working = lambda: [p for p in psutil.process_iter(["cmdline"]) if "_job" in (p.info["cmdline"] or ()) and "/flu-seed0/" in " ".join(p.info["cmdline"])]
+    until(working)[0].kill()
     host = subprocess.run(["sinfo", "-h", "-N", "-o", "%n"], capture_output=True, text=True).stdout.split()[0]
     scontrol("update", f"NodeName={host}", "State=DRAIN", "Reason=test"); time.sleep(5)
     scontrol("update", f"NodeName={host}", "State=RESUME")
