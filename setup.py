@@ -38,7 +38,7 @@ setup(
     package_data={"mechunlearn": ["data/*.csv", "data/organism/*", "data/organism-late/*"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
-    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "peers", "capability", "gguf", "gemma", "smollm2")},
+    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "peers", "capability", "slurm", "gguf", "gemma", "smollm2")},
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
     cmdclass={"build_py": BuildWithNotebooks},
     zip_safe=False,

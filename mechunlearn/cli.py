@@ -14,7 +14,7 @@ import codecs, json, os, shlex, shutil, signal, subprocess, sys, textwrap
 from contextlib import suppress
 from pathlib import Path
 from . import __version__
-from .options import SWEEP, Parser, job_of, manner, over, ready, rates, settings_of, sweep_words
+from .options import SWEEP, Parser, engine, job_of, manner, over, ready, rates, settings_of, slurm_of, sweep_words
 from .options import task_options_of, trained_in, what, where, whole, _paths_of
 from .store import Broken, Refusal, choose
 
@@ -27,15 +27,29 @@ def do_jobs(
 ) -> int: # exit code
     "Run jobs and show what came of them"
     from mechunlearn import runs
-    if not 1 <= args.workers <= 1000: raise Refusal(f"--workers: at least 1 and at most 1000, not {args.workers}")
-    if args.dry_run: return _dry_run(jobs)
+    if not 1 <= (args.workers or 1) <= 1000 or args.workers == 0: raise Refusal(f"--workers: at least 1 and at most 1000, not {args.workers}")
+    slurm = slurm_of(args)
+    if args.dry_run: return _dry_run(jobs, slurm)
     if args.recompute: _recompute(jobs, args)
-    done = runs.run_batch(jobs, args.workers, args.quiet, stages)
+    if slurm: done = _on_slurm(jobs, slurm, args)
+    else: done = runs.run_batch(jobs, args.workers or (runs.workers_for(jobs) if args.command == "batch" else 1), args.quiet, stages)
     unread = [d for d in done if d["state"] == "done" and not _shown(show or show_run, d["run_dir"], args)]
     for d in done:
-        if d["state"] != "done": print(_failure(d), file=sys.stderr)
-    bad = [d["state"] for d in done if d["state"] != "done"]
+        if d["state"] not in ("done", "submitted"): print(_failure(d), file=sys.stderr)
+    bad = [d["state"] for d in done if d["state"] not in ("done", "submitted")]
     return int(bool(unread)) if not bad else 2 if len(done) == 1 and bad == ["refused"] else 1
+
+# %% ../nbs/50_cli.ipynb #50e0002
+def _on_slurm(jobs, slurm, args):
+    "Submit jobs, and say where to look for them"
+    from mechunlearn.engines import run_slurm
+    say = (lambda line: None) if args.quiet else (lambda line: print(line, file=sys.stderr))
+    try: done = run_slurm(jobs, slurm, args.workers, args.wait, args.quiet, say=say)
+    except KeyboardInterrupt:
+        say("the jobs stay in SLURM's queue; scancel ends them")
+        raise
+    if any(d["state"] == "submitted" for d in done): say(f"how far they are: mechunlearn status {os.path.commonpath([j.run_dir for j in jobs])}; their logs: slurm/ in each run folder")
+    return done
 
 # %% ../nbs/50_cli.ipynb #500014
 def _shown(show, run_dir, args):
@@ -75,7 +89,7 @@ def _recompute(jobs, args):
         if not args.quiet: print(f"{j.run_dir}: {len(gone)} artefacts will be made again", file=sys.stderr)
 
 # %% ../nbs/50_cli.ipynb #500015a
-def _dry_run(jobs):
+def _dry_run(jobs, slurm=None):
     "Print what jobs would train and need"
     from mechunlearn.grids import estimate
     import pandas as pd
@@ -86,7 +100,18 @@ def _dry_run(jobs):
     print(table.to_string(index=False, float_format="{:.3g}".format))
     print(f"{len(jobs)} jobs, {table.edits.sum()} edits; memory without activations; "
           f"disk at most {table.disk_gb.sum():.3g} GB until edits are deleted")
+    if slurm: _dry_slurm(jobs, slurm)
     return 0
+
+# %% ../nbs/50_cli.ipynb #50e0003
+def _dry_slurm(jobs, slurm):
+    "Print what would be submitted"
+    from mechunlearn import cluster, engines
+    for j in jobs:
+        seen = {}
+        with suppress(Refusal): seen = cluster.jobs_of(j.run_dir)
+        print(f"\n{engines.show_plan(engines.plan(j, seen))}")
+    print(f"\neach job:\n{cluster.sbatch_lines(slurm)}")
 
 # %% ../nbs/50_cli.ipynb #500016
 def _json_lines(*tables):
@@ -487,7 +512,7 @@ def _part(args):
 
 # %% ../nbs/50_cli.ipynb #500028
 COMMANDS = {
-    "run": (run, what, where, manner, how_attacked, sweeping), "batch": (batch, grid_file, manner), "localize": (localize, what, where, manner),
+    "run": (run, what, where, manner, how_attacked, sweeping), "batch": (batch, grid_file, manner, engine), "localize": (localize, what, where, manner),
     "edit": (edit, what, where, manner), "attack": (attack, what_attacked, what, where, manner), "check": (check, what),
     "sweep": (sweep, what, where, manner, grid_of), "export": (export, which_edit), "organism": (organism, which_organism),
     "status": (show_status, run_folder), "report": (report, run_folder, recorded), "_job": (_part, job_file)}
@@ -497,6 +522,7 @@ EXAMPLES = """examples:
   mechunlearn run                                     the organism, end to end
   mechunlearn run --model google/gemma-7b --forget-size 16 --localizations flu,random-mlps --dry-run
   mechunlearn batch configs/smoke.yaml --workers 2
+  mechunlearn batch configs/organism.yaml --engine slurm --partition gpu --gres gpu:1 --time 4:00:00
   mechunlearn status runs"""
 
 # %% ../nbs/50_cli.ipynb #500029
@@ -539,7 +565,7 @@ def _any_terminal():
     codecs.register_error("plainly", _plainly)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"): stream.reconfigure(errors="plainly")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if signal.getsignal(signal.SIGTERM) != signal.SIG_IGN: signal.signal(signal.SIGTERM, signal.default_int_handler) # a job of SLURM works on
 
 # %% ../nbs/50_cli.ipynb #c28a0001
 def main(

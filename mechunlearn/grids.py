@@ -517,6 +517,7 @@ def _check_localizations(job):
 # %% ../nbs/38_grids.ipynb #400086
 def check_job(
     job:Job, # a job
+    here:bool=True, # it will be done on this machine
 ):
     "Refuse names that do not exist, task options out of range and unusable models, without loading a model"
     from mechunlearn.localization import by_hand
@@ -526,7 +527,7 @@ def check_job(
     locate(job.model)
     _check_seeds(job.seeds)
     parse(Settings, job.settings, "settings")
-    _check_devices(job.settings)
+    if here: _check_devices(job.settings)
     writable(job.run_dir)
     _check_localizations(job)
     if set(job.settings.get("capabilities", {}).get("names", ())) - {"atlas"} and not find_spec("lm_eval"):

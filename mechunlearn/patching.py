@@ -56,7 +56,7 @@ def contributions(
             heads = _added(lm, "attn", l, o(clean.z[l][:, -1]), _through_heads(lm, o, z))
             mlp = _added(lm, "mlp", l, clean.mlp[l][:, -1], (other.mlp[l] - clean.mlp[l])[:, -1])
             out.append(torch.cat([heads, mlp[:, None]], 1))
-    return torch.stack(out, 1)
+    return torch.stack([x.to(out[-1].device) for x in out], 1) # a model may be spread over devices
 
 # %% ../nbs/12_path_patching.ipynb #4208d11b
 def answer_logits(
@@ -194,8 +194,8 @@ def carried(
                 lm.layer(l).skip(clean.resid[l + 1])
                 continue
             attn, mlp = _listen(lm, l, clean, heard, places[l][0], added[l], l == sender.layer, within)
-            total = total + (attn + mlp)[:, -1].float()
-            if within: heard = heard + attn + mlp
+            total = total.to(attn.device) + (attn + mlp)[:, -1].float()
+            if within: heard = heard.to(attn.device) + attn + mlp
         out.append(total)
         tracer.stop()
     return out[0]
@@ -203,16 +203,17 @@ def carried(
 # %% ../nbs/12_path_patching.ipynb #a2f24e51
 def _listen(lm, l, clean, heard, cols, mlp_added, here, within):
     "Inside a trace: run layer `l` on the clean stream plus `heard`; what its receiving heads and MLP then add differently [b, s, d] each"
+    heard, resid = heard.to(clean.attn[l].device), clean.resid[l].to(clean.attn[l].device) # a layer may have a device of its own
     from_heads = from_mlp = torch.zeros_like(heard)
     if cols is None or here: lm.attn(l).skip((clean.attn[l], None))
     else:
-        lm.layer(l).input = clean.resid[l] + heard
+        lm.layer(l).input = resid + heard
         z = clean.z[l].clone()
         z[..., cols] = lm.o_proj(l).input[..., cols]
         lm.o_proj(l).input = z
         from_heads = lm.attn_add(l).output * lm.add_factor - clean.attn[l]
     if mlp_added is not None:
-        before = clean.resid[l] if lm.parallel else clean.resid[l] + clean.attn[l]
+        before = resid if lm.parallel else resid + clean.attn[l]
         lm.show_mlp(l, before + heard + (from_heads if within and not lm.parallel else 0))
         from_mlp = lm.mlp_add(l).output * lm.add_factor - mlp_added
     else: lm.mlp(l).skip(clean.mlp[l])
@@ -231,7 +232,7 @@ def from_residual(
     out = []
     with torch.no_grad(), lm.nn.trace(batch, logits_to_keep=1, **_copy(past)) as tracer:
         for l in range(layer): lm.layer(l).skip(clean.resid[l + 1])
-        lm.layer(layer).input = clean.resid[layer] + delta
+        lm.layer(layer).input = clean.resid[layer] + delta.to(clean.resid[layer].device)
         out.append(lm.layer(lm.n_layers - 1).output[:, -1].float() - clean.resid[-1][:, -1].float())
         tracer.stop()
     return out[0]
@@ -262,7 +263,8 @@ def through(
             delta = sent(lm, clean, other, c)
             if receiver == "components": change.append(carried(lm, batch, clean, delta, c, receivers, within, past))
             else: change.append(from_residual(lm, batch, clean, delta, first, past) if c.layer < first else torch.zeros_like(delta[:, -1]))
-        patched = answer_logits(lm, clean.resid[-1][:, -1:].float() + torch.stack(change, 1), answers)
+        change = torch.stack([x.to(clean.resid[-1].device) for x in change], 1)
+        patched = answer_logits(lm, clean.resid[-1][:, -1:].float() + change, answers)
         rows |= dict(zip(ids, zip(read(clean.logits, answers)[0], read(other.logits, answers)[0], patched)))
     config = {"receivers": [str(c) for c in receivers], "receiver": receiver, "within": within, "seed": seed, "min_gap": min_gap,
               "n_dropped": len(facts) - len(cases)}

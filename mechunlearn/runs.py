@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['REFUSALS', 'MEMORY', 'FULL', 'stage_notebook', 'Failed', 'explain', 'out_of_memory_kills', 'execute', 'artefacts',
-           'noted', 'stage_done', 'run_job', 'parts', 'run_part', 'gpus', 'isolated', 'start', 'kill', 'outcome',
-           'lock', 'drop_edits', 'want_edits', 'run_batch']
+           'noted', 'stage_done', 'run_job', 'parts', 'run_part', 'gpus', 'workers_for', 'gpus_of', 'isolated',
+           'prepare', 'words', 'surroundings', 'start', 'kill', 'outcome', 'clear_up', 'lock', 'drop_edits',
+           'want_edits', 'run_batch']
 
 # %% ../nbs/40_runs.ipynb #400002
 import fcntl, json, os, re, subprocess, sys, threading, time
@@ -13,7 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 import psutil
 from pydantic import ValidationError
-from . import store
+from . import cluster, store
 from .grids import ATTACKS, MAPS, STANDARD, Job, Stage, find_notebook, unwritable, writable
 from .progress import Part, View, first_seed
 from .store import Broken, Refusal, read_json, write_json
@@ -197,17 +198,27 @@ def parts(
     job:Job, # a job
     split:bool, # by localization
     stages=None, # what to do; default: the job's
+    by_seed:bool=False, # and by seed
 ) -> list[Part]: # in an order in which they can run
     "The processes of a job"
     stages = job.stages if stages is None else stages
     maps, edits = ([s for s in stages if (s in MAPS) == early] for early in (True, False))
-    if not (split and edits and len(job.localizations) > 1): return [Part(job=job, label="all", stages=stages)]
+    if not (split and edits and len(job.localizations)*(len(job.seeds) if by_seed else 1) > 1): return [Part(job=job, label="all", stages=stages)]
     only = lambda names: job.model_copy(update={"localizations": names})
     first = [Part(job=job, label="maps", stages=maps)] if maps else []
     attacks = [s for s in edits if s in ATTACKS]
     if attacks: first.append(Part(job=only([]), label="none", stages=attacks, after=[p.label for p in first]))
-    each = [Part(job=only([l]), label=l, stages=edits, after=[p.label for p in first]) for l in job.localizations]
+    before = [p.label for p in first]
+    each = [Part(job=only([l]), label=l, stages=edits, after=before) for l in job.localizations]
+    if by_seed: each = [p for l in job.localizations for p in _seeds_of(job, l, edits, before)]
     return [*first, *each, Part(job=job, label="all", stages=stages, after=[p.label for p in [*first, *each]])]
+
+# %% ../nbs/40_runs.ipynb #40e0002
+def _seeds_of(job, name, stages, before):
+    "Parts of one localization, one a seed"
+    one = lambda seeds, after: Part(job=job.model_copy(update={"localizations": [name], "seeds": seeds}), label=f"{name}-seed{seeds[-1]}", stages=stages, after=after)
+    head, *others = job.seeds
+    return [one([head], before), *(one([head, s], [*before, f"{name}-seed{head}"]) for s in others)]
 
 # %% ../nbs/40_runs.ipynb #400051
 def _end_with_parent(interval=.5):
@@ -243,6 +254,26 @@ def gpus() -> list[str]: # ids for CUDA_VISIBLE_DEVICES
     except OSError: return []
     return re.findall(r"^GPU (\d+)", listed, re.M)
 
+# %% ../nbs/40_runs.ipynb #40e0005
+def workers_for(
+    jobs:list[Job], # what to do
+) -> int: # workers
+    "One worker a GPU; one alone where a model is spread over them, or the job names its device"
+    own = any(j.settings.get("device_map") or j.settings.get("device", "cuda") != "cuda" for j in jobs)
+    return 1 if own else max(1, len(gpus()))
+
+# %% ../nbs/40_runs.ipynb #40e0006
+def gpus_of(
+    job:Job, # of a part
+    slot:int, # number of the worker
+    workers:int, # how many share the machine
+) -> str|None: # for CUDA_VISIBLE_DEVICES; none: it stays as it is
+    "The GPUs of a worker"
+    there = gpus()
+    if not there or workers == 1 or re.fullmatch(r"cuda:\d+", str(job.settings.get("device_map") or job.settings.get("device"))): return None
+    if job.settings.get("device_map"): return ",".join(there[slot::workers] or [there[slot % len(there)]])
+    return there[slot % len(there)]
+
 # %% ../nbs/40_runs.ipynb #40005302
 def _paths():
     "PYTHONPATH without empty entries, which would be the working folder"
@@ -267,24 +298,44 @@ def isolated(
     own = {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "JUPYTER_PREFER_ENV_PATH": "1"} # this kernel, not the home's
     return kept | _paths() | _homes(Path(folder).absolute()) | own
 
+# %% ../nbs/40_runs.ipynb #40e0010
+def prepare(
+    part:Part, # what to do
+):
+    "Write down what a part is to do, and forget how it went before"
+    part.dir.mkdir(parents=True, exist_ok=True)
+    for old in ("steps.jsonl", "bar.json", "outcome.json"): store.remove(part.dir/old)
+    write_json(part.dir/"job.json", part.model_dump(mode="json"))
+
+# %% ../nbs/40_runs.ipynb #40e0011
+def words(
+    part:Part, # that was prepared
+) -> list[str]: # a command
+    "The process of a part"
+    return [sys.executable, "-P", "-m", "mechunlearn.cli", "_job", str(part.dir/"job.json")]
+
+# %% ../nbs/40_runs.ipynb #40e0012
+def surroundings(
+    part:Part, # a part
+    cores:int, # that it may use
+) -> dict: # environment variables
+    "The environment of a part's process, with its threads"
+    threads = str(min(cores, store.threads() or cores))
+    return isolated(part.dir) | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+
 # %% ../nbs/40_runs.ipynb #400054
 def start(
     part:Part, # what to do
     slot:int, # number of the worker
     workers:int, # how many share the machine
 ) -> subprocess.Popen: # the running process
-    "Start the process of a part with its share of cores and its GPU"
-    part.dir.mkdir(parents=True, exist_ok=True)
-    for old in ("steps.jsonl", "bar.json", "outcome.json"): store.remove(part.dir/old)
-    write_json(part.dir/"job.json", part.model_dump(mode="json"))
+    "Start the process of a part with its share of cores and its GPUs"
+    prepare(part)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    share, devices = max(1, cores//workers), gpus()
-    threads = str(min(share, store.threads() or share))
-    env = isolated(part.dir) | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-    if devices and workers > 1: env["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]
-    words = [sys.executable, "-P", "-m", "mechunlearn.cli", "_job", str(part.dir/"job.json")]
+    env, devices = surroundings(part, max(1, cores//workers)), gpus_of(part.job, slot, workers)
+    if devices: env["CUDA_VISIBLE_DEVICES"] = devices
     with open(part.dir/"log.txt", "w") as log:
-        return subprocess.Popen(words, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(words(part), env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
 
 # %% ../nbs/40_runs.ipynb #400055
 def kill(
@@ -300,14 +351,16 @@ def kill(
 def outcome(
     part:Part, # a part whose process has ended
     code:int, # its return code
+    log:Path|None=None, # what it printed; default: its log.txt
 ) -> dict: # state, why, notebook, ...
     "How a part ended, also if it could not say so itself"
     with suppress(Broken):
         if said := read_json(part.dir/"outcome.json", dict): return said
-    tail = (part.dir/"log.txt").read_text(errors="replace").strip().splitlines()[-1:]
+    log = log or part.dir/"log.txt"
+    tail = log.read_text(errors="replace").strip().splitlines()[-1:]
     killed = f"killed by signal {-code}" + (" (by somebody, or by the system for want of memory)" if code == -9 else "")
     why = killed if code < 0 else "".join(tail) or f"exit code {code}"
-    return {"state": "failed", "why": why, "notebook": str(part.dir/"log.txt")}
+    return {"state": "failed", "why": why, "notebook": str(log)}
 
 # %% ../nbs/40_runs.ipynb #40005701b
 def _in_use(tmp):
@@ -315,6 +368,23 @@ def _in_use(tmp):
     process = re.search(r"\.(\d+)(-\w+)?\.tmp$", tmp.name)
     with suppress(psutil.Error, OSError): return bool(process) and psutil.Process(int(process[1])).create_time() <= tmp.stat().st_mtime
     return False
+
+# %% ../nbs/40_runs.ipynb #40e0013
+def clear_up(
+    root:Path, # a run folder
+):
+    "Remove the temporary files of processes that are gone"
+    for tmp in root.rglob(".*.tmp"):
+        if not _in_use(tmp): tmp.unlink(missing_ok=True)
+
+# %% ../nbs/40_runs.ipynb #40e0014
+def _not_in_queue(root):
+    "Refuse a run that SLURM has jobs of; where there is no SLURM, the lock alone decides"
+    try: jobs = [part for part, q in cluster.jobs_of(root).items() if q.alive]
+    except Refusal: return
+    if not jobs: return
+    numbers = ", ".join(cluster.recorded(root)[part]["number"] for part in jobs[:5]) + ", ..."*(len(jobs) > 5)
+    raise Refusal(f"{len(jobs)} jobs of {root} are in SLURM's queue ({numbers}): wait for them, or scancel them")
 
 # %% ../nbs/40_runs.ipynb #400058
 @contextmanager
@@ -325,11 +395,11 @@ def lock(
     root = Path(run_dir)
     writable(root)
     root.mkdir(parents=True, exist_ok=True)
+    _not_in_queue(root)
     with open(root/".lock", "a+") as f:
         try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError: raise Refusal(f"another command is at work in {run_dir}: wait for it, or choose another --out") from None
-        for tmp in root.rglob(".*.tmp"):
-            if not _in_use(tmp): tmp.unlink(missing_ok=True)
+        clear_up(root)
         yield
 
 # %% ../nbs/40_runs.ipynb #400067a
@@ -409,7 +479,7 @@ def run_batch(
     for f in folders: writable(f)
     todo = [p for j in jobs for p in parts(j, workers > len(jobs), stages)]
     with ExitStack() as held:
-        for j in jobs: held.enter_context(lock(j.run_dir)); _keep_first_seed(j)
+        for j in jobs: held.enter_context(lock(j.run_dir)); _keep_first_seed(j); cluster.forget(j.run_dir)
         for j in jobs:
             if j.keep_edits: want_edits(j)
         ended = _schedule(todo, workers, held.enter_context(View(quiet)))
