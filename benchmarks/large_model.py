@@ -7,7 +7,7 @@ allocated on the card), tokens and tokens_per_s (read by the model, padding incl
 `step/...` is a step of localized fine-tuning of the MLPs of five early layers on 64 facts, 48 retained ones and 8 texts: AdamW or bitsandbytes' 8-bit states, with blocks computed twice or not, and with everything else in nf4;
 `estimate_gb` is what the dry run says, `asked_gb` what it must stay below. The words are the organism's: the prompts are as long as real ones, what they say does not matter to the clock.
 """
-import argparse, json, time
+import argparse, gc, json, time
 from pathlib import Path
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
@@ -96,7 +96,9 @@ def stages(lm, task, tflops):
     measure(lm, "causal-tracing", lambda: run_tracing(lm, draw, None, ["causal-tracing-mlps"], [0]), tflops)
 
 
-def steps(lm, task, where, tflops, n=4):
+def steps(held, task, where, tflops, n=4):
+    "`held` gives the model away: once the rest is quantized nothing may hold the old matrices"
+    lm = held.pop()
     rows = next(F.draws(F.training_rows(lm, task), dict(forget=64, retain=48, text=8), 1, 0))
     def one(name, lm, asked, quantize=None, **how):
         train = lambda k: F.finetune(lm, task, where, lr=1e-5, steps=k, progress=False, **how)
@@ -107,7 +109,9 @@ def steps(lm, task, where, tflops, n=4):
     one("adamw-8bit/checkpoint", lm, 40., optimizer="adamw-8bit", checkpoint=True)
     one("adamw-8bit/packed+remembered", lm, 40., optimizer="adamw-8bit", packed=True, remember=True)
     small = rest_quantized(lm, where.slices)
-    torch.cuda.empty_cache() if lm.device.type == "cuda" else None
+    del lm
+    gc.collect()
+    torch.cuda.empty_cache() if small.device.type == "cuda" else None
     one("adamw-8bit/nf4 rest", small, 24., "4bit", optimizer="adamw-8bit")
     one("adamw-8bit/nf4 rest/checkpoint", small, 24., "4bit", optimizer="adamw-8bit", checkpoint=True)
 
@@ -123,5 +127,7 @@ if __name__ == "__main__":
     where = build(lm, "hand@first", [Component("mlp", l) for l in range(2, min(7, lm.n_layers))])
     say(name="machine", device=torch.cuda.get_device_name() if a.device == "cuda" else a.device, torch=torch.__version__, model=lm.name, parameters=lm.hf.num_parameters(), dtype="bfloat16", facts=a.facts, tflop_per_s=tflops)
     if "stages" in a.only: stages(lm, task, tflops)
-    if "steps" in a.only: steps(lm, make_task("sports-athlete-editing", load("organism", device="cpu"), forget_size=64), where, tflops)
+    held = [lm]
+    del lm
+    if "steps" in a.only: steps(held, make_task("sports-athlete-editing", load("organism", device="cpu"), forget_size=64), where, tflops)
     if a.name: (Path(__file__).parent/"results"/f"{a.name}.jsonl").write_text("".join(json.dumps(l) + "\n" for l in LINES))

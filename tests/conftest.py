@@ -1,5 +1,6 @@
 "Tiny random models of every family, with a tokenizer that knows the words of the packaged world."
-import json, re
+import json, os, re
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "") # tests are about what is computed, on any machine; name a card to try them there
 import pytest, real, torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import (AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, GemmaConfig, GemmaForCausalLM, GPT2Config, GPT2LMHeadModel,
