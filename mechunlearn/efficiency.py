@@ -53,21 +53,21 @@ KEPT = ["localization", "line", "size", "seed", "asked", "measure", "value", "ci
 
 def efficiency(
     run_dir, # of a grid such as configs/efficiency.yaml
-) -> pd.DataFrame: # KEPT; seed -1: pooled; worst cases are counted from guessing; difference and p_holm: from fine-tuning at FLU
+) -> pd.DataFrame: # KEPT; seed -1: pooled; worst cases are counted from guessing, which is 0; difference and p_holm: from fine-tuning at FLU
     "What every edit of a run does, by its size"
     f, size = find(run_dir), edit_sizes(run_dir)
     if not size or f.card.empty: raise Refusal(f"{run_dir} holds no edit that was asked anything yet: run the grid first")
     asked = [column_rows(f.metrics, c, m).assign(asked=c) for c in ASKED for m in ("top1", "prob")]
     card = with_power(f.card)[lambda d: d.attack.isin(TRIED) & (d.power != 0)].assign(measure="top1").rename(columns={"attack": "asked"})
     worst = card.asked == WORST
-    card = card.assign(**{c: card[e].where(worst, card[c]) for c, e in {"value": "excess", "ci_low": "excess_low", "ci_high": "excess_high"}.items()})
+    card = card.assign(**{c: card[e].clip(lower=0).where(worst, card[c]) for c, e in {"value": "excess", "ci_low": "excess_low", "ci_high": "excess_high"}.items()})
     out = pd.concat([*asked, card], ignore_index=True)
     out = out.assign(line=out.localization.map(line_of), size=out.localization.map(family).map(size).fillna(0).astype(int))
     return out.reindex(columns=KEPT).sort_values(["line", "size", "asked", "seed"], ignore_index=True)
 
 # %% ../nbs/64_parameter_efficiency.ipynb #640020
 PANELS = {"edit": "edit answers given", "multiple choice": "old answers in multiple choice", "half retaught": "old answers, half retaught",
-    WORST: "old answers, worst case, beyond guessing", "same subject": "other facts about the same people", "maintain": "retained facts"}
+    WORST: "worst case, beyond guessing", "same subject": "other facts about the same people", "maintain": "retained facts"}
 SHADES = {"": "#0072B2", "lora": "#56B4E9", "mask": "#003F6B"} # at the lookup, by editor
 
 def _line_look(line):
@@ -103,7 +103,7 @@ def _draw_line(ax, line, rows):
     "Pooled values with intervals, and a dot a seed"
     l, pooled = _line_look(line), rows[rows.seed == -1].sort_values("size")
     ax.errorbar(pooled["size"], pooled.value, [pooled.value - pooled.ci_low, pooled.ci_high - pooled.value], fmt="none", ecolor=l["color"], elinewidth=.8, alpha=.5)
-    ax.plot(pooled["size"], pooled.value, ms=5, lw=1.3, mec="white", mew=.4, label=line, **l)
+    ax.plot(pooled["size"], pooled.value, ms=6 if l["marker"] != "*" else 9, lw=1.3, mec="white", mew=.4, label=line, **l)
     ax.scatter(rows[rows.seed >= 0]["size"], rows[rows.seed >= 0].value, s=6, color=l["color"], alpha=.35, lw=0)
 
 # %% ../nbs/64_parameter_efficiency.ipynb #640023
