@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import Normal, Stroke
 from matplotlib.transforms import Bbox
 from scipy.optimize import isotonic_regression
-from .stats import edited_by, family
+from .stats import edited_by, family, said_size
 
 # %% ../nbs/07_figures.ipynb #410005
 _S, _M = ("o", "-"), ("s", (0, (4, 1.5)))
@@ -58,7 +58,7 @@ def ordered(
     rank = {n: i for i, n in enumerate(LOOKS)}
     def place(name):
         editor, where = edited_by(name)
-        return editor != "", rank.get(family(where), len(rank)), name
+        return editor != "", rank.get(family(where), len(rank)), editor, said_size(name) or 0, name
     return sorted(set(names), key=place)
 
 # %% ../nbs/07_figures.ipynb #410012

@@ -223,14 +223,14 @@ def _editors(given):
     "Refuse editors that do not exist, and settings that they do not have, or cannot have"
     from mechunlearn.editors import EDITORS
     from mechunlearn.masking import learn_mask
-    from mechunlearn.stats import BY_EDITORS
-    for name, how in given.items():
-        store.choose(name, BY_EDITORS, "editor")
+    from mechunlearn.stats import BY_EDITORS, sized
+    for named, how in given.items():
+        name = store.choose(sized(named.partition("@")[0])[0], BY_EDITORS, "editor")
         has = get_type_hints(learn_mask) | {"k": Annotated[int, Field(ge=1)]} if name == "mask" else get_type_hints(EDITORS[name])
         for odd in ("lm", "task", "where", "seed", "progress", "text", "return"): has.pop(odd, None)
         for option, value in how.items():
             try: TypeAdapter(has[store.choose(option, sorted(has), f"setting of {name}")]).validate_python(value)
-            except ValidationError as e: raise Refusal(f"editors.{name}.{option}: {e.errors()[0]['msg'].lower()}") from None
+            except ValidationError as e: raise Refusal(f"editors.{named}.{option}: {e.errors()[0]['msg'].lower()}") from None
     return given
 
 # %% ../nbs/38_grids.ipynb #400016
@@ -271,7 +271,7 @@ class Settings(BaseModel, extra="forbid"):
     beta: Real|None = Field(None, gt=0) # of npo, simnpo and dpo
     l1: Real|None = Field(None, ge=0) # weight of the L1 norm of the change of the weights
     preferred: str|None = Field(None, min_length=1, max_length=200) # answer that idk and dpo prefer, or "edit"
-    editors: Annotated[dict[str, dict], AfterValidator(_editors)] = {} # of edits such as memit@flu: settings of each editor; of mask@..., k
+    editors: Annotated[dict[str, dict], AfterValidator(_editors)] = {} # of edits such as memit@flu: settings of each editor (memit), size (lora-4) or place (mask@late); of mask@..., k
     max_facts: Evaluated|None = None # facts of a group, or group/format, that are evaluated
     relearning: Relearning = Relearning()
     latents: Latents = Latents()
@@ -493,11 +493,12 @@ def _check_seeds(seeds):
 # %% ../nbs/38_grids.ipynb #38e0002
 def _check_editor(job, name):
     "Refuse an editor where it cannot be"
-    from mechunlearn.stats import edited_by
+    from mechunlearn.stats import edited_by, said_size
     editor, place = edited_by(name)
     if not editor: return
     if job.task == "sequential-counterfact-editing": raise Refusal(f"{name}: {editor} edits all facts at once, and those of {job.task} come in parts")
-    if editor == "mask" and "k" not in job.settings.get("editors", {}).get("mask", {}): raise Refusal(f"{name} needs a number of weights: --set editors.mask.k=8000")
+    if editor == "mask" and not said_size(name) and "k" not in job.settings.get("editors", {}).get("mask", {}):
+        raise Refusal(f"{name} needs a number of weights: mask-8000@{place}, or --set editors.mask.k=8000")
     if how := job.settings.get("quantize"): raise Refusal(f"{name}: {editor} cannot edit a quantized model; leave out quantize={how}, or fine-tune: {place}")
     if job.settings.get("loss"): raise Refusal(f"{name}: {editor} has a loss of its own; leave out loss={job.settings['loss']}")
 
@@ -520,7 +521,7 @@ def check_job(
     here:bool=True, # it will be done on this machine
 ):
     "Refuse names that do not exist, task options out of range and unusable models, without loading a model"
-    from mechunlearn.localization import by_hand
+    from mechunlearn.localization import by_hand_in_part
     from mechunlearn.models import locate
     from mechunlearn.stats import edited_by
     from mechunlearn.tasks import make_task, of_own
@@ -533,7 +534,7 @@ def check_job(
     if set(job.settings.get("capabilities", {}).get("names", ())) - {"atlas"} and not find_spec("lm_eval"):
         raise Refusal("benchmarks need the package lm-eval: pip install mechunlearn[capability]")
     if job.settings.get("family") or job.settings.get("chat"): skeleton(job)
-    for name in (p for _, p in map(edited_by, job.localizations) if p.startswith("hand@")): by_hand(skeleton(job), name.removeprefix("hand@"))
+    for name in (p for _, p in map(edited_by, job.localizations) if p.startswith("hand@")): by_hand_in_part(skeleton(job), name.removeprefix("hand@"))
     make_task(job.task, skeleton(job) if of_own(job.task, job.options) else None, **job.options, seed=job.seeds[0])
 
 # %% ../nbs/38_grids.ipynb #400090
@@ -543,14 +544,14 @@ def trained(
     name:str, # a localization, with its draw
 ) -> tuple[int, bool]: # parameters; False if that is only an upper bound
     "How many parameters a localization trains, as far as it is known before a run"
-    from mechunlearn.localization import FIXED, Evidence, build, by_hand
+    from mechunlearn.localization import FIXED, Evidence, build, by_hand_in_part
     from mechunlearn.stats import edited_by
     budget = job.settings.get("budget")
     made = Path(job.run_dir)/"localizations"/f"{store.plain_name(name, 'localization')}.json"
     with suppress(Broken, KeyError, TypeError): return sum(read_json(made, dict)["sizes"]), True
     name = edited_by(name)[1]
     if name.startswith("edited@"): return 0, True
-    if name.startswith("hand@"): return build(lm, name, by_hand(lm, name.removeprefix("hand@"))).n_params, True
+    if name.startswith("hand@"): return build(lm, name, *by_hand_in_part(lm, name.removeprefix("hand@"))).n_params, True
     size = lambda fixed: build(lm, name, FIXED[fixed](Evidence(lm, None))).n_params
     if name in ("late", "all-mlps", "nonlocalized"): return size(name), True
     if name in ("extraction", "flu-with-attention"): return size("nonlocalized"), False

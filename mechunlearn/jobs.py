@@ -18,7 +18,7 @@ from .finetuning import FILES, Diverged, Edit, edit_of, finetune, load_edit, rat
 from .localization import Localization, localize_all
 from .masking import learn_mask
 from .models import LM
-from .stats import edited_by, family
+from .stats import SIZED, edited_by, family, said_size
 from .store import Refusal, Run, Unavailable, load_table, make, note, state
 
 # %% ../nbs/24_jobs.ipynb #200064
@@ -40,7 +40,10 @@ class Job:
     @property
     def folder(self) -> Path|None: return self.run.edit_dir(self.name, self.task.seed) if self.run else None # none: nothing is written
     @property
-    def editing(self) -> dict: return self.training.get("editors", {}).get(self.editor, {}) # settings of the editor
+    def editing(self) -> dict: # settings of the editor, then those for its size, its place, and both
+        given, (own, _, place), size = self.training.get("editors", {}), family(self.name).partition("@"), said_size(self.name)
+        names = dict.fromkeys([self.editor, own, f"{self.editor}@{place}", f"{own}@{place}"])
+        return {k: v for n in names for k, v in given.get(n, {}).items()} | ({SIZED[self.editor]: size} if size else {})
     def path(self, file) -> Path|None: return self.folder and self.folder/file
 
 # %% ../nbs/24_jobs.ipynb #200065
@@ -69,7 +72,7 @@ def made_by(
 ) -> Edit: # named after editor and place
     "An edit that is not a fine-tuning"
     if editor == "mask":
-        if "k" not in how: raise Refusal("mask@... needs a number of weights: --set editors.mask.k=8000")
+        if "k" not in how: raise Refusal("mask@... needs a number of weights: mask-8000@..., or --set editors.mask.k=8000")
         edit = learn_mask(lm, task, where, **{n: v for n, v in how.items() if n != "k"}).edit(lm, how["k"])
     else:
         if "aim" in how: how["aim"] = (ROME if editor == "rome" else MEMIT)._replace(**how["aim"])
@@ -82,6 +85,7 @@ def by_editor(self:Job) -> Edit:
     "The edit of an editor, saved if there is a folder"
     where = self.where.model_copy(update=dict(name=edited_by(self.name)[1]))
     edit = made_by(self.editor, self.lm, self.task, where, **self.editing)
+    edit.localization = edit.localization.model_copy(update=dict(name=self.name))
     if self.folder: edit.save(self.folder, self.causes())
     return edit
 

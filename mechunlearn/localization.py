@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['PUBLISHED', 'FIXED', 'RANKED', 'PER_FACT', 'METHODS', 'Part', 'Localization', 'neuron_size', 'describe', 'overlap',
            'build', 'fill', 'overshoot', 'units', 'by_score', 'at_random', 'EmptyFLU', 'Evidence', 'published',
-           'by_hand', 'late', 'Ranked', 'split_name', 'localizations_for', 'atoms', 'joined', 'localize',
-           'localize_all', 'compare', 'trained', 'plot_localizations', 'say_localizations', 'say_shared', 'mechanisms',
-           'mechanism_table', 'plot_mechanisms', 'mlp_shares', 'agreement', 'subject_removal', 'removal_windows',
-           'plot_lookup', 'say_lookup', 'run_removal', 'chosen_by_fact', 'localize_each', 'tracing_of', 'control_draws',
-           'run_localization', 'layer_table', 'layer_text']
+           'by_hand', 'by_hand_in_part', 'late', 'Ranked', 'split_name', 'localizations_for', 'atoms', 'joined',
+           'localize', 'localize_all', 'compare', 'trained', 'plot_localizations', 'say_localizations', 'say_shared',
+           'mechanisms', 'mechanism_table', 'plot_mechanisms', 'mlp_shares', 'agreement', 'subject_removal',
+           'removal_windows', 'plot_lookup', 'say_lookup', 'run_removal', 'chosen_by_fact', 'localize_each',
+           'tracing_of', 'control_draws', 'run_localization', 'layer_table', 'layer_text']
 
 # %% ../nbs/13_localization.ipynb #130002
 import random, re
@@ -331,6 +331,20 @@ def by_hand(
         wanted |= set(found)
     return [c for c in components(lm) if c in wanted]
 
+# %% ../nbs/13_localization.ipynb #13eff002
+def by_hand_in_part(
+    lm:LM, # model
+    text:str, # as of `by_hand`; its last part may be neurons, 'mlp.2+mlp.3:17'
+) -> tuple[list[Component], tuple[int, int]|None]: # whole components; (layer, n): n neurons of one more MLP
+    "What a user names, to the neuron"
+    *rest, last = text.split("+")
+    m = re.fullmatch(r"mlp\.(\d+):(\d{1,9})", last.strip())
+    if not m: return by_hand(lm, text), None
+    mlp, n = by_hand(lm, f"mlp.{m[1]}")[0], int(m[2])
+    whole = by_hand(lm, "+".join(rest)) if rest else []
+    if mlp in whole or not 1 <= n <= lm.d_mlp: raise Refusal(f"{last!r}: give 1 to {lm.d_mlp} neurons of an MLP that is not whole already")
+    return whole, (mlp.layer, n)
+
 # %% ../nbs/13_localization.ipynb #130026
 def late(lm:LM) -> list[Component]: # MLPs and heads
     "Components of the last third: layers >= ceil(2L/3)"
@@ -367,7 +381,7 @@ RANKED = {
 
 # %% ../nbs/13_localization.ipynb #130029
 def split_name(
-    name:str, # 'flu', 'random-mlps', 'random-mlps#2', 'hand@mlp.2-5', 'memit@flu', or 'edited@...' for a model edited elsewhere
+    name:str, # 'flu', 'random-mlps', 'random-mlps#2', 'hand@mlp.2-5', 'memit@flu', 'mask-2000@flu', or 'edited@...' for a model edited elsewhere
     task:Task|None=None, # decides what `flu` is
     draw:int=0, # draw of a random one without '#'
 ) -> tuple[str, str, int|None]: # name to show, method, draw; Refusal for an unknown name
@@ -375,7 +389,7 @@ def split_name(
     editor, place = edited_by(name)
     if editor:
         shown, method, draw = split_name(place, task, draw)
-        return f"{editor}@{shown}", method, draw
+        return f"{name.partition('@')[0]}@{shown}", method, draw
     if name.startswith("hand@"): return name, "hand", None
     if name.startswith("edited@"): return name, "edited", None
     base, sign, number = name.partition("#")
@@ -407,9 +421,9 @@ def _choose(evidence, name, draw, budget, paper_budget):
     if method == "edited": raise Refusal(f"{name} was edited elsewhere: there is nothing to choose or to train")
     fields = {"draw": draw, "config": {"method": method, "paper_budget": paper_budget}}
     if method in FIXED or method == "hand":
-        comps = by_hand(lm, edited_by(name)[1].removeprefix("hand@")) if method == "hand" else FIXED[method](evidence)
+        comps, part = by_hand_in_part(lm, edited_by(name)[1].removeprefix("hand@")) if method == "hand" else (FIXED[method](evidence), None)
         if method in ("flu-probe", "flu-path", "flu@published"): fields["budget"] = budget or build(lm, label, comps).n_params
-        return build(lm, label, comps, **fields)
+        return build(lm, label, comps, part, **fields)
     r, budget = RANKED[method], budget or build(lm, "flu", evidence.flu()).n_params
     ranking = r.order(evidence, units(lm, r.kinds, paper_budget), method, draw)
     room = build(lm, label, [c for u in ranking for c in u]).n_params

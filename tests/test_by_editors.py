@@ -3,12 +3,12 @@ import pytest, torch
 from mechunlearn.editors import EDITORS
 from mechunlearn.facts import sports_athlete_editing
 from mechunlearn.figures import LOOKS, MARKS, look, ordered
-from mechunlearn.finetuning import fingerprint, load_edit, missing_rates
+from mechunlearn.finetuning import fingerprint, load_edit, missing_rates, parse_slice, place
 from mechunlearn.grids import check_job, make_job
 from mechunlearn.jobs import edit_jobs, made_by, run_finetuning
 from mechunlearn.localization import localizations_for, split_name
 from mechunlearn.metrics import opponent
-from mechunlearn.stats import BY_EDITORS, edited_by
+from mechunlearn.stats import BY_EDITORS, edited_by, said_size, sized
 from mechunlearn.store import Refusal, Run
 
 QUICK = {"rome": dict(n_contexts=1, aim=dict(steps=2, lr=.1)), "memit": dict(n_contexts=1, weight=10., aim=dict(steps=2, lr=.1)),
@@ -31,6 +31,32 @@ def test_names():
     assert localizations_for(["mask@random", "flu"], 2) == ["mask@random#0", "mask@random#1", "flu"]
     with pytest.raises(Refusal, match="unknown localization 'fluu'"): split_name("memit@fluu")
     assert missing_rates("nobody/model", "sports-athlete-editing", 4, ["memit@flu", "flu"]).keys() == {"flu"}
+
+
+def test_a_name_may_say_a_size():
+    assert sized("mask-2000") == ("mask", 2000) and sized("lora-4") == ("lora", 4)
+    for other in ("mask", "mask-", "mask-0", "mask-02", "mask-x", "mask-2-3", "rome-3", "mask-" + "9"*13): assert sized(other) == (other, None)
+    assert edited_by("mask-2000@random#1") == ("mask", "random#1") and said_size("mask-2000@flu") == 2000
+    assert said_size("mask@flu") is None and said_size("hand@mlp.1:4") is None and edited_by("rome-3@flu") == ("", "rome-3@flu")
+    assert split_name("mask-50@random-mlps", draw=2) == ("mask-50@random-mlps#2", "random-mlps", 2)
+    with pytest.raises(Refusal, match="unknown localization 'rome-3@flu'"): split_name("rome-3@flu")
+    assert ordered(["mask-32000@flu", "mask-500@flu", "lora-64@flu", "lora-4@flu", "mask-2000@flu"]) == ["lora-4@flu", "lora-64@flu", "mask-500@flu", "mask-2000@flu", "mask-32000@flu"]
+
+
+def test_sizes_of_one_editor_are_jobs_of_their_own(tiny, tmp_path):
+    lm = tiny("llama")
+    run = Run(tmp_path, "tiny", lm.revision, "t", {})
+    editors = QUICK | {"lora": QUICK["lora"] | dict(rank=3), "lora-2": dict(lr=3e-3), "lora@hand@mlp.1": dict(alpha=4.), "lora-2@hand@mlp.1": dict(steps=1)}
+    masks = edit_jobs(lm, task_of(lm), run, ["mask-5@hand@mlp.1", "mask@hand@mlp.1"], (0,), editors=editors)
+    assert [j.editing["k"] for j in masks] == [5, 7]
+    for job in masks:
+        edit = job.edit()
+        changed = sum(int((v != place(lm, parse_slice(k))).sum()) for k, v in edit.values.items())
+        assert edit.localization.name == job.name and changed == job.editing["k"]
+    two, other, usual = edit_jobs(lm, task_of(lm), run, ["lora-2@hand@mlp.1", "lora-2@hand@mlp.2", "lora@hand@mlp.2"], (0,), editors=editors)
+    assert two.editing == QUICK["lora"] | dict(rank=2, lr=3e-3, alpha=4., steps=1)
+    assert other.editing == QUICK["lora"] | dict(rank=2, lr=3e-3) and usual.editing == QUICK["lora"] | dict(rank=3)
+    assert two.edit().config["rank"] == 2 and load_edit(two.folder).localization.name == "lora-2@hand@mlp.1"
 
 
 def test_they_are_drawn_in_the_colour_of_their_place_after_the_fine_tunings():
@@ -84,6 +110,10 @@ def test_fine_tunings_beside_them_are_what_they_are_alone(tiny):
     ("sports-athlete-editing", ["rome@flu"], {"editors": {"rome": {"aim": {"steps": "x"}}}}, "editors.rome.aim: input should be a valid integer"),
     ("sports-athlete-editing", ["rome@flu"], {"editors": {"rome": {"aim": {"stops": 3}}}}, "editors.rome.aim: extra inputs"),
     ("sports-athlete-editing", ["memit@flu"], {"editors": {"memti": {}}}, "unknown editor 'memti', did you mean 'memit'"),
+    ("sports-athlete-editing", ["mask-5@flu"], {"editors": {"mask-5": {"n": 3}}}, "unknown setting of mask 'n'"),
+    ("sports-athlete-editing", ["lora@flu"], {"editors": {"rome-3": {}}}, "unknown editor 'rome-3'"),
+    ("sports-athlete-editing", ["hand@mlp.1:0"], {}, "give 1 to 384 neurons"),
+    ("sports-athlete-editing", ["hand@mlp.1+mlp.1:3"], {}, "not whole already"),
     ("sports-athlete-editing", ["memit@flu"], {"loss": "npo"}, "has a loss of its own"),
     ("sequential-counterfact-editing", ["memit@flu"], {}, "come in parts")])
 def test_what_cannot_be_is_refused_before_a_model_is_loaded(tmp_path, task, names, settings, why):

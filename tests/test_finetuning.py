@@ -247,7 +247,7 @@ def table(*rows): return pd.DataFrame(rows, columns=["model", "task", "forget_si
 def test_the_committed_table_is_whole():
     t = pd.read_csv(LEARNING_RATES)
     assert not t.duplicated(["model", "task", "forget_size", "localization"]).any() and (t.lr > 0).all() and (t.inject > 0).all() and t.source.notna().all()
-    assert set(t.localization) <= {n for g in RATE_GROUPS for n in g}
+    assert {n for n in t.localization if not n.startswith("hand@")} <= {n for g in RATE_GROUPS for n in g}
 
 
 def test_published_rates():

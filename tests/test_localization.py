@@ -3,7 +3,7 @@ import numpy as np, pandas as pd, pytest, torch
 from plain import every_shape, projections
 from mechunlearn import localization, models, stats
 from mechunlearn.facts import Fact, Task
-from mechunlearn.localization import (EmptyFLU, Evidence, Localization, agreement, at_random, build, by_hand, by_score, chosen_by_fact, compare, control_draws,
+from mechunlearn.localization import (EmptyFLU, Evidence, Localization, agreement, at_random, build, by_hand, by_hand_in_part, by_score, chosen_by_fact, compare, control_draws,
     describe, fill, late, layer_table, layer_text, localizations_for, localize, localize_all, localize_each, mechanism_table, mechanisms, neuron_size,
     overlap, plot_localizations, plot_mechanisms, run_localization, say_localizations, say_shared, split_name, trained,
     subject_removal, tracing_of, units)
@@ -314,6 +314,16 @@ def test_sets_by_hand(lm):
     assert names("head.1.2+head.1.2") == ["head.1.2"] and len(names("head.0-2")) == 12
     l = localize(lm, task(), "hand@mlp.1+head.0.1")
     assert l.name == "hand@mlp.1+head.0.1" and l.components == ("mlp.1", "head.0.1") and not l.matched
+
+def test_neurons_by_hand(lm):
+    l = localize(lm, task(), "hand@mlp.0+mlp.1:5")
+    assert l.components == ("mlp.0",) and l.neurons == (1, 5) and l.n_params == build(lm, "x", by_hand(lm, "mlp.0")).n_params + 5*l.step
+    alone = localize(lm, task(), f"hand@mlp.2:{lm.d_mlp}")
+    assert alone.slices == localize(lm, task(), "hand@mlp.2").slices and alone.components == ()
+    for text in ("mlp.1:0", "mlp.1+mlp.1:2", f"mlp.1:{lm.d_mlp + 1}"):
+        with pytest.raises(Refusal, match="give 1 to .* neurons of an MLP that is not whole already"): by_hand_in_part(lm, text)
+    for text in ("mlp.1:2+mlp.2", "mlp.1-2:3", "head.1:2", "mlp.9:1"):
+        with pytest.raises(Refusal, match="names no components|has 3 layers"): by_hand_in_part(lm, text)
 
 @pytest.mark.parametrize("text", ["", "mlp", "mlp.3", "mlp.1-7", "mlp.2-1", "mlp.1.2", "head.0.4", "attn.1", "mlp.0,mlp.1"])
 def test_sets_by_hand_that_are_not_there_are_refused(tiny, text):
