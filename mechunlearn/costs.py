@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DATA', 'SIZES', 'SHAPES', 'REFERENCE', 'GEMMA', 'ATHLETES', 'UNSPARED', 'ASKED', 'CARDS', 'MEASURED_ON', 'CORES',
-           'LOADING', 'WAYS', 'read_results', 'measured', 'keep_measured', 'Shape', 'shape', 'outline', 'block_weights',
-           'n_facts', 'reading', 'steps_of', 'work', 'Card', 'card_of', 'speeds', 'hours', 'timed_on', 'where_from',
-           'needs', 'way_for', 'lacks', 'fit_table', 'hours_table', 'n_edits', 'screen']
+           'LOADING', 'WAYS', 'read_results', 'measured', 'keep_measured', 'Shape', 'shape', 'here', 'outline',
+           'block_weights', 'n_facts', 'reading', 'steps_of', 'work', 'Card', 'card_of', 'speeds', 'hours', 'timed_on',
+           'where_from', 'needs', 'way_for', 'lacks', 'fit_table', 'hours_table', 'n_edits', 'screen']
 
 # %% ../nbs/63_costs.ipynb #630002
 import json, math, textwrap
@@ -82,15 +82,19 @@ def shape(
     return wrap(hf, read_tokenizer(str(packaged()["organism"])), model, "shape")
 
 # %% ../nbs/63_costs.ipynb #630024
+def here(
+    model:str, # a key of `SHAPES`, a name, a folder or a hub id
+) -> bool: # always true of what is no known shape
+    "Whether the files of a model are on this machine; the hub is not asked"
+    from huggingface_hub import try_to_load_from_cache
+    return model not in SHAPES or isinstance(try_to_load_from_cache(model, "config.json"), str)
+
 def outline(
     job, # a Job
 ): # an LM on the meta device; Refusal if nothing is known of the model
-    "The shape of a job's model: from its files, else as the package knows it"
+    "The shape of a job's model: from its files, or as the package knows it"
     from mechunlearn.grids import skeleton
-    try: return skeleton(job)
-    except Refusal:
-        if job.model in SHAPES: return shape(job.model)
-        raise
+    return skeleton(job) if here(job.model) else shape(job.model)
 
 # %% ../nbs/63_costs.ipynb #630031
 REFERENCE = "real_model-cpu" # products of every stage, counted: Gemma 3 270M, 16 athletes, one seed
@@ -311,21 +315,18 @@ def lacks(
     job, # a Job
 ) -> list[str]: # a line each
     "What a job needs and this machine lacks"
-    from mechunlearn.grids import check_job, skeleton
+    from mechunlearn.grids import check_job
     from mechunlearn.models import locate, snapshot
     from mechunlearn.options import no_rates
     out, found = [], []
-    try:
-        source, name, revision = locate(job.model)
-        skeleton(job)
+    source, _, revision = locate(job.model)
+    if not here(job.model): out.append(f"{job.model}: files and weights; accept the licence at {SHAPES[job.model].licence}, then `hf auth login`")
+    else:
         folder = Path(source) if revision else snapshot(source, job.settings.get("revision"))[0]
         if not any(p.suffix in (".safetensors", ".bin") for p in folder.iterdir()): out.append(f"{job.model}: weights; they are downloaded when it is loaded")
-    except Refusal as e:
-        if job.model not in SHAPES: raise
-        out.append(f"{job.model}: files and weights; accept the licence at {SHAPES[job.model].licence}, then `hf auth login`")
     check_job(job, False, found)
     if not find_spec("bitsandbytes"): found.append("the package bitsandbytes, for optimizers of 8 bits and 4-bit weights: pip install bitsandbytes")
-    if job.localizations and (rates := no_rates(job)): found.append(f"learning rates of {job.model} on {job.task} for {', '.join(rates)}: mechunlearn sweep")
+    if job.localizations and (rates := no_rates(job)): found.append(f"{job.model}: learning rates of {len(rates)} localizations on {job.task}; `mechunlearn sweep` finds them")
     return out + found
 
 # %% ../nbs/63_costs.ipynb #630062
@@ -348,13 +349,13 @@ def fit_table(
 ) -> pd.DataFrame: # model, localizations, trains, GB, take
     "What fits on a card, and how it is trained"
     rows = []
-    for job in {j.model: j for j in reversed(jobs)}.values():
+    for job in {m: next(j for j in jobs if j.model == m) for m in dict.fromkeys(j.model for j in jobs)}.values():
         lm = outline(job)
         lm.hf.bfloat16()
         for (n, exact, where), names in _kinds(job, lm).items():
             way, gb = way_for(lm, where, card)
             said = names[0] + (f" and {len(names) - 1} of its size" if len(names) > 1 else "")
-            split = f"does not fit: {math.ceil(gb/card.gb*1.1)} such cards, --device-map auto"
+            split = f"too large, without activations: {math.ceil(gb*1.1/card.gb)} cards, --device-map auto"
             rows.append((job.model, said, f"{n/1e9:.2f} billion" + ("" if exact else ", as published" if where[1] else " at most"), gb, f"bfloat16, {way}" if way else split))
     return pd.DataFrame(rows, columns=["model", "localizations", "trains", "GB", "take"])
 
@@ -392,7 +393,7 @@ def screen(
     "What fits, how long it takes, what is missing"
     said = f"card: {card.name}" if card else f"no GPU here; about an {MEASURED_ON} (another one: --card)"
     card = card or CARDS[MEASURED_ON]
-    missing = list(dict.fromkeys(line for j in jobs for line in lacks(j)))
+    missing = sorted(dict.fromkeys(line for j in jobs for line in lacks(j)), key=lambda m: "/" not in m.partition(": ")[0])
     fits, took = fit_table(jobs, card), hours_table(jobs, card)
     parts = [said, fits.to_string(index=False, float_format="{:.0f}".format)]
     if len(took): parts += ["", took.to_string(index=False), *textwrap.wrap(where_from(timed_on(outline(jobs[0]), card)), 140)]
