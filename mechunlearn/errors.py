@@ -112,7 +112,7 @@ def page(
     rooms:dict, # page -> section of the site
 ) -> str: # HTML
     "All messages by room, with a field to search in"
-    def _linked(t): return re.sub(r"\[([^]]*)\]\((\w+)\.ipynb\)", r'<a href="\2.html">\1</a>', html.escape(t))
+    def _linked(t): return re.sub(r"\[([^]]*)\]\((?:\d+_)?(\w+)\.ipynb\)", r'<a href="\2.html">\1</a>', html.escape(t))
     code = lambda t: f"<code>{html.escape(t)}</code>"
     rows, order = [], list(dict.fromkeys(rooms.values()))
     table = table.assign(room=table.page.map(lambda p: rooms.get(p, "Reference")))
