@@ -80,7 +80,7 @@ def keys(
         inside = _inner(info.annotation)
         default = "needed" if info.is_required() else "" if info.default is None or inside or info.default == {} else yaml.safe_dump(info.default, default_flow_style=True).replace("\n...", "").strip()
         value = {} if inside and name != "settings" else example(name, info)
-        row = (path + name, "keys below" if inside else type_name(info.annotation), default, comments(model).get(name, ""), f"{path + name}: {yaml.safe_dump(value, default_flow_style=True, width=200)}".replace("\n...", "").strip(), value)
+        row = (path + name, "keys below" if inside else type_name(info.annotation), default, comments(model).get(name, ""), written(path + name, value), value)
         rows.append(row)
         if inside and name != "settings": rows += keys(inside, f"{path}{name}.").itertuples(index=False, name=None)
     return pd.DataFrame(rows, columns=["key", "type", "default", "meaning", "example", "value"])
