@@ -323,8 +323,9 @@ def ready(
     if args.command != "localize" and others != job.localizations and (why := can_train(job.settings)): raise Refusal(why)
     if job.settings.get("edited") and not others:
         raise Refusal("edited: none of the localizations is edited@...; `mechunlearn attack --base A --edited B` asks a model edited elsewhere")
-    args.lacking = lacking = getattr(args, "lacking", []) if args.dry_run else None
-    check_job(job, getattr(args, "engine", "local") == "local", lacking)
+    args.lacking = getattr(args, "lacking", [])
+    noted = {"lacking": args.lacking} if args.dry_run else {}
+    check_job(job, **noted) if getattr(args, "engine", "local") == "local" else check_job(job, here=False, **noted)
     if args.command in ("localize", "sweep") or getattr(args, "sweep", False): return
     if missing := no_rates(job):
         said = (f"there is no learning rate for {', '.join(missing)} of {job.model} on {job.task}: give one with --set lr=..., "
