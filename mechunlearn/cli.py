@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'EXAMPLES', 'do_jobs', 'unforeseen', 'show_run', 'show_localizations', 'show_scorecard', 'run',
            'sweep_first', 'localize', 'edit', 'attack', 'job_in', 'asked_of', 'batch', 'run_folders', 'show_status',
-           'report', 'sweep', 'show_sweep', 'export', 'organism', 'check', 'job_file', 'grid_file', 'run_folder',
-           'grid_of', 'which_edit', 'what_attacked', 'sweeping', 'how_attacked', 'recorded', 'which_organism', 'parser',
-           'read', 'main']
+           'report', 'sweep', 'show_sweep', 'export', 'organism', 'check', 'job_file', 'grid_file', 'grid_or_model',
+           'run_folder', 'grid_of', 'which_edit', 'what_attacked', 'sweeping', 'how_attacked', 'recorded',
+           'which_organism', 'parser', 'read', 'main']
 
 # %% ../nbs/50_cli.ipynb #500002
 import codecs, json, os, shlex, shutil, signal, subprocess, sys, textwrap
 from contextlib import suppress
 from pathlib import Path
 from . import __version__
-from .options import SWEEP, Parser, engine, job_of, manner, over, ready, rates, settings_of, slurm_of, sweep_words
+from .options import SWEEP, Parser, card, engine, job_of, manner, over, ready, rates, settings_of, slurm_of, sweep_words
 from .options import task_options_of, trained_in, what, where, whole, _paths_of
 from .store import Broken, Refusal, choose
 
@@ -29,7 +29,7 @@ def do_jobs(
     from mechunlearn import runs
     if not 1 <= (args.workers or 1) <= 1000 or args.workers == 0: raise Refusal(f"--workers: at least 1 and at most 1000, not {args.workers}")
     slurm = slurm_of(args)
-    if args.dry_run: return _dry_run(jobs, slurm)
+    if args.dry_run: return _dry_run(jobs, slurm, args)
     if args.recompute: _recompute(jobs, args)
     if slurm: done = _on_slurm(jobs, slurm, args)
     else: done = runs.run_batch(jobs, args.workers or (runs.workers_for(jobs) if args.command == "batch" else 1), args.quiet, stages)
@@ -89,19 +89,45 @@ def _recompute(jobs, args):
         if not args.quiet: print(f"{j.run_dir}: {len(gone)} artefacts will be made again", file=sys.stderr)
 
 # %% ../nbs/50_cli.ipynb #500015a
-def _dry_run(jobs, slurm=None):
+def _dry_run(jobs, slurm=None, args=None):
     "Print what jobs would train and need"
-    from mechunlearn.grids import estimate
+    from mechunlearn import costs
+    from mechunlearn.grids import as_published, estimate
     import pandas as pd
+    outlines, card = {j.model: costs.outline(j) for j in jobs}, costs.card_of(getattr(args, "card", None))
     table = pd.concat([estimate(j) for j in jobs])
-    bound = lambda name: "at most {:,}" if name in ("extraction", "flu-with-attention") else "as flu (at most {:,})"
-    exact = table.pop("exact")
-    table["trained"] = [("{:,}" if e else bound(name)).format(n) for name, n, e in zip(table.localization, table.trained, exact)]
+    expected = {j.run_dir: as_published(j, outlines[j.model]) for j in jobs}
+    def said(r): 
+        if r.exact: return f"{r.trained:,}"
+        if r.localization in ("extraction", "flu-with-attention"): return f"at most {r.trained:,}"
+        return f"as flu ({'published: ' if expected[r.run_dir] else 'at most '}{r.trained:,})"
+    table["trained"] = [said(r) for r in table.itertuples()]
+    del table["exact"]
+    timed = {m: on for m, lm in outlines.items() if (on := costs.timed_on(lm, card))}
+    if timed: table = _with_hours(table, jobs, outlines, timed)
     print(table.to_string(index=False, float_format="{:.3g}".format))
     print(f"{len(jobs)} jobs, {table.edits.sum()} edits; memory without activations; "
           f"disk at most {table.disk_gb.sum():.3g} GB until edits are deleted")
+    if timed: print("\n" + costs.hours_table(jobs, card).to_string(index=False) + "\n" + "\n".join(
+        line for on in dict.fromkeys(timed.values()) for line in textwrap.wrap(f"On {on.name}. {costs.where_from(on)}", 140)))
+    for line in dict.fromkeys([*getattr(args, "lacking", ()), *(l for j in jobs if j.model in costs.SHAPES for l in costs.lacks(j))]): print(f"missing here: {line}")
     if slurm: _dry_slurm(jobs, slurm)
     return 0
+
+# %% ../nbs/50_cli.ipynb #500015b
+def _with_hours(table, jobs, outlines, timed):
+    "The table with what is done once for each job, and the hours of every part"
+    from mechunlearn import costs
+    import pandas as pd
+    parts = []
+    for j in jobs:
+        mine, on = table[table.run_dir == j.run_dir], timed.get(j.model)
+        if on:
+            took = costs.hours(j, outlines[j.model], on).hours
+            once = pd.DataFrame([dict(run_dir=j.run_dir, localization="(maps)", edits=0, trained="", memory_gb=mine.memory_gb.min(), disk_gb=0.)])
+            mine = pd.concat([once, mine]).assign(hours=lambda d: took.maps*(d.edits == 0) + took.edit*d.edits)
+        parts.append(mine)
+    return pd.concat(parts)
 
 # %% ../nbs/50_cli.ipynb #50e0003
 def _dry_slurm(jobs, slurm):
@@ -435,26 +461,38 @@ def organism(args):
 
 # %% ../nbs/50_cli.ipynb #500024
 def check(args):
-    "whether a model and a task fit: modules, tokens, facts"
-    from mechunlearn import grids, tasks
+    "whether a model and a task fit: modules, tokens, facts; what a card has room for, and how long it takes"
+    from mechunlearn import costs, grids, tasks
     from mechunlearn.loading import licence_of
     _paths_of(args)
+    if args.grid: return _say_fit(grids.grid(args.grid), args)
     settings = {k: v for k in ("revision", "family", "chat") if (v := getattr(args, k))}
     job = grids.make_job(args.model, args.task, task_options_of(args), [], args.seeds, settings)
-    lm = grids.skeleton(job)
+    lm = costs.outline(job)
     size = sum(p.numel() for p in lm.hf.parameters())
     print(f"model: {lm.name}, {lm.family}, {lm.n_layers} layers of {lm.n_heads} heads, {size:,} parameters" + (f"; licence: {licence}" if (licence := licence_of(lm.name)) else ""))
+    if args.card or size >= 1e9: _say_fit([job], args)
+    lm = grids.skeleton(job)
     task = tasks.make_task(job.task, lm, **job.options, seed=job.seeds[0])
     if said := task.remarks(): print(said)
     if args.chat: print(f"fed, for one prompt: {lm.shown(task.forget[0].prompt)}")
     print("task: " + ", ".join(f"{len(v)} {k}" for k, v in task.groups().items() if len(v)) + " facts; all their words are known to the model")
     return 0
 
+def _say_fit(jobs, args):
+    "Print what fits on a card, how long it takes, what is missing"
+    from mechunlearn import costs
+    text, missing = costs.screen(jobs, costs.card_of(args.card))
+    print(text)
+    return 2 if missing else 0
+
 # %% ../nbs/50_cli.ipynb #500026
 def job_file(p): p.add_argument("file")
 
 # %% ../nbs/50_cli.ipynb #500026a
 def grid_file(p): p.add_argument("grid", help="YAML file with models, tasks, localizations, seeds")
+
+def grid_or_model(p): p.add_argument("grid", nargs="?", help="a grid file, whose models are checked; default: the model of the options")
 
 # %% ../nbs/50_cli.ipynb #500026b
 def run_folder(p):
@@ -512,8 +550,8 @@ def _part(args):
 
 # %% ../nbs/50_cli.ipynb #500028
 COMMANDS = {
-    "run": (run, what, where, manner, how_attacked, sweeping), "batch": (batch, grid_file, manner, engine), "localize": (localize, what, where, manner),
-    "edit": (edit, what, where, manner), "attack": (attack, what_attacked, what, where, manner), "check": (check, what),
+    "run": (run, what, where, manner, how_attacked, sweeping, card), "batch": (batch, grid_file, manner, engine, card), "localize": (localize, what, where, manner),
+    "edit": (edit, what, where, manner), "attack": (attack, what_attacked, what, where, manner), "check": (check, grid_or_model, what, card),
     "sweep": (sweep, what, where, manner, grid_of), "export": (export, which_edit), "organism": (organism, which_organism),
     "status": (show_status, run_folder), "report": (report, run_folder, recorded), "_job": (_part, job_file)}
 
@@ -521,6 +559,7 @@ COMMANDS = {
 EXAMPLES = """examples:
   mechunlearn run                                     the organism, end to end
   mechunlearn run --model google/gemma-7b --forget-size 16 --localizations flu,random-mlps --dry-run
+  mechunlearn check configs/paper.yaml --card "A100 80GB"
   mechunlearn batch configs/smoke.yaml --workers 2
   mechunlearn batch configs/organism.yaml --engine slurm --partition gpu --gres gpu:1 --time 4:00:00
   mechunlearn status runs"""

@@ -6,12 +6,12 @@
 __all__ = ['PIPELINE', 'MAPS', 'ATTACKS', 'STANDARD', 'BENCHMARKS', 'MAX_SEED', 'Whole', 'Real', 'Rate', 'Seed', 'GROUPS',
            'ASKED', 'DEVICE', 'SPREAD', 'Evaluated', 'MAX_JOBS', 'Stage', 'find_notebook', 'Job', 'folder', 'Lora',
            'Attackers', 'Relearning', 'SoftPrompts', 'Hardened', 'Generation', 'Capabilities', 'Latents', 'Settings',
-           'parse', 'read_yaml', 'Grid', 'TaskOwn', 'make_job', 'grid', 'unwritable', 'writable', 'skeleton',
-           'check_job', 'trained', 'estimate']
+           'parse', 'read_yaml', 'Grid', 'TaskOwn', 'make_job', 'grid', 'unwritable', 'writable', 'skeleton', 'Absent',
+           'check_job', 'as_published', 'trained', 'estimate']
 
 # %% ../nbs/38_grids.ipynb #380002
 import itertools, math, os, re, reprlib, tempfile
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, get_args, get_type_hints
@@ -516,9 +516,22 @@ def _check_localizations(job):
         locate(job.settings["edited"])
 
 # %% ../nbs/38_grids.ipynb #400086
+class Absent(Refusal):
+    "A package that this machine lacks"
+
+@contextmanager
+def _noted(lacking):
+    "In this block of code, what a machine lacks is noted, or refused"
+    from mechunlearn.sources import Missing
+    try: yield
+    except (Absent, Missing) as e:
+        if lacking is None: raise
+        lacking.append(str(e))
+
 def check_job(
     job:Job, # a job
     here:bool=True, # it will be done on this machine
+    lacking:list|None=None, # where data and packages that this machine lacks are noted; none: they are refused
 ):
     "Refuse names that do not exist, task options out of range and unusable models, without loading a model"
     from mechunlearn.localization import by_hand_in_part
@@ -531,18 +544,30 @@ def check_job(
     if here: _check_devices(job.settings)
     writable(job.run_dir)
     _check_localizations(job)
-    if set(job.settings.get("capabilities", {}).get("names", ())) - {"atlas"} and not find_spec("lm_eval"):
-        raise Refusal("benchmarks need the package lm-eval: pip install mechunlearn[capability]")
+    with _noted(lacking):
+        if set(job.settings.get("capabilities", {}).get("names", ())) - {"atlas"} and not find_spec("lm_eval"):
+            raise Absent("benchmarks need the package lm-eval: pip install mechunlearn[capability]")
     if job.settings.get("family") or job.settings.get("chat"): skeleton(job)
     for name in (p for _, p in map(edited_by, job.localizations) if p.startswith("hand@")): by_hand_in_part(skeleton(job), name.removeprefix("hand@"))
-    make_task(job.task, skeleton(job) if of_own(job.task, job.options) else None, **job.options, seed=job.seeds[0])
+    with _noted(lacking): make_task(job.task, skeleton(job) if of_own(job.task, job.options) else None, **job.options, seed=job.seeds[0])
 
 # %% ../nbs/38_grids.ipynb #400090
+def as_published(
+    job:Job, # a job
+    lm, # its model, with weights or without
+) -> int|None: # parameters; none: nothing is published about this model
+    "How many parameters FLU has in the authors' runs"
+    from types import SimpleNamespace
+    from mechunlearn.localization import build, published
+    with suppress(store.Unavailable):
+        found = published(lm, SimpleNamespace(name=job.task, forget=range(job.options.get("forget_size") or 64)))
+        return build(lm, "flu", found).n_params if max(c.layer for c in found) < lm.n_layers else None
+
 def trained(
     job:Job, # a job
     lm, # its `skeleton`
     name:str, # a localization, with its draw
-) -> tuple[int, bool]: # parameters; False if that is only an upper bound
+) -> tuple[int, bool]: # parameters; False if that is only expected, or an upper bound
     "How many parameters a localization trains, as far as it is known before a run"
     from mechunlearn.localization import FIXED, Evidence, build, by_hand_in_part
     from mechunlearn.stats import edited_by
@@ -555,7 +580,7 @@ def trained(
     size = lambda fixed: build(lm, name, FIXED[fixed](Evidence(lm, None))).n_params
     if name in ("late", "all-mlps", "nonlocalized"): return size(name), True
     if name in ("extraction", "flu-with-attention"): return size("nonlocalized"), False
-    return (budget, True) if budget else (size("all-mlps"), False)
+    return (budget, True) if budget else (as_published(job, lm) or size("all-mlps"), False)
 
 # %% ../nbs/38_grids.ipynb #400091
 def estimate(
@@ -563,10 +588,11 @@ def estimate(
 ): # DataFrame: run_dir, localization, edits (seeds times draws), trained, exact, memory_gb, disk_gb
     "What each localization of a job will train and need"
     import pandas as pd
+    from mechunlearn.costs import outline
     from mechunlearn.loading import as_dtype, usual_dtype
     from mechunlearn.localization import localizations_for
     from mechunlearn.memory import OPTIMIZERS, weight_bytes
-    lm = skeleton(job)
+    lm = outline(job)
     asked, total = job.settings, sum(p.numel() for p in lm.hf.parameters())
     dtype, quantize = as_dtype(asked.get("dtype") or usual_dtype(total, asked.get("device") == "cpu")), asked.get("quantize")
     weights = weight_bytes(lm, quantize=quantize, dtype=dtype)
