@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['WORTH', 'BY_EDITORS', 'PLACE', 'MEASURED', 'METRICS', 'METRIC_TYPES', 'MCQ_CHANCE', 'POWER', 'wilson', 'bootstrap',
-           'unsure', 't_interval', 'cell_means', 'over_seeds', 'mcnemar', 'paired_bootstrap', 't_test', 'agresti_min',
-           'paired_test', 'bootstrap_ratio', 'choose_best', 'best_of', 'holm', 'differs', 'family', 'edited_by',
-           'per_fact', 'summarise', 'one_run', 'Chance', 'chance', 'beyond', 'has_power']
+           'unsure', 't_interval', 'cell_means', 'over_seeds', 'over_groups', 'mcnemar', 'paired_bootstrap', 't_test',
+           'agresti_min', 'paired_test', 'bootstrap_ratio', 'choose_best', 'best_of', 'holm', 'differs', 'family',
+           'edited_by', 'per_fact', 'summarise', 'one_run', 'Chance', 'chance', 'beyond', 'has_power']
 
 # %% ../nbs/04_stats.ipynb #040002
 from typing import NamedTuple
@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t as student
 from statsmodels.stats.contingency_tables import mcnemar as _mcnemar
-from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 from .store import Refusal
 
@@ -117,6 +116,73 @@ def over_seeds(
     lo, hi = _widest([one, *(t_interval(m, level) for m in _repeated(cells, means).values())], value)
     if not share and hi - lo < 1e-12: return value, np.nan, np.nan
     return (value, max(lo, 0.), min(hi, 1.)) if share else (value, lo, hi)
+
+# %% ../nbs/04_stats.ipynb #5c0a0011
+def _by_group(group, means, fn, n_groups):
+    "A function of each group's means (groups are sorted), applied to all groups of one size at once; nan for a group without any"
+    sizes = np.bincount(group, minlength=n_groups)
+    starts, out = np.cumsum(sizes) - sizes, np.full((n_groups, 2), np.nan)
+    for n in np.unique(sizes[sizes > 0]):
+        same = np.flatnonzero(sizes == n)
+        out[same] = fn(means[starts[same, None] + np.arange(n)])
+    return out
+
+# %% ../nbs/04_stats.ipynb #5c0a0012
+def _t_intervals(x, level):
+    "`t_interval` of each row"
+    n = x.shape[1]
+    if n < 2: return np.full((len(x), 2), np.nan)
+    mean, half = x.mean(1), student.ppf((1 + level)/2, n - 1)*x.std(1, ddof=1)/np.sqrt(n)
+    return np.column_stack([mean - half, mean + half])
+
+# %% ../nbs/04_stats.ipynb #5c0a0013
+def _code(*labels):
+    "One number for each combination of labels, in their order, and how many values each label takes"
+    every = [np.unique(l, return_inverse=True) for l in labels]
+    shape = [len(u) for u, _ in every]
+    return np.ravel_multi_index([at.ravel() for _, at in every], shape), shape
+
+def _cells(values, code):
+    "The combinations that occur, and the mean of each"
+    cells, at = np.unique(code, return_inverse=True)
+    return cells, np.bincount(at, values)/np.bincount(at)
+
+# %% ../nbs/04_stats.ipynb #5c0a0014
+def _wilsons(share, n, level):
+    "`wilson` of many shares"
+    k = np.clip(share, 0, 1)*n
+    lo, hi = proportion_confint(k, n, alpha=1 - level, method="wilson")
+    return np.column_stack([np.minimum(lo, k/n), np.maximum(hi, k/n)])
+
+# %% ../nbs/04_stats.ipynb #5c0a0015
+def over_groups(
+    values, # one a fact, seed and draw
+    seeds, # the seed of each
+    draws, # the draw of each
+    places, # for each group the positions of its values
+    share:bool=True, # do the values lie between 0 and 1?
+    level:float=.95, # confidence
+) -> np.ndarray: # groups x (mean, lo, hi)
+    "`over_seeds` of many groups at once"
+    n, at = np.array([len(p) for p in places]), np.concatenate(places)
+    code, shape = _code(np.repeat(np.arange(len(n)), n), np.asarray(seeds)[at], np.asarray(draws)[at])
+    cells, means = _cells(np.asarray(values, float)[at], code)
+    group, seed, draw = np.unravel_index(cells, shape)
+    value = _by_group(group, means, lambda x: x.mean(1, keepdims=True), len(n))[:, 0]
+    each = n/np.bincount(group)
+    one = _wilsons(value, each, level) if share else np.array([_one_seed(values[p], v, m, False, level) for p, v, m in zip(places, value, each)])
+    repeated = [_cells(means, group*size + label) + (size,) for label, size in ((seed, shape[1]), (draw, shape[2]))]
+    ends = [one, *(_by_group(c//size, m, lambda x: _t_intervals(x, level), len(n)) for c, m, size in repeated)]
+    return _ends(value, np.stack(ends), share)
+
+# %% ../nbs/04_stats.ipynb #5c0a0016
+def _ends(value, intervals, share):
+    "Value and the widest interval that holds it"
+    lo, hi = np.fmin.reduce(intervals[..., 0]), np.fmax.reduce(intervals[..., 1])
+    lo, hi = np.where(np.isnan(lo), lo, np.minimum(lo, value)), np.where(np.isnan(hi), hi, np.maximum(hi, value))
+    if share: lo, hi = np.maximum(lo, 0.), np.minimum(hi, 1.)
+    else: lo, hi = (np.where(hi - lo < 1e-12, np.nan, x) for x in (lo, hi))
+    return np.column_stack([value, lo, hi])
 
 # %% ../nbs/04_stats.ipynb #040024
 def mcnemar(
@@ -244,8 +310,9 @@ def holm(
     pvalues, # raw; nan where there was nothing to test
 ) -> np.ndarray: # adjusted, in the same order
     "Holm-adjusted p-values"
-    p = np.asarray(pvalues, float); out = p.copy(); ok = ~np.isnan(p)
-    if ok.any(): out[ok] = multipletests(p[ok], method="holm")[1]
+    out = np.array(pvalues, float); ok = np.flatnonzero(~np.isnan(out))
+    order = ok[np.argsort(out[ok])]
+    out[order] = np.minimum(np.maximum.accumulate(out[order]*np.arange(len(order), 0, -1)), 1)
     return out
 
 # %% ../nbs/04_stats.ipynb #5c0b000b
@@ -297,7 +364,7 @@ def per_fact(
     if "fact" not in records or not len(records): raise Refusal("these are no records: columns such as 'fact' and 'top1_truth' are missing")
     by = _clean(records).groupby(PLACE + ["fact"], dropna=False, sort=False)
     first = by[["subject", "relation", "truth", "edit"]].first()
-    return first.assign(variants=by.size()).join(by[list(MEASURED)].mean()).reset_index()
+    return pd.concat([first.assign(variants=by.size()), by[list(MEASURED)].mean()], axis=1).reset_index()
 
 # %% ../nbs/04_stats.ipynb #410043
 METRICS = ["model", "task", "forget_size", "localization", "n_params", "seed", "evaluation", "format", "group", "answer", "measure",
@@ -322,10 +389,10 @@ def _rows(facts, column, pooled):
     name = facts.localization.where(pooled | ~facts.random, facts.localization + "#" + facts.draw.astype(str))
     seed, draw = facts.seed.to_numpy(), facts.draw.to_numpy()
     places, keys = _groups(facts.assign(localization=name, seed=-1 if pooled else facts.seed), ["localization", "seed"] + _WHERE)
-    values, ids = facts[column].to_numpy(float), facts.fact.to_numpy()
-    found = [over_seeds(values[p], seed[p], draw[p], measure != "loss") for p in places]
+    values, ids = facts[column].to_numpy(float), pd.factorize(facts.fact)[0]
+    found = over_groups(values, seed, draw, places, measure != "loss")
     shown = np.where((keys.evaluation == "latent") & (measure == "top1"), "accuracy", measure)
-    keys = keys.assign(answer=answer, measure=shown, n=[len(set(ids[p])) for p in places])
+    keys = keys.assign(answer=answer, measure=shown, n=[len(np.unique(ids[p])) for p in places])
     return keys.join(pd.DataFrame(found, columns=["value", "ci_low", "ci_high"]))
 
 # %% ../nbs/04_stats.ipynb #410045
