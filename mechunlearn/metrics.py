@@ -168,11 +168,12 @@ def _probing_rows(curve):
 # %% ../nbs/41_metrics.ipynb #410048
 def metrics(
     run_dir, # a run folder
+    facts:pd.DataFrame|None=None, # its records or the table of `per_fact`, where they have been read already
 ) -> pd.DataFrame: # the columns METRICS; pooled rows have seed -1
     "Everything a run measured, with intervals"
     run, curve = about(run_dir), scores(run_dir, "probing")
     sizes = {name: sum(where["sizes"]) for name, where in localizations(run_dir).items()}
-    out = summarise(records(run_dir), sizes, run["model"], run["task"], run["options"].get("forget_size"))
+    out = summarise(records(run_dir) if facts is None else facts, sizes, run["model"], run["task"], run["options"].get("forget_size"))
     if not len(curve): return out
     same = {c: out[c].iloc[0] for c in ("model", "task", "forget_size")} | {"n_params": 0}
     out = pd.concat([out, _probing_rows(curve).assign(**same).reindex(columns=METRICS)], ignore_index=True)
