@@ -105,10 +105,11 @@ def _labels(file, run, folder, table):
 def load(
     folder, # a run folder, or where runs are kept
     table:str="metrics", # or 'records', 'training', 'probing'
+    runs=None, # run folders; default: all below the folder
 ) -> pd.DataFrame: # with `run`; runs without this table are left out
     "A table of all runs below a folder"
     choose(table, TABLES, "table")
-    files = [(f, run) for run in runs_below(folder) for f in _files(run, table)]
+    files = [(f, run) for run in runs or runs_below(folder) for f in _files(run, table)]
     if not files: raise Refusal(f"no run in {folder} has {table} yet")
     out, labels = _read([f for f, _ in files]), pd.DataFrame([_labels(*x, folder, table) for x in files])
     out = pd.concat([labels.iloc[out.file].reset_index(drop=True), out.drop(columns=["file", *labels.columns], errors="ignore")], axis=1)

@@ -101,3 +101,12 @@ def test_holm_is_that_of_statsmodels():
         p = rng.choice([0, .01, .02, .5, 1, *rng.random(20)], n)
         assert np.array_equal(stats.holm(p), multipletests(p, method="holm")[1])
     assert np.isnan(stats.holm([np.nan, .2])[0]) and stats.holm([np.nan, .2])[1] == .2 and not len(stats.holm([]))
+
+def test_the_command_shows_many_runs_as_one_table(runs, tmp_path, monkeypatch, capsys):
+    from mechunlearn import cli
+    monkeypatch.setattr(cli, "MANY", 2)
+    assert main(["report", str(runs)]) == 0
+    said = capsys.readouterr().out
+    assert "3 runs" in said and all(f"model-{k}/" in said for k in range(3)) and not list(runs.rglob("report.html"))
+    assert main(["report", str(runs), "--json"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(report.load(runs))
