@@ -373,7 +373,7 @@ def plot_settings(
     names = ordered(rates.localization)
     fig, ax = figure(6.5, 1.2 + .28*len(names))
     for r in rates.itertuples():
-        mine = r.model == "organism"
+        mine = not r.source.startswith("Guo et al.")
         ax.plot(getattr(r, what), names.index(r.localization) + (0 if mine else .22), "o" if mine else "D", color=look(r.localization)["color"], mfc=None if mine else "none", ms=5, alpha=.8)
     ax.set(xscale="log", xlabel={"lr": "learning rate", "inject": "weight of the edit loss"}[what], yticks=range(len(names)), yticklabels=names, ylim=(len(names) - .4, -.6))
     return fig

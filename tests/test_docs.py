@@ -122,3 +122,12 @@ def test_the_build_uses_our_links_and_leaves_sidebar_and_readme_alone():
     assert not (ROOT / "nbs" / settings["readme_nb"]).exists(), "nbdev_docs would write README.md over ours"
     html = yaml.safe_load((ROOT / "_quarto.yml").read_text())["format"]
     assert list(html) == ["html"] and html["html"]["code-overflow"] == "wrap"
+
+
+def test_the_workflow_tests_what_setup_supports():
+    root = Path(__file__).resolve().parents[1]
+    jobs = yaml.safe_load((root / ".github/workflows/test.yml").read_text())["jobs"]
+    lowest = re.search(r"min_python = ([\d.]+)", (root / "settings.ini").read_text())[1]
+    assert jobs["pinned"]["strategy"]["matrix"]["python"][0] == lowest
+    targets = set(re.findall(r"^([\w.-]+):", (root / "Makefile").read_text(), re.M))
+    assert {m for job in jobs.values() for step in job["steps"] for m in re.findall(r"make ([\w.-]+)", step.get("run", ""))} <= targets

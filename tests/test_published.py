@@ -11,7 +11,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from mechunlearn import published, report
-from mechunlearn.published import DISAGREEMENTS, ITEMS, PLACES, authors_runs, beside, beside_text, counterpart, disagreements, model_of, out_of_range, paper_map, plot_beside, plot_injects, published_values, say_beside
+from mechunlearn.finetuning import LEARNING_RATES
+from mechunlearn.published import DISAGREEMENTS, ITEMS, PLACES, authors_runs, beside, beside_text, counterpart, disagreements, model_of, out_of_range, paper_map, plot_beside, plot_injects, plot_settings, published_values, say_beside
 from mechunlearn.recorded_tables import recorded
 from mechunlearn.store import Refusal
 from synthetic import synthetic_run
@@ -227,3 +228,12 @@ def test_the_report_shows_them(tmp_path, model, said):
     assert said in block and "other model" in block and "Figure 6" in block
     rows = beside(found.metrics)
     assert all(f"{d:+.2f}" in block for d in rows.difference.dropna()) and rows.difference.notna().any() == (model != "invented-model")
+
+
+def test_only_the_papers_own_settings_are_drawn_as_the_papers():
+    rates = pd.read_csv(LEARNING_RATES)
+    rates = rates[(rates.task == "sports-athlete-editing") & rates.localization.isin(PLACES)]
+    theirs = rates[rates.model.isin(["google/gemma-7b", "google/gemma-2-9b", "meta-llama/Meta-Llama-3-8B"])]
+    drawn = [line for line in plot_settings(rates).axes[0].lines]
+    assert len(rates[rates.model == "gemma-3-270m"]) and len(theirs)
+    assert sorted(l.get_xdata()[0] for l in drawn if l.get_marker() == "D") == sorted(theirs.lr)
