@@ -56,8 +56,11 @@ def _shown(show, run_dir, args):
     "Show a run; if it cannot be read, say why, and let others go on"
     try: show(run_dir, args); return True
     except BrokenPipeError: raise
-    except Refusal as e: why = str(e)
-    except Exception as e: why = f"{run_dir}: {unforeseen(e)}"
+    except Exception as e: _say_unread(run_dir, e)
+
+def _say_unread(run_dir, error):
+    "Say why a run cannot be read"
+    why = error if isinstance(error, Refusal) else f"{run_dir}: {unforeseen(error)}"
     print(f"mechunlearn: {why}", file=sys.stderr)
 
 # %% ../nbs/50_cli.ipynb #500014a
@@ -120,8 +123,9 @@ def _json_lines(*tables):
     for t in tables:
         if len(t): print(t.to_json(orient="records", lines=True).strip())
     for r in gone.itertuples():
+        of = {"run": r.run} if "run" in gone else {}
         who = {"localization": r.what} if r.stage == "localization" else {"stage": r.stage, "what": r.what}
-        print(json.dumps(who | {"note": r.why}))
+        print(json.dumps(of | who | {"note": r.why}))
 
 # %% ../nbs/50_cli.ipynb #500016a
 def show_run(
@@ -310,28 +314,38 @@ def show_many(
     args, # parsed options: out, json
 ) -> int: # exit code
     "Print many runs as one table, a row for each run and localization; those that cannot be read are named"
-    from mechunlearn.report import kept_metrics, load, overview
-    good = [r for r in runs if _shown(lambda r, _: kept_metrics(r), r, args)]
-    if not good: return 2
-    table = load(args.out, runs=good)
-    if args.json: _json_lines(table)
+    from mechunlearn.results import load, overview
+    table = load(args.out, runs=runs, skip=_say_unread)
+    shown = [r for r in runs if os.path.relpath(r, args.out) in set(table.run)]
+    gone = _gone_of(shown, args.out)
+    if args.json: _json_lines(table, gone)
     else:
         print(overview(table).to_string(index=False, float_format="{:.2f}".format, na_rep="–"))
-        print(f"\n{len(good)} runs; a page for each: --pages, or name a run's folder. As a table in Python: mechunlearn.report.load({str(args.out)!r})")
-    return 0 if len(good) == len(runs) else 1
+        if len(gone): print(f"\n{len(gone)} things could not be made, in {gone.run.nunique()} of the runs: --json says which and why")
+        print(f"\n{len(shown)} runs; a page for each: --pages, or name a run's folder. As a table in Python: mechunlearn.report.load({str(args.out)!r})")
+    if len(shown) < len(runs): print(f"{len(runs) - len(shown)} of {len(runs)} runs are not in the table: see mechunlearn status {args.out}", file=sys.stderr)
+    return 0 if len(shown) == len(runs) else 1
+
+def _gone_of(runs, out):
+    "What is not available in runs, with the run"
+    from mechunlearn.metrics import unavailable
+    import pandas as pd
+    return pd.concat([unavailable(r).assign(run=os.path.relpath(r, out)) for r in runs], ignore_index=True)
 
 # %% ../nbs/50_cli.ipynb #500021d
 MANY = 12 # runs, beyond which they are shown in one table
 
 def report(args):
     "tables and HTML of finished runs"
-    from mechunlearn.report import record, runs_below
+    from mechunlearn.results import runs_below
     if not Path(args.out).is_dir(): raise Refusal(f"there are no runs in {args.out}")
     if not (args.pages or args.record) and len(runs := runs_below(args.out)) > MANY: return show_many(runs, args)
     folders = run_folders(args.out)
     good = [f for f in folders if _shown(show_run, f, args)]
     if not good: return 2
-    if args.record: record(good, args.record)
+    if args.record:
+        from mechunlearn.report import record
+        record(good, args.record)
     return 0 if good == folders else 1
 
 # %% ../nbs/50_cli.ipynb #3fae580b
@@ -517,7 +531,8 @@ def how_attacked(p):
 # %% ../nbs/50_cli.ipynb #500026h
 def recorded(p):
     p.add_argument("--record", metavar="DIR", help="keep the results as the small tables that the notebooks show")
-    p.add_argument("--pages", action="store_true", help=f"a page for each run, also of more than {MANY} (default: one table of them all)")
+    p.add_argument("--pages", action="store_true", help=f"the results and the page of each run even if there are more than {MANY}; default: one table of them "
+                   "all, for `run` and `batch` wrote the pages already")
 
 # %% ../nbs/50_cli.ipynb #500026i
 def which_organism(p):

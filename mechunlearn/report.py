@@ -35,7 +35,7 @@ from .stats import MCQ_CHANCE, MEASURED, METRICS, PLACE, Chance, chance, per_fac
 from .metrics import (ACROSS, ATTACKED, BEYOND, COLUMNS, EDITED, KEY, LATENT, SIDE, Column, about, compare, fact_values, finished,
     mlp_layers, gone_lines, localizations, metrics, plot_tasks, records, results_text, scores, settings, training, unavailable)
 from .metrics import SPIDER, broken, edit_files, meta_of
-from .results import GLANCE, kept_metrics, load, overview, runs_below
+from .results import GLANCE, load, overview, runs_below
 from .scorecard import (CARD, SCORED, SCORE_KEY, WORST, Attack, attempts, compare_attacks, costs, guesses, plot_attack, say_attack, scorecard,
     under_attack, verdict)
 from .frontier import at_rate, frontier, over_rates, plot_rates, say_rates, undominated

@@ -28,7 +28,7 @@ def test_records_of_all_runs(runs):
     table = report.load(runs, "records")
     for run in results.runs_below(runs):
         mine = table[table.run == str(run.relative_to(runs))]
-        facts, old = stats.per_fact(mine), stats.per_fact(report.records(run))
+        facts, old = stats.per_fact(mine).drop(columns="run"), stats.per_fact(report.records(run))
         pd.testing.assert_frame_equal(facts, old, check_exact=True, check_dtype=False)
     assert set(report.load(runs, "training").run) == set(table.run) and len(report.load(runs, "probing"))
 
@@ -36,7 +36,7 @@ def test_metrics_are_made_once_and_again_when_a_record_changes(tmp_path, monkeyp
     run = synthetic_run(tmp_path/"run", ("flu",), seeds=(0,), n=4, stages=("standard",))
     first = report.load(tmp_path)
     with monkeypatch.context() as m:
-        m.setattr(results, "metrics", lambda run: pytest.fail("computed again"))
+        m.setattr(results, "_metrics_of", lambda runs: pytest.fail("computed again"))
         pd.testing.assert_frame_equal(report.load(tmp_path), first, check_exact=True)
     file = run/"flu/seed0/evaluation.parquet"
     rows = store.load_table(file)
@@ -88,11 +88,9 @@ def test_intervals_of_many_groups_are_those_of_each(share):
         x = rng.choice([0., 1.], n) if rng.random() < .4 else rng.random(n)*(1 if share else 5)
         if rng.random() < .2: x = np.full(n, x[0])
         seeds, draws = rng.integers(0, rng.integers(1, 12), n), rng.integers(0, rng.integers(1, 12), n)
-        at = rng.integers(0, groups, n)
-        places = [p for g in range(groups) if len(p := np.flatnonzero(at == g))]
-        each = np.array([stats.over_seeds(x[p], seeds[p], draws[p], share) for p in places])
-        assert stats.over_groups(x, seeds, draws, places, share).tobytes() == each.tobytes() or \
-            np.array_equal(stats.over_groups(x, seeds, draws, places, share), each, equal_nan=True)
+        at = np.unique(rng.integers(0, groups, n), return_inverse=True)[1]
+        each = np.array([stats.over_seeds(x[p], seeds[p], draws[p], share) for g in range(at.max() + 1) for p in [at == g]])
+        assert np.array_equal(stats.over_groups(x, at, seeds, draws, share), each, equal_nan=True)
 
 def test_holm_is_that_of_statsmodels():
     from statsmodels.stats.multitest import multipletests
@@ -110,3 +108,54 @@ def test_the_command_shows_many_runs_as_one_table(runs, tmp_path, monkeypatch, c
     assert "3 runs" in said and all(f"model-{k}/" in said for k in range(3)) and not list(runs.rglob("report.html"))
     assert main(["report", str(runs), "--json"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == len(report.load(runs))
+
+def test_json_of_many_runs_says_what_is_not_available(tmp_path, monkeypatch, capsys):
+    from mechunlearn import cli
+    monkeypatch.setattr(cli, "MANY", 1)
+    for k in range(2): synthetic_run(tmp_path/f"run-{k}", ("flu",), seeds=(0,), n=4, stages=("standard",))
+    store.write_json(tmp_path/"run-1/notes/relearning.json", {"low resource": "too few facts"})
+    store.write_json(tmp_path/"run-1/notes/localization.json", {"late": "this model has no late layers"})
+    assert main(["report", str(tmp_path), "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    rows, notes = [l for l in lines if "note" not in l], [l for l in lines if "note" in l]
+    assert {l["run"] for l in rows} == {"run-0", "run-1"} and len(rows) == len(report.load(tmp_path)) and list(rows[0]) == ["run", *stats.METRICS]
+    assert notes == [{"run": "run-1", "localization": "late", "note": "this model has no late layers"},
+                     {"run": "run-1", "stage": "relearning", "what": "low resource", "note": "too few facts"}]
+    assert main(["report", str(tmp_path)]) == 0 and "2 things could not be made, in 1 of the runs" in capsys.readouterr().out
+
+@pytest.mark.parametrize("how", ["bytes", "sidecar", "columns", "no records"])
+def test_one_bad_run_among_many_is_named_and_the_others_shown(tmp_path, monkeypatch, capsys, how):
+    from mechunlearn import cli
+    monkeypatch.setattr(cli, "MANY", 2)
+    for k in range(4): synthetic_run(tmp_path/f"run-{k}", ("flu",), seeds=(0,), n=4 + k, stages=("standard",) if (how, k) != ("no records", 2) else ())
+    file = tmp_path/"run-2/flu/seed0/evaluation.parquet"
+    if how == "bytes": file.write_bytes(file.read_bytes()[:-100])
+    if how == "sidecar": store.sidecar(file).write_text("{")
+    if how == "columns": store.save_table(file, pd.DataFrame({"fact": [1]}), {"another": True})
+    assert main(["report", str(tmp_path)]) == 1
+    said = capsys.readouterr()
+    assert "run-1" in said.out and "run-3" in said.out and "run-2" not in said.out and "1 of 4 runs are not in the table" in said.err
+    assert how == "no records" or "run-2" in said.err.splitlines()[0]
+    skipped = []
+    table = report.load(tmp_path, skip=lambda run, e: skipped.append(run.name))
+    assert skipped == ["run-2"]*(how != "no records") and table.run.unique().tolist() == ["run-0", "run-1", "run-3"]
+
+def test_a_folder_that_cannot_be_written_to_is_read(runs, monkeypatch):
+    def full(*args): raise PermissionError(13, "Permission denied")
+    want = report.load(runs)
+    for file in runs.rglob("metrics.parquet"): file.unlink()
+    with monkeypatch.context() as m:
+        m.setattr(results, "save_table", full)
+        pd.testing.assert_frame_equal(report.load(runs), want, check_exact=True)
+    pd.testing.assert_frame_equal(report.load(runs), want, check_exact=True)
+
+@pytest.mark.parametrize("at_once", [1, 40_000, 10**9])
+def test_metrics_do_not_depend_on_which_runs_are_summarised_together(runs, monkeypatch, at_once):
+    monkeypatch.setattr(results, "AT_ONCE", at_once)
+    for file in runs.rglob("metrics.parquet*"): file.unlink()
+    table = report.load(runs)
+    for run, old in by_hand(runs).items():
+        pd.testing.assert_frame_equal(table[table.run == run].drop(columns="run").reset_index(drop=True), old, check_exact=True)
+
+def test_records_of_several_runs_are_not_pooled(runs):
+    with pytest.raises(store.Refusal, match="several runs"): stats.summarise(report.load(runs, "records"))
