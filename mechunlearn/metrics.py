@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['EDITED', 'BEYOND', 'ATTACKED', 'SIDE', 'COLUMNS', 'KEY', 'LATENT', 'OPPONENTS', 'CONTROL', 'BARS', 'SPIDER', 'ACROSS',
            'about', 'edit_files', 'meta_of', 'finished', 'edit_tables', 'records', 'training', 'settings',
-           'localizations', 'mlp_layers', 'scores', 'unavailable', 'gone_lines', 'metrics', 'Column', 'at_column',
-           'column_rows', 'format_power', 'weak_columns', 'results_table', 'arrow', 'results_text', 'results_html',
-           'fact_values', 'paired', 'opponent', 'holm_by', 'facts_of', 'compare', 'broken', 'plot_bars', 'say_bars',
-           'plot_spider', 'plot_tasks']
+           'localizations', 'mlp_layers', 'scores', 'unavailable', 'gone_lines', 'told', 'metrics', 'with_probing',
+           'Column', 'at_column', 'column_rows', 'format_power', 'weak_columns', 'results_table', 'arrow',
+           'results_text', 'results_html', 'fact_values', 'paired', 'opponent', 'holm_by', 'facts_of', 'compare',
+           'broken', 'plot_bars', 'say_bars', 'plot_spider', 'plot_tasks']
 
 # %% ../nbs/41_metrics.ipynb #8514ef06
 import json, textwrap
@@ -166,17 +166,30 @@ def _probing_rows(curve):
                          "n": curve.n_test, "ci_low": curve.ci_low, "ci_high": curve.ci_high})
 
 # %% ../nbs/41_metrics.ipynb #410048
+def told(
+    run_dir, # a run folder
+) -> dict: # n_params, model, task, forget_size: what `summarise` is told
+    "What a run folder says of its run"
+    run, sizes = about(run_dir), {name: sum(where["sizes"]) for name, where in localizations(run_dir).items()}
+    return dict(n_params=sizes, model=run["model"], task=run["task"], forget_size=run["options"].get("forget_size"))
+
+# %% ../nbs/41_metrics.ipynb #410049a
 def metrics(
     run_dir, # a run folder
+    facts:pd.DataFrame|None=None, # its records or the table of `per_fact`, where they have been read already
 ) -> pd.DataFrame: # the columns METRICS; pooled rows have seed -1
     "Everything a run measured, with intervals"
-    run, curve = about(run_dir), scores(run_dir, "probing")
-    sizes = {name: sum(where["sizes"]) for name, where in localizations(run_dir).items()}
-    out = summarise(records(run_dir), sizes, run["model"], run["task"], run["options"].get("forget_size"))
+    return with_probing(run_dir, summarise(records(run_dir) if facts is None else facts, **told(run_dir)))
+
+def with_probing(
+    run_dir, # a run folder
+    out:pd.DataFrame, # from `summarise`
+) -> pd.DataFrame: # the same columns
+    "Metrics, and under them the probe curve of the base model"
+    curve = scores(run_dir, "probing")
     if not len(curve): return out
     same = {c: out[c].iloc[0] for c in ("model", "task", "forget_size")} | {"n_params": 0}
-    out = pd.concat([out, _probing_rows(curve).assign(**same).reindex(columns=METRICS)], ignore_index=True)
-    return out.astype(METRIC_TYPES)
+    return pd.concat([out, _probing_rows(curve).assign(**same).reindex(columns=METRICS)], ignore_index=True).astype(METRIC_TYPES)
 
 # %% ../nbs/41_metrics.ipynb #410051
 class Column(NamedTuple):

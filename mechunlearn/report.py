@@ -13,7 +13,8 @@ import matplotlib as mpl
 from matplotlib.ticker import NullFormatter
 from .figures import EDIT_COLOUR, FIGURE_STYLE, TRUTH_COLOUR, cell_text, figure, look, ordered, printed
 from .stats import family
-from .metrics import BARS, arrow, column_rows, edit_files, meta_of, plot_bars, plot_spider, results_html, results_table, say_bars
+from .metrics import BARS, arrow, column_rows, plot_bars, plot_spider, results_html, results_table, say_bars
+from .results import metrics_causes
 from .frontier import at_worst, plot_frontier, say_frontier
 from .scorecard import Found, find, plot_scorecard, say_scorecard, scorecard_text
 from .claims import orderings, plot_orderings, say_orderings, say_tally
@@ -33,7 +34,8 @@ from .figures import FLU, LOOKS, TRACING, baseline
 from .stats import MCQ_CHANCE, MEASURED, METRICS, PLACE, Chance, chance, per_fact, summarise
 from .metrics import (ACROSS, ATTACKED, BEYOND, COLUMNS, EDITED, KEY, LATENT, SIDE, Column, about, compare, fact_values, finished,
     mlp_layers, gone_lines, localizations, metrics, plot_tasks, records, results_text, scores, settings, training, unavailable)
-from .metrics import SPIDER, broken
+from .metrics import SPIDER, broken, edit_files, meta_of
+from .results import GLANCE, load, overview, runs_below
 from .scorecard import (CARD, SCORED, SCORE_KEY, WORST, Attack, attempts, compare_attacks, costs, guesses, plot_attack, say_attack, scorecard,
     under_attack, verdict)
 from .frontier import at_rate, frontier, over_rates, plot_rates, say_rates, undominated
@@ -277,9 +279,7 @@ def write_report(
 ) -> Path: # the file
     "Write the report and, beside the records, `metrics.parquet`"
     found, path = find(run_dir), Path(path or Path(run_dir)/"report.html")
-    if len(found.metrics): save_table(Path(run_dir)/"metrics.parquet", found.metrics, {"records": _hashes(run_dir)})
+    if len(found.metrics): save_table(Path(run_dir)/"metrics.parquet", found.metrics, metrics_causes(run_dir))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page(found), encoding="utf-8")
     return path
-
-def _hashes(run_dir): return {"/".join(p.parts[-3:-1] + (p.stem,)): meta_of(p)["hash"] for p in edit_files(run_dir, "*.parquet")}

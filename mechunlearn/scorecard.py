@@ -410,7 +410,7 @@ def find(
     made = [meta_of(p)["provenance"] for p in made if p != Path(run_dir)/"metrics.parquet"]
     facts = per_fact(records(run_dir)) if done else None
     card = scorecard(facts, costs(run_dir)) if done and (facts.group == "forget").any() else pd.DataFrame(columns=CARD)
-    return Found(run, facts, card, {} if facts is None else broken(facts), metrics(run_dir) if done else pd.DataFrame(columns=METRICS),
+    return Found(run, facts, card, {} if facts is None else broken(facts), metrics(run_dir, facts) if done else pd.DataFrame(columns=METRICS),
                  scores(run_dir, "probing"), scores(run_dir, "causal-tracing-*"), scores(run_dir, "trace-grid*"),
                  pd.concat([scores(run_dir, "direct-effect"), scores(run_dir, "to-extraction")], ignore_index=True), scores(run_dir, "removal"), where, training(run_dir),
                  settings(run_dir), [f"{p.parts[-3]}/{p.parts[-2]}" for p in finished(run_dir).query("not used").path], made, unavailable(run_dir))

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['WORTH', 'BY_EDITORS', 'SIZED', 'PLACE', 'MEASURED', 'METRICS', 'METRIC_TYPES', 'MCQ_CHANCE', 'POWER', 'wilson',
-           'bootstrap', 'unsure', 't_interval', 'cell_means', 'over_seeds', 'mcnemar', 'paired_bootstrap', 't_test',
-           'agresti_min', 'paired_test', 'bootstrap_ratio', 'choose_best', 'best_of', 'holm', 'differs', 'family',
-           'sized', 'edited_by', 'said_size', 'per_fact', 'summarise', 'one_run', 'Chance', 'chance', 'beyond',
-           'has_power']
+           'bootstrap', 'unsure', 't_interval', 'cell_means', 'over_seeds', 'over_groups', 'mcnemar',
+           'paired_bootstrap', 't_test', 'agresti_min', 'paired_test', 'bootstrap_ratio', 'choose_best', 'best_of',
+           'holm', 'differs', 'family', 'sized', 'edited_by', 'said_size', 'per_fact', 'summarise_runs', 'summarise',
+           'one_run', 'Chance', 'chance', 'beyond', 'has_power']
 
 # %% ../nbs/04_stats.ipynb #040002
 import re
@@ -16,7 +16,6 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t as student
 from statsmodels.stats.contingency_tables import mcnemar as _mcnemar
-from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 from .store import Refusal
 
@@ -119,6 +118,80 @@ def over_seeds(
     lo, hi = _widest([one, *(t_interval(m, level) for m in _repeated(cells, means).values())], value)
     if not share and hi - lo < 1e-12: return value, np.nan, np.nan
     return (value, max(lo, 0.), min(hi, 1.)) if share else (value, lo, hi)
+
+# %% ../nbs/04_stats.ipynb #5c0a0011
+def _by_group(group, means, fn, n_groups):
+    "A function of each group's means (groups are sorted), applied to all groups of one size at once; nan for a group without any"
+    sizes = np.bincount(group, minlength=n_groups)
+    starts, out = np.cumsum(sizes) - sizes, np.full((n_groups, 2), np.nan)
+    for n in np.unique(sizes[sizes > 0]):
+        same = np.flatnonzero(sizes == n)
+        out[same] = fn(means[starts[same, None] + np.arange(n)])
+    return out
+
+# %% ../nbs/04_stats.ipynb #5c0a0012
+def _t_intervals(x, level):
+    "`t_interval` of each row"
+    n = x.shape[1]
+    if n < 2: return np.full((len(x), 2), np.nan)
+    mean, half = x.mean(1), student.ppf((1 + level)/2, n - 1)*x.std(1, ddof=1)/np.sqrt(n)
+    return np.column_stack([mean - half, mean + half])
+
+# %% ../nbs/04_stats.ipynb #5c0a0013
+def _code(*labels):
+    "One number for each combination of labels, in their order, and how many values each label takes"
+    every = [pd.factorize(np.asarray(l), sort=True) for l in labels]
+    shape = [len(values) for _, values in every]
+    return np.ravel_multi_index([at for at, _ in every], shape), shape
+
+def _cells(values, code):
+    "The combinations that occur, in order, and the mean of each"
+    at, cells = pd.factorize(code, sort=True)
+    return cells, np.bincount(at, values)/np.bincount(at)
+
+# %% ../nbs/04_stats.ipynb #5c0a0014
+def _wilsons(share, n, level):
+    "`wilson` of many shares"
+    k = np.clip(share, 0, 1)*n
+    lo, hi = proportion_confint(k, n, alpha=1 - level, method="wilson")
+    return np.column_stack([np.minimum(lo, k/n), np.maximum(hi, k/n)])
+
+# %% ../nbs/04_stats.ipynb #5c0a0018
+def _one_seeds(values, groups, value, n, level):
+    "`_one_seed` of each group, by its facts' spread"
+    order = np.argsort(groups, kind="stable")
+    each = np.split(values[order], np.cumsum(np.bincount(groups))[:-1])
+    return np.array([_one_seed(x, v, m, False, level) for x, v, m in zip(each, value, n)])
+
+# %% ../nbs/04_stats.ipynb #5c0a0015
+def over_groups(
+    values, # one a fact, seed and draw
+    groups, # the group of each, counted from 0
+    seeds, # the seed of each
+    draws, # the draw of each
+    share:bool=True, # do the values lie between 0 and 1?
+    level:float=.95, # confidence
+) -> np.ndarray: # groups x (mean, lo, hi)
+    "`over_seeds` of many groups at once"
+    values, n = np.asarray(values, float), np.bincount(groups)
+    code, shape = _code(groups, seeds, draws)
+    cells, means = _cells(values, code)
+    group, seed, draw = np.unravel_index(cells, shape)
+    value = _by_group(group, means, lambda x: x.mean(1, keepdims=True), len(n))[:, 0]
+    each = n/np.bincount(group)
+    one = _wilsons(value, each, level) if share else _one_seeds(values, groups, value, each, level)
+    repeated = [_cells(means, group*size + label) + (size,) for label, size in ((seed, shape[1]), (draw, shape[2]))]
+    ends = [one, *(_by_group(c//size, m, lambda x: _t_intervals(x, level), len(n)) for c, m, size in repeated)]
+    return _ends(value, np.stack(ends), share)
+
+# %% ../nbs/04_stats.ipynb #5c0a0016
+def _ends(value, intervals, share):
+    "Value and the widest interval that holds it"
+    lo, hi = np.fmin.reduce(intervals[..., 0]), np.fmax.reduce(intervals[..., 1])
+    lo, hi = np.where(np.isnan(lo), lo, np.minimum(lo, value)), np.where(np.isnan(hi), hi, np.maximum(hi, value))
+    if share: lo, hi = np.maximum(lo, 0.), np.minimum(hi, 1.)
+    else: lo, hi = (np.where(hi - lo < 1e-12, np.nan, x) for x in (lo, hi))
+    return np.column_stack([value, lo, hi])
 
 # %% ../nbs/04_stats.ipynb #040024
 def mcnemar(
@@ -246,8 +319,9 @@ def holm(
     pvalues, # raw; nan where there was nothing to test
 ) -> np.ndarray: # adjusted, in the same order
     "Holm-adjusted p-values"
-    p = np.asarray(pvalues, float); out = p.copy(); ok = ~np.isnan(p)
-    if ok.any(): out[ok] = multipletests(p[ok], method="holm")[1]
+    out = np.array(pvalues, float); ok = np.flatnonzero(~np.isnan(out))
+    order = ok[np.argsort(out[ok])]
+    out[order] = np.minimum(np.maximum.accumulate(out[order]*np.arange(len(order), 0, -1)), 1)
     return out
 
 # %% ../nbs/04_stats.ipynb #5c0b000b
@@ -302,19 +376,21 @@ def _clean(df):
     df = df.assign(**{c: pd.to_numeric(df[c], errors="coerce").astype(float) if c in df else np.nan for c in MEASURED})
     df = df.assign(**{c: df[c] if c in df else None for c in ("layer", "setting", "step", "subject", "relation", "truth", "edit")})
     for a in ("truth", "edit"): df.loc[df[a].isna(), [f"prob_{a}", f"top1_{a}"]] = np.nan
-    setting = df.setting.astype("string").str.replace(r"^half\d+/?|/(half|seed)\d+(?=/|$)", "", regex=True)
-    return df.assign(setting=setting.mask(setting == ""), layer=df.layer.astype("Int64"), step=df.step.astype("Int64"))
+    at, settings = pd.factorize(df.setting.astype("string"))
+    settings = pd.Series(settings, dtype="string").str.replace(r"^half\d+/?|/(half|seed)\d+(?=/|$)", "", regex=True)
+    setting = pd.Series(settings.mask(settings == "").array.take(at, allow_fill=True), df.index)
+    return df.assign(setting=setting, layer=df.layer.astype("Int64"), step=df.step.astype("Int64"))
 
 # %% ../nbs/04_stats.ipynb #410034
 def per_fact(
     records:pd.DataFrame, # of evaluations and attacks: localization, draw, seed, evaluation, format, group, fact, top1_truth, ...
-) -> pd.DataFrame: # PLACE, fact, subject, relation, truth, edit, variants, and the measured columns averaged over variants
+) -> pd.DataFrame: # PLACE, fact, subject, relation, truth, edit, variants, and the measured columns averaged over variants; `run` first if it is there
     "One row for each fact, format, group, layer and step"
     if "variants" in records: return records
     if "fact" not in records or not len(records): raise Refusal("these are no records: columns such as 'fact' and 'top1_truth' are missing")
-    by = _clean(records).groupby(PLACE + ["fact"], dropna=False, sort=False)
+    by = _clean(records).groupby(["run"]*("run" in records) + PLACE + ["fact"], dropna=False, sort=False)
     first = by[["subject", "relation", "truth", "edit"]].first()
-    return first.assign(variants=by.size()).join(by[list(MEASURED)].mean()).reset_index()
+    return pd.concat([first.assign(variants=by.size()), by[list(MEASURED)].mean()], axis=1).reset_index()
 
 # %% ../nbs/04_stats.ipynb #410043
 METRICS = ["model", "task", "forget_size", "localization", "n_params", "seed", "evaluation", "format", "group", "answer", "measure",
@@ -323,27 +399,48 @@ _WHERE = ["evaluation", "format", "group", "layer", "setting", "step"]
 METRIC_TYPES = {c: "str" for c in ("model", "task", "localization", *_WHERE[:3], "answer", "measure", "setting")} | {
     c: "Int64" for c in ("n_params", "layer", "step", "forget_size")}
 
-def _groups(df, by):
-    "Row positions of each group, and the groups' keys as a frame"
-    code = df.groupby(by, dropna=False, sort=False).ngroup().to_numpy()
-    order = np.argsort(code, kind="stable")
-    places = np.split(order, np.flatnonzero(np.diff(code[order])) + 1)
-    return places, df[by].iloc[[p[0] for p in places]].reset_index(drop=True)
+def _numbered(facts, pooled):
+    "Which row of the metrics each fact counts for, and what that row is"
+    random = facts.localization.isin(["random", "random-mlps"])
+    name = facts.localization.where(pooled | ~random, facts.localization + "#" + facts.draw.astype(str))
+    keys = facts.assign(localization=name, seed=-1 if pooled else facts.seed)[["run", "localization", "seed"] + _WHERE]
+    return keys.groupby(list(keys), dropna=False, sort=False).ngroup().to_numpy(), keys
 
 # %% ../nbs/04_stats.ipynb #410044
-def _rows(facts, column, pooled):
+def _rows(facts, column, number, keys):
     "Metrics rows of one measured column"
     answer, measure = MEASURED[column]
-    facts = facts[facts[column].notna()]
-    if facts.empty: return pd.DataFrame()
-    name = facts.localization.where(pooled | ~facts.random, facts.localization + "#" + facts.draw.astype(str))
-    seed, draw = facts.seed.to_numpy(), facts.draw.to_numpy()
-    places, keys = _groups(facts.assign(localization=name, seed=-1 if pooled else facts.seed), ["localization", "seed"] + _WHERE)
-    values, ids = facts[column].to_numpy(float), facts.fact.to_numpy()
-    found = [over_seeds(values[p], seed[p], draw[p], measure != "loss") for p in places]
+    there = np.flatnonzero(facts[column].notna())
+    if not len(there): return pd.DataFrame()
+    groups, _ = pd.factorize(number[there])
+    keys = keys.iloc[there[np.unique(groups, return_index=True)[1]]].reset_index(drop=True)
+    values, seed, draw = (facts[c].to_numpy()[there] for c in (column, "seed", "draw"))
     shown = np.where((keys.evaluation == "latent") & (measure == "top1"), "accuracy", measure)
-    keys = keys.assign(answer=answer, measure=shown, n=[len(set(ids[p])) for p in places])
-    return keys.join(pd.DataFrame(found, columns=["value", "ci_low", "ci_high"]))
+    keys = keys.assign(answer=answer, measure=shown, n=_different(facts.fact.iloc[there], groups))
+    return keys.join(pd.DataFrame(over_groups(values, groups, seed, draw, measure != "loss"), columns=["value", "ci_low", "ci_high"]))
+
+def _different(facts, groups):
+    "How many different facts each group has"
+    ids, names = pd.factorize(facts, use_na_sentinel=False)
+    return np.bincount(pd.unique(groups*len(names) + ids)//len(names))
+
+# %% ../nbs/04_stats.ipynb #410046
+def summarise_runs(
+    records:pd.DataFrame, # as in `per_fact`, or its result, with `run`
+    runs:dict, # run -> what `summarise` is told of it, as a dict
+) -> pd.DataFrame: # `run`, and the columns METRICS
+    "Metrics of the records of many runs, each as `summarise` gives them"
+    facts = per_fact(records)
+    rows = [_rows(facts, c, *numbered) for numbered in (_numbered(facts, True), _numbered(facts, False)) for c in MEASURED]
+    out = pd.concat([r for r in rows if len(r)], ignore_index=True)
+    out = out.iloc[np.argsort(out.run.map({r: k for k, r in enumerate(runs)}), kind="stable")].reset_index(drop=True)
+    sizes = facts[facts.group == "forget"].groupby(["run", "seed"]).fact.nunique().groupby("run").max().to_dict()
+    params = {r: {"none": 0} | {family(k): v for k, v in (said.get("n_params") or {}).items()} | (said.get("n_params") or {}) for r, said in runs.items()}
+    out = out.assign(model=out.run.map({r: said.get("model", "") for r, said in runs.items()}),
+                     task=out.run.map({r: said.get("task", "") for r, said in runs.items()}),
+                     forget_size=out.run.map({r: said.get("forget_size") or sizes.get(r) for r, said in runs.items()}),
+                     n_params=[params[r].get(l) for r, l in zip(out.run, out.localization)])
+    return out.astype(METRIC_TYPES)[["run", *METRICS]]
 
 # %% ../nbs/04_stats.ipynb #410045
 def summarise(
@@ -354,13 +451,9 @@ def summarise(
     forget_size:int|None=None, # default: facts in the group `forget`
 ) -> pd.DataFrame: # the columns METRICS
     "Metrics of records, by seed and pooled (seed -1)"
-    facts = per_fact(records)
-    facts = facts.assign(random=facts.localization.isin(["random", "random-mlps"]))
-    size = forget_size or facts[facts.group == "forget"].groupby("seed").fact.nunique().max()
-    params = {"none": 0} | {family(k): v for k, v in (n_params or {}).items()} | (n_params or {})
-    rows = [_rows(facts, c, pooled) for pooled in (True, False) for c in MEASURED]
-    out = pd.concat([r for r in rows if len(r)], ignore_index=True).assign(model=model, task=task, forget_size=size)
-    return out.assign(n_params=out.localization.map(params)).astype(METRIC_TYPES)[METRICS]
+    if "run" in records and records.run.nunique() > 1: raise Refusal("these are records of several runs; select one, or use `summarise_runs`")
+    said = {"": dict(n_params=n_params, model=model, task=task, forget_size=forget_size)}
+    return summarise_runs(per_fact(records).assign(run=""), said)[METRICS]
 
 # %% ../nbs/04_stats.ipynb #410058
 def one_run(
