@@ -324,7 +324,7 @@ def lacks(
     else:
         folder = Path(source) if revision else snapshot(source, job.settings.get("revision"))[0]
         if not any(p.suffix in (".safetensors", ".bin") for p in folder.iterdir()): out.append(f"{job.model}: weights; they are downloaded when it is loaded")
-    check_job(job, False, found)
+    check_job(job if job.localizations else job.model_copy(update={"localizations": ["flu"]}), False, found)
     if not find_spec("bitsandbytes"): found.append("the package bitsandbytes, for optimizers of 8 bits and 4-bit weights: pip install bitsandbytes")
     if job.localizations and (rates := no_rates(job)): found.append(f"{job.model}: learning rates of {len(rates)} localizations on {job.task}; `mechunlearn sweep` finds them")
     return out + found

@@ -117,3 +117,10 @@ def test_one_screen_about_the_papers_models(capsys):
 def test_a_small_model_gets_no_hours(capsys, tmp_path):
     assert main(["run", "--forget-size", "16", "--localizations", "late", "--dry-run", "--out", str(tmp_path)]) == 0
     assert "hours" not in capsys.readouterr().out
+
+
+def test_a_model_that_is_not_here_is_told_about_all_the_same(capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert main(["check", "--model", "google/gemma-2-9b", "--card", "A100 40GB"]) == 2
+    said = capsys.readouterr()
+    assert "9,241,705,984 parameters" in said.out and "card: A100 40GB" in said.out and "bfloat16, adamw" in said.out and "cannot load 'google/gemma-2-9b'" in said.err
