@@ -27,7 +27,7 @@ def read_results(
     rows = []
     for file in sorted(Path(folder).glob("*.jsonl")):
         lines = [json.loads(l) for l in file.read_text().splitlines()]
-        about, whole = lines[0], next((l for l in lines if l.get("name") == "all" and "localizations" in l), {})
+        about, whole = lines[0], next((l for l in lines if l.get("name") in ("all", "machine") and "localizations" in l), {})
         if about.get("name") == "machine": rows += [_timed(file.stem, about, whole, l) for l in lines[1:] if "tflop" in l and "seconds" in l and l["name"] != "all"]
     return pd.DataFrame(rows)
 

@@ -19,9 +19,9 @@ def runs(cell) -> bool:
 
 
 def with_palette(png: str) -> str:
-    """A picture in 256 colours, a third of the bytes; figures have fewer, but for the edges of letters."""
+    """A picture in 96 colours, a third of the bytes; figures have fewer, but for the edges of letters."""
     out = io.BytesIO()
-    Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
+    Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB").quantize(96, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
     return min(png, base64.b64encode(out.getvalue()).decode(), key=len)
 
 

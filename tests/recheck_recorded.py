@@ -79,5 +79,5 @@ if __name__ == "__main__":
     if wrong:
         sys.exit(1)
     if args.write:
-        known = {name: recorded_tables.source_hashes(name) for name in recorded_tables.RECORDED}
+        known = {name: recorded_tables.source_hashes(name) for name in (*recorded_tables.RECORDED, *recorded_tables.APART)}
         (RECORDED / "sources.json").write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
