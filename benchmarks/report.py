@@ -4,7 +4,7 @@
 
 Copies of the run folders are reported as one table, first with nothing computed before (`first_s`), then with the metrics kept (`again_s`); both are
 seconds of the command with its start. Default: one invented run of three localizations and two seeds; with `--large` one of nine localizations
-(eleven with draws), three seeds and latent knowledge. One JSON object: name, runs, records, rows, first_s, again_s, load_s (`report.load` once they are kept),
+(eleven with draws), three seeds and latent knowledge. One JSON object: name, source, runs, records, rows, first_s, again_s, load_s (`report.load` once they are kept),
 equal (the rows of every copy are, to the bit, what `report.metrics` gives for the run by itself). `--before` names an older checkout: one_before_s is what
 its `report.metrics` takes for the first run folder, one_s what ours takes, equal_before whether both give the same to the bit.
 """
@@ -54,7 +54,7 @@ def main():
     of = dict(list(table.drop(columns="run").groupby(table.run)))
     equal = all(of[r].reset_index(drop=True).equals(alone[k % len(sources)]) for k, r in enumerate(runs))
     records = sum(len(report.records(s)) for s in sources)*args.copies//len(sources)
-    said = {"name": "report", "runs": len(runs), "records": records, "rows": len(table), "first_s": first, "again_s": again, "load_s": took, "equal": equal}
+    said = {"name": "report", "source": "given" if args.folders else "large" if args.large else "small", "runs": len(runs), "records": records, "rows": len(table), "first_s": first, "again_s": again, "load_s": took, "equal": equal}
     if args.before:
         (old, before), (new, now) = (by(c, sources[0], out/f"{k}.pkl") for k, c in enumerate((args.before, Path(__file__).resolve().parents[1])))
         said |= {"one_before_s": before, "one_s": now, "equal_before": old.equals(new)}

@@ -342,7 +342,7 @@ def show_many(
     "Print many runs as one table, a row for each run and localization; those that cannot be read are named"
     from mechunlearn.results import load, overview
     table = load(args.out, runs=runs, skip=_say_unread)
-    shown = [r for r in runs if os.path.relpath(r, args.out) in set(table.run)]
+    shown = [Path(args.out)/run for run in table.run.unique()]
     gone = _gone_of(shown, args.out)
     if args.json: _json_lines(table, gone)
     else:
@@ -356,7 +356,9 @@ def _gone_of(runs, out):
     "What is not available in runs, with the run"
     from mechunlearn.metrics import unavailable
     import pandas as pd
-    return pd.concat([unavailable(r).assign(run=os.path.relpath(r, out)) for r in runs], ignore_index=True)
+    found = []
+    for r in runs: _shown(lambda run, _: found.append(unavailable(run).assign(run=os.path.relpath(run, out))), r, None)
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=["stage", "what", "why", "run"])
 
 # %% ../nbs/50_cli.ipynb #500021d
 MANY = 12 # runs, beyond which they are shown in one table

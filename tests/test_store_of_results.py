@@ -122,6 +122,10 @@ def test_json_of_many_runs_says_what_is_not_available(tmp_path, monkeypatch, cap
     assert notes == [{"run": "run-1", "localization": "late", "note": "this model has no late layers"},
                      {"run": "run-1", "stage": "relearning", "what": "low resource", "note": "too few facts"}]
     assert main(["report", str(tmp_path)]) == 0 and "2 things could not be made, in 1 of the runs" in capsys.readouterr().out
+    (tmp_path/"run-1/notes/relearning.json").write_text("{")
+    assert main(["report", str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert "relearning.json" in said.err and all(f"run-{k}" in said.out for k in range(2))
 
 @pytest.mark.parametrize("how", ["bytes", "sidecar", "columns", "no records"])
 def test_one_bad_run_among_many_is_named_and_the_others_shown(tmp_path, monkeypatch, capsys, how):
