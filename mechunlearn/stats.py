@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t as student
 from statsmodels.stats.contingency_tables import mcnemar as _mcnemar
+from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 from .store import Refusal
 
@@ -319,9 +320,8 @@ def holm(
     pvalues, # raw; nan where there was nothing to test
 ) -> np.ndarray: # adjusted, in the same order
     "Holm-adjusted p-values"
-    out = np.array(pvalues, float); ok = np.flatnonzero(~np.isnan(out))
-    order = ok[np.argsort(out[ok])]
-    out[order] = np.minimum(np.maximum.accumulate(out[order]*np.arange(len(order), 0, -1)), 1)
+    p = np.asarray(pvalues, float); out = p.copy(); ok = ~np.isnan(p)
+    if ok.any(): out[ok] = multipletests(p[ok], method="holm")[1]
     return out
 
 # %% ../nbs/04_stats.ipynb #5c0b000b
