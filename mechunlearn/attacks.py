@@ -20,6 +20,7 @@ from .evaluation import evaluate, harden, interval, speak
 from .facts import Task
 from .figures import EDIT_COLOUR, FIGURE_STYLE, TRUTH_COLOUR, cell_text, figure, printed
 from .finetuning import Edit
+from .grids import CHOICES
 from .jobs import edit_jobs, keep_missing, tried
 from .latent import latent, strongest
 from .models import LM
@@ -47,7 +48,7 @@ def attack(
     task:Task, # what was edited
     edit:Edit|None=None, # the edit to attack; none: the model as it is
     before:pd.DataFrame|None=None, # records of the unedited model, to stand beside; e.g. `attack(lm, task).records`
-    attacks:str="standard", # or all: harder questions, open answers, two facts retaught, soft prompts as well
+    attacks:str="standard", # or all: harder questions, open answers, two facts retaught, soft prompts as well; or field: those of FIELD, too
     standard:dict={}, # options of `evaluate`
     relearning:dict={}, # options of `relearn`
     latents:dict={}, # options of `latent`
@@ -58,7 +59,7 @@ def attack(
     progress:bool=True, # show a bar, on a terminal
 ) -> Attacks:
     "Evaluate, relearn and probe one edit; with `all`, everything the library has but the grid of `relearn_grid`"
-    every = choose(attacks, ("standard", "all"), "choice of attacks") == "all"
+    every = choose(attacks, CHOICES, "choice of attacks") != "standard"
     asked = [(evaluate, standard)] + [(harden, HARD | hardened), (speak, generation)] * every
     poor = {k: v for k, v in relearning.items() if k in ("lora", "sizes", "max_facts")}
     fought, missing = [(relearn, relearning), (latent, latents)] + [(low_resource, poor), (soften, soft)] * every, {}

@@ -253,7 +253,7 @@ def _job_of_edited(args, base):
     "The job that attacks somebody's edit, or edits that are made for it"
     _paths_of(args)
     if args.edited: args.localizations, base = [f"edited@{Path(args.edited).expanduser().resolve().name}"], base | {"edited": args.edited}
-    args.model, args.attacks = args.base or args.model, "all"
+    args.model = args.base or args.model
     return job_of(args, base)
 
 # %% ../nbs/50_cli.ipynb #500019d
@@ -286,7 +286,7 @@ def job_in(
     first = seeds[0] if first is None else first
     settings = settings_of(args, over(old.settings, base or {}))
     seeds = [first, *(s for s in seeds if s != first)]
-    job = make_job(old.model, old.task, old.options, [l for l, _, _ in edits], seeds, settings, attacks="all").model_copy(update={"run_dir": str(root)})
+    job = make_job(old.model, old.task, old.options, [l for l, _, _ in edits], seeds, settings, attacks=getattr(args, "attacks", "all")).model_copy(update={"run_dir": str(root)})
     ready(job, args)
     return job, code
 
@@ -554,6 +554,7 @@ def which_edit(p):
 def what_attacked(p):
     "Options of attack: whose edits"
     p.add_argument("run", nargs="?", help="a run folder; default: the run that the options describe")
+    p.add_argument("--attacks", default="all", help="standard, all (the default), or field: those of the field beyond the paper, too")
     p.add_argument("--base", metavar="A", help="the model that was edited (with --edited)")
     p.add_argument("--edited", metavar="B", help="a folder or hub id: the model after somebody's edit")
     p.add_argument("--grid", action="store_true",
@@ -566,7 +567,7 @@ def sweeping(p): p.add_argument("--sweep", action="store_true",
 # %% ../nbs/50_cli.ipynb #500026g
 def how_attacked(p):
     p.add_argument("--attacks", default="standard",
-                   help="standard, or all: soft prompts, harder multiple choice, open answers, relearning from two facts as well")
+                   help="standard; all: soft prompts, harder multiple choice, open answers, relearning from two facts as well; field: those of the field, too")
 
 # %% ../nbs/50_cli.ipynb #500026h
 def recorded(p):

@@ -30,18 +30,19 @@ class Attack(NamedTuple):
     variants: tuple = () # columns that tell its variants apart
     last: bool = False # at its last step
     guess: str = "blind" # what it may know without knowing the fact: 'mcq', 'blind', or 'not_edit' (it was trained on other truths)
+    needs: str = "prompt" # what the attacker must have: 'prompt', 'read' (the weights), or 'train' (them)
 
 # %% ../nbs/42_scorecard.ipynb #6e6ea88d
 _W = r"(subject|last)"
 SCORED = {a.name: a for a in [
     Attack("as trained", "standard", ("completion",)), Attack("in other words", "standard", ("paraphrase",)),
     Attack("multiple choice", "standard", ("mcq",), guess="mcq"), Attack("hard multiple choice", "hardened", variants=("setting",), guess="mcq"),
-    Attack("open answer", "generation"), Attack("two facts retaught", "low-resource", ("completion",), "two facts.*", last=True, guess="not_edit"),
-    Attack("half retaught", "relearning", ("completion",), last=True, guess="not_edit"),
-    Attack("strongest of a grid", "relearning-grid", variants=("setting",), guess="not_edit"),
-    Attack("soft prompt", "soft-prompt", setting=r"k[1-9]\d*", variants=("setting",), guess="not_edit"),
-    Attack("new probe", "latent", setting=f"{_W}(/binary)?", variants=("setting", "layer")),
-    Attack("old probe", "latent", setting=f"{_W}(/binary)?/transferred", variants=("setting", "layer"))]}
+    Attack("open answer", "generation"), Attack("two facts retaught", "low-resource", ("completion",), "two facts.*", last=True, guess="not_edit", needs="train"),
+    Attack("half retaught", "relearning", ("completion",), last=True, guess="not_edit", needs="train"),
+    Attack("strongest of a grid", "relearning-grid", variants=("setting",), guess="not_edit", needs="train"),
+    Attack("soft prompt", "soft-prompt", setting=r"k[1-9]\d*", variants=("setting",), guess="not_edit", needs="read"),
+    Attack("new probe", "latent", setting=f"{_W}(/binary)?", variants=("setting", "layer"), needs="read"),
+    Attack("old probe", "latent", setting=f"{_W}(/binary)?/transferred", variants=("setting", "layer"), needs="read")]}
 WORST = "worst case"
 
 # %% ../nbs/42_scorecard.ipynb #d4cb560e
