@@ -345,7 +345,7 @@ def inside_curve(
     return rows.assign(how=how, place=place, layer=rows.layer.astype(int)).reset_index(drop=True)
 
 # %% ../nbs/32_inside.ipynb #320120b
-_HOW = {"lens": "logit lens", "tuned": "tuned lens", "old-head": "logit lens, old unembedding", "into-original": "put into the original", "into-edited": "original put into the edited"}
+_HOW = {"lens": "logit lens", "tuned": "tuned lens", "old-head": "old unembedding", "into-original": "edited state\nin the original", "into-edited": "original state\nin the edited"}
 _AT = {"subject": "at the subject", "last": "at the last token"}
 
 def _panels(curve, hows, extras, bands=True):
@@ -357,11 +357,11 @@ def _panels(curve, hows, extras, bands=True):
         rows = curve[(curve.how == hows[i]) & (curve.place == list(_AT)[j])]
         extras(ax, hows[i], list(_AT)[j])
         for name in names: _line(ax, rows[(rows.group == "forget") & (rows.localization == name)], name, bands)
-        ax.set(ylim=(-.03, 1.05), yticks=[0, .5, 1], title=f"{_HOW[hows[i]]}, {list(_AT.values())[j]}")
+        ax.set(ylim=(-.03, 1.05), yticks=[0, .5, 1], title="" if i else f"truth, {list(_AT.values())[j]}", ylabel="" if j else _HOW[hows[i]])
         ax.set_xticks([l for l in layers if l >= 0][::2 if len(layers) < 20 else 4])
     ends = curve[(curve.group == "forget") & (curve.how == hows[0]) & (curve.place == "last")].sort_values("layer").groupby("localization").value.last()
     margin_labels(axes[0, -1], [printed(n) for n in names if n in ends], [ends[n] for n in names if n in ends], max(layers), [look(n)["color"] for n in names if n in ends])
-    fig.supxlabel("after layer", fontsize=9); fig.supylabel("truth read", fontsize=9)
+    fig.supxlabel("after layer", fontsize=9)
     return fig
 
 # %% ../nbs/32_inside.ipynb #320120d
@@ -476,8 +476,8 @@ def plot_moved(
         names = ordered(mean[part].index.get_level_values(0))
         for name in names:
             for group, style in (("forget", "-"), ("retain", ":")): ax.plot(mean[part, name, group], color=look(name)["color"], ls=style, lw=1.4)
-        ax.set(title=f"{title}, {_AT[place]}", xlabel="layer", ylim=(0, None))
-    axes[0].set_ylabel("change, share of its norm")
+        ax.set(title=title, xlabel="layer", ylim=(0, None), xticks=sorted(rows.layer.unique())[::2 if rows.layer.nunique() < 20 else 4])
+    axes[0].set_ylabel(f"change, {_AT[place]}")
     margin_labels(ax, map(printed, names), [mean["stream", n, "forget"].iloc[-1] for n in names], mean["stream"].index.get_level_values("layer").max(), [look(n)["color"] for n in names])
     return fig
 

@@ -108,7 +108,7 @@ def test_translators_find_an_affine_map_and_use_the_old_head(tiny, task):
     translate = Translators(lm, States(x[:90], torch.zeros(0)))
     got = translate(x[90:])
     error = lambda l, p: ((got[:, l, p] - read[90:]).norm() / read[90:].norm()).item()
-    assert error(1, 0) < .05 < .5 < error(0, 0) # and what is noise cannot be translated
+    assert error(1, 0) < .2 < .5 < error(0, 0) # and what is noise cannot be translated
     questions = completions(task.forget[:1] * 30, "forget")
     assert torch.allclose(lens(lm, questions, read[90:, None, None], normed=True).logits, lens(lm, questions, x[90:, -1:, 1:]).logits, atol=1e-4)
 
@@ -264,13 +264,18 @@ def test_stage_writes_each_table_once(tiny, task, tmp_path, monkeypatch):
     assert plot_inside(curve)._repr_png_() and plot_depths(curve)._repr_png_() and len(depth_table(first)) == 4
 
 
-@pytest.mark.parametrize("which", ["all", "field"])
-def test_it_is_an_attack_of_the_field(tiny, task, which):
-    lm = tiny("llama")
-    brief = dict(standard=dict(max_facts={"retain": 2, "ghost": 2, "same-subject": 1, "other-relation": 1, "general": 1}), relearning=dict(steps=1, at=(0, 1), max_facts=2), latents=dict(n_train=12, max_facts=2),
-        hardened=dict(shots=(0,), n_all_orders=0, max_facts=1), generation=dict(max_facts=1), soft=dict(ks=(1,), prompts=1, steps=1, max_facts=2))
-    found = attack(lm, task, pushed(lm), attacks=which, inside=SMALL, progress=False, **brief)
-    assert ("inside" in set(found.records.evaluation)) == (which == "field")
+@pytest.mark.parametrize("which", ["standard", "all", "field"])
+def test_it_is_an_attack_of_the_field(tiny, task, which, monkeypatch):
+    told = {}
+    for name in ("evaluate", "harden", "speak", "relearn", "latent", "low_resource", "soften", "read_inside"):
+        def fake(lm, task, *edit, name=name, **how):
+            told[name] = how
+            return as_records([dict(fact="f", group="forget")], evaluation=name)
+        fake.__name__ = name
+        monkeypatch.setattr(f"mechunlearn.attacks.{name}", fake)
+    found = attack(tiny("llama"), task, None, attacks=which, inside=SMALL, progress=False)
+    assert ("read_inside" in set(found.records.evaluation)) == ("read_inside" in told) == (which == "field")
+    assert which != "field" or told["read_inside"] == SMALL | dict(batch_size=64)
 
 
 # ---- edits whose truth is known
