@@ -294,6 +294,7 @@ def depths(
     "The Unlearning Depth Score of each fact (Lee, Kim and Jo, 2026), with strangers for the model that never knew"
     r = records[(records.evaluation == "inside") & records.setting.str.match("original|into-original|stranger")]
     keys = [c for c in _EDIT if c in r] + ["group", "fact"]
+    if not len(r): return pd.DataFrame(columns=[*keys, "place", "depth", "erased_from", "layers"])
     r = r.assign(nats=-np.log(r.full_truth.clip(lower=1e-30)), how=r.setting.str.rpartition("/")[0], place=r.setting.str.rpartition("/")[2])
     least = r[r.how == "original"].groupby(keys).nats.first()
     lost = r[r.how != "original"].groupby([*keys, "place", "how", "layer"]).nats.mean().unstack("how").reindex(columns=["stranger", "into-original"])

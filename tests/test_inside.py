@@ -181,6 +181,7 @@ def test_depths_are_averaged_over_facts_that_have_one():
     a, b, c = invented([-3], [-3]), invented([-3], [-.1]).assign(fact="g"), invented([-.1], [-3]).assign(fact="h")
     t = depth_table(pd.concat([a, b, c]).assign(localization="late", draw=0, seed=0)).iloc[0]
     assert t.value == .5 and t.n == 2 and t.ci_low < .5 < t.ci_high and "late 0.50" in say_depths(pd.DataFrame([t]))
+    assert depth_table(c[c.layer < 0].assign(localization="none", draw=0, seed=0)).empty
     assert "no depth" in say_depths(depth_table(c.assign(localization="late", draw=0, seed=0)))
 
 
