@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 import pandas as pd
-import matplotlib as mpl
+import matplotlib as mpl, matplotlib.ticker
 from matplotlib.figure import Figure
 from .figures import FIGURE_STYLE, baseline, cell_text, figure, listed, look, ordered, p_text, printed, say
 from .metrics import (about, broken, edit_tables, finished, mlp_layers, gone_lines, holm_by, localizations, meta_of, metrics, paired, records,
@@ -459,14 +459,16 @@ def plot_cost(
 ) -> Figure:
     "Truth recovered beyond guessing by the strongest attack that costs at most so much; bands: 95 % intervals; where another attack becomes the strongest, its mark says what it needs"
     paid = paid[paid.localization != "none"]
-    names, end = ordered(paid.localization), 2*paid.seconds.max()
-    n = min(across, len(names))
+    names, start, end = ordered(paid.localization), .7*paid.seconds.min(), 2*paid.seconds.max()
+    n, wide = min(across, len(names)), np.log10(end/start)
     fig, axes = figure(.9 + 1.85*n, .9 + 1.65*(-(-len(names)//n)), -(-len(names)//n), n, sharex=True, sharey=True, squeeze=False)
     for ax, name in zip(axes.flat, names):
         _steps(ax, paid[paid.localization == name].sort_values("seconds"), end, look(name)["color"])
         ax.set_title(name)
     for ax in axes.flat[len(names):]: ax.set_visible(False)
-    axes[0, 0].set(xscale="log", xlim=(.7*paid.seconds.min(), end), ylim=(-.04, 1.04), yticks=[0, .5, 1])
+    axes[0, 0].set(xscale="log", xlim=(start, end), ylim=(-.04, 1.04), yticks=[0, .5, 1])
+    axes[0, 0].xaxis.set(major_locator=mpl.ticker.LogLocator(subs=(1, 2, 5) if wide < 1.2 else (1, 3) if wide < 2 else (1,)), major_formatter="{x:g}",
+                         minor_locator=mpl.ticker.NullLocator())
     fig.supxlabel("seconds that one attack may take", fontsize=9); fig.supylabel("old answers\nbeyond guessing", fontsize=9, ha="center")
     return fig
 
@@ -482,7 +484,8 @@ def _steps(ax, rows, end, colour):
     for at, y, name in zip(x, value, rows.which):
         if not y > best + WORTH: continue
         ax.plot(at, y, marker=_MARK[SCORED[name.split(" or ")[0]].needs], color=colour, ms=5)
-        ax.text(at, y + (.06 if y < .8 else -.06), f" {name}".replace(" or ", "\n or "), fontsize=7, color="#444444", va="bottom" if y < .8 else "top")
+        early, below = at < (x[0]*end)**.5, y < .8
+        ax.text(at, y + (.06 if below else -.06), f" {name} ".replace(" or ", " \n or "), fontsize=7, color="#444444", ha="left" if early else "right", va="bottom" if below else "top")
         best = y
 
 # %% ../nbs/42_scorecard.ipynb #7ee09fe7

@@ -261,7 +261,7 @@ def test_report_is_one_file_without_outside_resources(run_dir, tmp_path):
     page = r.write_report(run_dir, tmp_path/"report.html").read_text()
     assert not re.search(r"(?:src|href)=[\"'](?!data:|#)", page) and "@import" not in page and "<script" not in page
     assert page.count("<img alt=") == 14 and "class=\"missing\"" not in page
-    assert [t for t in r.SECTIONS if f">{r.html.escape(t)}</h2>" in page] == [t for t in r.SECTIONS if t not in ("Not available", "Part after part", "Besides facts")] # where there is any such; for sequences; where asked
+    assert [t for t in r.SECTIONS if f">{r.html.escape(t)}</h2>" in page] == [t for t in r.SECTIONS if t not in ("Not available", "What an attack costs", "Part after part", "Besides facts")] # where there is any such; where time was taken; for sequences; where asked
     assert page == r.write_report(run_dir, tmp_path/"again.html").read_text()
     pd.testing.assert_frame_equal(store.load_table(run_dir/"metrics.parquet"), r.metrics(run_dir))
 
@@ -495,8 +495,12 @@ def test_what_a_new_table_cost_is_read_from_what_it_holds(tmp_path):
     for seed, took in ((0, 2.), (1, 4.)):
         table = store.load_table(run/f"flu/seed{seed}/evaluation.parquet")
         for name, of in ((f"part{k}", "hardened") for k in (1, 2)): # an attack in two tables costs both
-            store.save_table(run/f"flu/seed{seed}/{name}.parquet", table.assign(evaluation=of), {"invented": name}, took)
+            store.save_table(run/f"flu/seed{seed}/{name}.parquet", table.assign(evaluation=of, setting="0-shot"), {"invented": name}, took)
     assert r.costs(run).to_dict("records") == [dict(localization="flu", attack="hard multiple choice", seconds=6.)]
+    assert "What an attack costs" not in r.page(r.find(run)) # there is but one price
+    store.save_table(run/"flu/seed0/evaluation.parquet", store.load_table(run/"flu/seed0/evaluation.parquet"), {"invented": "evaluation", "seed": 0}, 1.)
+    page = r.page(r.find(run))
+    assert "What an attack costs" in page and re.search(r"flu: [a-z ]+ at any price up to 6 s|flu: exposed from [16] s on", page)
 
 def made_up(attacks, names=("none", "flu", "late"), **more):
     "A scorecard of these attacks"
