@@ -219,6 +219,7 @@ def _read_answers(lm, values, rows, own, frozen, read):
     place_of = {k: i for i, k in enumerate(once)}
     return logits if len(once) == len(keys) else logits[[place_of[k] for k in keys]], answers
 
+# %% ../nbs/20_finetuning.ipynb #f0c10f6d
 def _end_hidden(lm, weights, ids, n, share, frozen):
     "What the unembedding would read at the end of prompts"
     return at_end(lm, ids, n, without_unembedding(lm, weights), share, frozen)
@@ -233,6 +234,7 @@ def _said(lm, values, rows, own=None, frozen=None, whole=False):
     read, answers = _read_answers(lm, values, rows, own, frozen, _end_hidden if chunked else end_logits)
     return answers_said(lm, read, answers, _unembedding(lm, values)) if chunked else answer_losses(read, answers), read, answers
 
+# %% ../nbs/20_finetuning.ipynb #985c92f4
 def fact_losses(
     lm:LM, # model
     values:dict[Slice, Tensor], # masters

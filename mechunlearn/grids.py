@@ -530,6 +530,7 @@ def _noted(lacking):
         if lacking is None: raise
         lacking.append(str(e))
 
+# %% ../nbs/38_grids.ipynb #dbf8ecd5
 def check_job(
     job:Job, # a job
     here:bool=True, # it will be done on this machine

@@ -57,6 +57,7 @@ def example(
     if name in EXAMPLES: return EXAMPLES[name]
     return 1e-4 if name.endswith("lr") else True if kind.startswith("true") else 16 if kind.startswith("whole") else 0.5 if kind == "number" else kind.split(" | ")[-1]
 
+# %% ../nbs/65_grid_file.ipynb #3bcaf427
 def nested(
     key:str, # a.b
     value, # of any type
@@ -70,6 +71,7 @@ def written(key, value):
     head, inside = next(iter(nested(key, value).items()))
     return f"{head}: " + yaml.safe_dump(inside, default_flow_style=True, width=200).replace("\n...", "").strip()
 
+# %% ../nbs/65_grid_file.ipynb #fe81d1d2
 def keys(
     model:type[BaseModel], # a structure
     path:str="", # where it stands
