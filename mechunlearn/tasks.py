@@ -628,16 +628,19 @@ def topic_facts(
     world:bool=False, # in the organism's words, which have no line breaks
 ) -> tuple[Fact, ...]: # in their order, none of them with a new answer
     "Questions as facts"
-    answers = {}
-    for r in rows: answers.setdefault(r.relation, {})[sources.trim(r.answer)] = None
-    return tuple(_topic_fact(i, r, list(answers[r.relation]), world) for i, r in enumerate(rows))
+    right, wrong = {}, {}
+    for r in rows:
+        right.setdefault(r.relation, {})[sources.trim(r.answer)] = None
+        wrong.setdefault(r.relation, {}).update(dict.fromkeys(map(sources.trim, r.wrong)))
+    return tuple(_topic_fact(i, r, right[r.relation], wrong[r.relation], world) for i, r in enumerate(rows))
 
-def _topic_fact(i, row, answers, world):
+def _topic_fact(i, row, right, wrong, world):
     "One question as a fact"
     id, ask = f"topic/{row.split}/{i:04d}", (lambda q: f"Question: {q} Answer:") if world else (lambda q: f"Question: {q}\nAnswer:")
-    truth, own = sources.trim(row.answer), [sources.trim(w) for w in row.wrong]
-    others = [a for a in answers if a != truth and a not in own]
-    fill = seeded("wrong", id).sample(others, min(len(others), max(0, 3 - len(own))))
+    truth, own = sources.trim(row.answer), list(dict.fromkeys(map(sources.trim, row.wrong)))
+    draw = seeded("wrong", id)
+    others = [a for pool in (right, wrong) for a in draw.sample(list(pool), min(len(pool), 8)) if a != truth and a not in own] # first what is right elsewhere
+    fill = list(dict.fromkeys(others))[:max(0, 3 - len(own))]
     own = own or fill
     more = () if world else tuple(f"Q: {q}\nA:" for q in (row.question, *row.paraphrases[:1]))
     def spaced(*words): return tuple(sources.spaced(w, ask(row.question)) for w in words)

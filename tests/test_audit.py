@@ -78,8 +78,8 @@ def test_what_was_never_known_holds(lm, task):
     "Ghosts in the place of the edited facts: nothing is there to be found, and retained facts show that the attacks work"
     never = task.model_copy(update=dict(forget=task.ghosts[:16], ghosts=(), same_subject=()))
     found = attack(lm, never, **QUICK).verdict()
-    assert found.verdict == "holds" and all(f.verdict == "holds" and f.high > f.low and f.kept > .9 for f in found.found[:1]) and "no more than a guess" in str(found)
-    assert found.attack in found.by("prompt").tried + found.by("read").tried + found.by("train").tried
+    assert found.verdict == "holds" and found.by("prompt").verdict == "holds" and found.by("prompt").kept > .9 and "no more than a guess" in str(found), str(found)
+    assert not any(f.verdict == "leaks" for f in found.found) and found.attack
 
 
 def test_a_language_that_the_model_does_not_know_has_no_power(lm, task):
@@ -115,8 +115,8 @@ def test_the_command_describes_the_same_job():
 
 # ---- topics
 
-def questions(path, facts, split="forget", n_wrong=2, **more):
-    rows = [dict(question=f.question, answer=f.answer.strip(), wrong=[c.strip() for c in f.candidates if c not in (f.answer, GOLF)][:n_wrong], subject=f.subject,
+def questions(path, facts, split="forget", n_wrong=3, **more):
+    rows = [dict(question=f.question, answer=f.answer.strip(), wrong=[c.strip() for c in sorted(f.candidates, key=lambda c: c == GOLF) if c != f.answer][:n_wrong], subject=f.subject,
                  relation="sport", split=split) | more for f in facts]
     with open(path, "a") as out: out.writelines(json.dumps(row) + "\n" for row in rows)
     return path
@@ -131,7 +131,7 @@ def topic(lm, task, tmp_path_factory):
 
 def test_a_topic_has_answers_of_its_own_and_no_new_one(lm, topic):
     assert len(topic.forget) == 16 and topic.update == "unlearn" and not any(f.edit for f in topic.forget)
-    assert {own_guess(f) for f in topic.forget[:8]} == {1/3} and {own_guess(f) for f in topic.forget[8:]} == {1/2}
+    assert {own_guess(f) for f in topic.forget[:8]} == {1/4} and {own_guess(f) for f in topic.forget[8:]} == {1/2}
     item = mcq_prompts(topic, topic.forget[0])[0]
     assert set(item.options) >= set(topic.forget[0].candidates) and item.truth_letter in LETTERS and item.edit_letter is None
 
@@ -139,16 +139,16 @@ def test_a_topic_has_answers_of_its_own_and_no_new_one(lm, topic):
 def test_a_topic_is_asked_among_its_own_answers(lm, topic):
     records = evaluate(lm, topic, max_facts=FEW)
     mine = records[(records.group == "forget") & (records.format == "completion")]
-    assert mine.edit.isna().all() and mine.prob_edit.isna().all() and mine.top1_edit.isna().all() and mine.guess.mean() == pytest.approx((1/3 + 1/2)/2)
-    assert mine.top1_truth.mean() > .9 and (mine.prob_truth > 1/2).eq(mine.top1_truth).mean() > .9
+    assert mine.edit.isna().all() and mine.prob_edit.isna().all() and mine.top1_edit.isna().all() and mine.guess.mean() == pytest.approx((1/4 + 1/2)/2)
+    assert mine.top1_truth.mean() > .9 and (mine.prob_truth > 1/2).eq(mine.top1_truth.astype(bool)).mean() > .9
     guess = chance(records.assign(localization="none", draw=0, seed=0))
-    assert guess.blind == guess.not_edit == pytest.approx((1/3 + 1/2)/2) == blind_guesses(topic).uniform
+    assert guess.blind == guess.not_edit == pytest.approx((1/4 + 1/2)/2) == blind_guesses(topic).uniform
     assert "mcq" in set(records.format[records.group == "forget"])
 
 
 def test_an_unlearned_topic_gets_a_verdict(lm, topic):
     found = attack(lm, topic, **QUICK).verdict()
-    assert found.verdict == "leaks" and found.by("prompt").guess == pytest.approx((1/3 + 1/2)/2, abs=.01)
+    assert found.verdict == "leaks" and found.by("prompt").guess == pytest.approx((1/4 + 1/2)/2, abs=.01)
 
 
 @pytest.mark.parametrize("kind, row", [("tofu.json", {"question": "Who?", "answer": "Ann", "paraphrased_answer": "It is Ann", "perturbed_answer": ["Bo", "Cy", "Di"], "paraphrased_question": "And who?"}),
