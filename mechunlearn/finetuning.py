@@ -35,7 +35,7 @@ from .losses import UPDATES, Answers, Update, answer_losses, choose_update, l1_c
 from .memory import checkpointed, optimizer_class, unsteppable, written_out
 from .families import transposed
 from .loading import is_adapter, place_of, plain, snapshot
-from .models import LM, Slice, components, load, slices
+from .models import LM, Slice, components, load, read_model, slices, wrap
 from .questions import answer, completions, hidden_states, some, token_loss
 from .steps import Frozen, answers_said, at_end, chain, chains, come_back, large, own_lengths, pack, said_in_chunks, without_unembedding
 from .stats import edited_by
@@ -866,7 +866,7 @@ def edit_of(
     dtype = next(lm.hf.parameters()).dtype
     home, fine = getattr(lm.hf.config, "_name_or_path", "") or None, finer(stored_dtype(str(folder)), dtype)
     if home and not Path(home).is_dir() and (commit := lm.revision.split("+")[0]): home = str(snapshot(home, commit)[0]) # of the hub's revisions the one in memory
-    other = load(str(folder), device="cpu", dtype=fine, base=home, family=lm.own)
+    other = wrap(*read_model(str(folder), "cpu", fine, base=home, family=lm.own, words=lm.tok), family=lm.own) # weights saved alone have the words of the base
     coarse, quantized = fine if is_adapter(place_of(str(folder))) else stored_dtype(str(folder)), getattr(other.hf, "is_quantized", False)
     plain(other.hf, str(folder))
     if causes := differences(lm, other): raise Refusal(f"{folder} is not an edit of {lm.name}:" + "".join(f"\n- {c}" for c in causes))

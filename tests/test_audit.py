@@ -202,6 +202,8 @@ def small(tiny): return tiny("llama")
 def test_shards_and_more_rows_than_before(small, tmp_path):
     folder = saved(small, tmp_path/"shards", max_shard_size="40KB")
     assert len(list(folder.glob("model-*.safetensors"))) > 1 and changed(F.edit_of(small, folder)) == {MLP}
+    for file in folder.glob("*token*"): file.unlink()
+    assert changed(F.edit_of(small, folder)) == {MLP}, "weights saved without their tokenizer"
     n = len(small.weight(EMBED))
     more = saved(small, tmp_path/"more", lambda hf: (hf.resize_token_embeddings(n + 13), hf.get_parameter(MLP).add_(.1)))
     assert changed(F.edit_of(small, more)) == {MLP}
