@@ -195,9 +195,23 @@ def _repr_html_(self:Attacks):
 def card(self:Attacks) -> pd.DataFrame: # the columns of `scorecard.scorecard`
     "Every attack and the worst case; `before`, if there is one, as the unedited model"
     from mechunlearn.scorecard import scorecard
+    return scorecard(self._beside())
+
+@patch
+def _beside(self:Attacks):
+    "Records of the edit and of the model before it, as those of a run"
     parts = [self.records.assign(localization=self.name)]
     if self.before is not None and self.name != "none": parts.append(self.before.assign(localization="none"))
-    return scorecard(pd.concat(parts, ignore_index=True).assign(draw=0, seed=self.task.seed))
+    return pd.concat(parts, ignore_index=True).assign(draw=0, seed=self.task.seed)
+
+# %% ../nbs/33_more_attacks.ipynb #78cf6f31
+@patch
+def verdict(self:Attacks,
+    command:str="", # what does the attacks again, if there is such a command
+): # an `audit.Audit`
+    "Whether the edit holds, to what it leaks, whether the model is destroyed, or that nothing can be said"
+    from mechunlearn.audit import audit
+    return audit(self._beside(), self.name, command=command, task=self.task.name, missing=self.missing)
 
 # %% ../nbs/33_more_attacks.ipynb #a7c164c4
 WHY_NOT = dict(hardened="none of these facts can be asked with four options: they lack wrong answers, or solved examples",

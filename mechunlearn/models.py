@@ -357,6 +357,7 @@ def read_model(
     revision:str|None=None, # hub branch, tag or commit
     base:str|None=None, # of an adapter
     family:str|Path|dict|None=None, # as in `wrap`
+    words=None, # a tokenizer for a folder that holds none
 ) -> Files:
     "Read a model's files."
     source, name, rev = locate(model)
@@ -368,8 +369,10 @@ def read_model(
         if rev: check_held(folder, n)
         device_map = device_map or {"": device or ("cuda" if torch.cuda.is_available() else "cpu")}
         dtype = as_dtype(dtype) if dtype else usual_dtype(n, device_map == {"": "cpu"})
-        tok = read_tokenizer(source, commit)
-        hf = read_weights(source, dtype, n < 1e8, revision=commit, device_map=device_map, quantization_config=quantization(quantize, dtype) if quantize else None)
+        none = words is not None and rev and not any(p for kind in ("*token*", "vocab*", "spiece*") for p in folder.glob(kind))
+        tok = words if none else read_tokenizer(source, commit)
+        bits = dict(quantization_config=quantization(quantize, dtype)) if quantize else {} # none given: what the checkpoint says of itself
+        hf = read_weights(source, dtype, n < 1e8, revision=commit, device_map=device_map, **bits)
     precision = quantize or str(dtype).removeprefix("torch.")
     return Files(hf, tok, name, (commit or rev) + (f"+{precision}" if precision != "float32" else ""))
 
