@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['SHOWN', 'ASKED', 'choose_among', 'in_context', 'context_questions', 'other_texts', 'other_mode', 'four_subjects',
            'log_probs', 'by_name', 'reversals', 'ask_reversed', 'Drawn', 'sampled', 'any_guess', 'most_frequent',
-           'vote', 'available', 'elicit', 'elicited', 'plot_elicitation', 'say_elicitation', 'leaky_task',
-           'run_elicitation']
+           'vote', 'available', 'elicit', 'elicited', 'plot_elicitation', 'say_elicitation', 'run_elicitation']
 
 # %% ../nbs/32_elicitation.ipynb #3250002
 from collections import Counter
@@ -20,7 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import LogitsProcessor
 from .evaluation import GREEDY, asked_in_attacks, first_named
-from .facts import LETTERS, MATE, SQUARE, Fact, Task, seeded, unknown_words
+from .facts import LETTERS, SQUARE, Fact, Task, seeded, unknown_words
 from .figures import FIGURE_STYLE, figure, listed, look, ordered, printed
 from .finetuning import Edit
 from .jobs import edit_jobs, keep_missing
@@ -28,7 +27,7 @@ from .models import LM, REQUEST, batches, next_token
 from .phrasings import KINDS, Phrasing, denied, parted, phrase, phrasings, stated, why_not
 from .questions import Question, answer, as_records, completions, whole_answers
 from .relearning import halves, of_job
-from .stats import METRICS, Chance, has_power, summarise
+from .stats import Chance, has_power, summarise
 from .store import Refusal, Run, Unavailable, choose
 
 # %% ../nbs/32_elicitation.ipynb #3250006
@@ -367,17 +366,7 @@ def say_elicitation(
         out.append(f"{printed(name)}: {len(strong)} of {len(keep)} ways to ask have power on retained facts; beyond guessing and ghosts: {said}" + (f" and {len(leaks) - 3} more" if len(leaks) > 3 else "") + ".")
     return " ".join(out)
 
-# %% ../nbs/32_elicitation.ipynb #3250037
-def leaky_task(
-    task:Task, # what is edited
-    k:int=4, # facts shown
-    copies:int=4, # contexts of each fact
-) -> Task: # whose edit holds without a context, and gives way behind true facts
-    "A planted defect: the forget facts, and again behind true facts, where the old answer is what training installs"
-    behind = [f.model_copy(update=dict(id=f"{f.id}/{i}", prompt=in_context(f, task.forget, k, "true", seed=-1 - i), answer=f.edit, edit=f.answer)) for f in task.forget for i in range(copies)]
-    return task.model_copy(update=dict(forget=task.forget + tuple(behind)))
-
-# %% ../nbs/32_elicitation.ipynb #3250042
+# %% ../nbs/32_elicitation.ipynb #3250047
 def run_elicitation(
     lm:LM, # the unedited model
     task_for_seed:Callable[[int], Task], # the task as each seed draws it
