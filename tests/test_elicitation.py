@@ -1,22 +1,22 @@
 "Asking otherwise: what each prompt says, who cannot be asked, and an edit that leaks only in context."
-import os, subprocess, sys
+import re
 import pandas as pd, pytest, torch
 from mechunlearn import scorecard
 from mechunlearn.attacks import attack
 from mechunlearn.elicitation import (ASKED, any_guess, available, by_name, choose_among, context_questions, elicit, elicited, four_subjects, in_context, most_frequent,
     other_mode, plot_elicitation, reversals, run_elicitation, sampled, say_elicitation, vote)
 from mechunlearn.evaluation import evaluate
-from mechunlearn.facts import SPORTS, Fact, Task, sport_fact, sports_athlete_editing, unknown_words
+from mechunlearn.facts import Fact, Task, sport_fact, sports_athlete_editing, unknown_words
 from mechunlearn.finetuning import finetune, fingerprint
 from mechunlearn.grids import Elicitation, FIELD, PIPELINE
 from mechunlearn.localization import build
 from mechunlearn.models import components, load
-from mechunlearn.phrasings import ALIASES, GENERAL, KINDS, LANGUAGES, LEAGUES, SPELLED, TEXTS, Phrasing, denied, follows, parted, phrase, phrasings, stated, why_not
+from mechunlearn.phrasings import ALIASES, GENERAL, KINDS, LANGUAGES, LEAGUES, SPELLED, TEXTS, denied, follows, parted, phrase, phrasings, stated, why_not
 from mechunlearn.questions import answer, completions
-from mechunlearn.relearning import blind_guesses, halves
+from mechunlearn.relearning import halves
 from mechunlearn.sources import read_atlas
 from mechunlearn.stats import Chance
-from mechunlearn.store import Refusal, Run, Unavailable, notes
+from mechunlearn.store import Refusal, Run, notes
 from mechunlearn.tasks import atlas_facts
 
 FEW = dict(ks=(2,), n=3, max_facts=4)
@@ -41,7 +41,6 @@ def asked(fact, source, kind): return {h.name: q for h in phrasings(source, fact
 
 def test_every_text_holds_what_it_needs_and_nothing_else():
     known = {"{p}", "{l}", "{s}", "{q}", "{o}", "{A}", "{B}", "{C}", "{D}"}
-    import re
     for source, relations in TEXTS.items():
         for relation, kinds in relations.items():
             for kind, texts in kinds.items():
