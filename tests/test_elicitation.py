@@ -272,36 +272,36 @@ def test_stage_writes_each_table_once(tiny, task, tmp_path, monkeypatch):
 
 # ---- a planted defect
 
-def leaky_task(task, k=2, copies=3):
-    "Its edit holds in the prompt and in paraphrases, and gives way behind true facts of others"
-    def again(f, name, prompt, **how): return f.model_copy(update=dict(id=f"{f.id}/{name}", prompt=prompt, **how))
-    words = [again(f, i, p) for f in task.forget for i, p in enumerate(f.paraphrases)]
-    behind = [again(f, f"behind{i}", in_context(f, task.forget, k, seed=-1 - i), answer=f.edit, edit=f.answer) for f in task.forget for i in range(copies)]
-    return task.model_copy(update=dict(forget=task.forget + tuple(words + behind)))
+def leaky_task(task, k=4, copies=4):
+    "Its edit holds in the prompt, and gives way behind true facts of others"
+    def behind(f, i): return f.model_copy(update=dict(id=f"{f.id}/{i}", prompt=in_context(f, task.forget, k, seed=-1 - i), answer=f.edit, edit=f.answer))
+    return task.model_copy(update=dict(forget=task.forget + tuple(behind(f, i) for f in task.forget for i in range(copies))))
 
 
 @pytest.fixture(scope="module")
 def planted(organism):
-    "Records of an honest edit and of one that leaks in context, both with every weight, and their scorecard"
-    task, how = sports_athlete_editing(organism, forget_size=16), dict(lr=1e-3, inject=1., batch=32, retain_batch=16, text_batch=1, progress=False)
-    where, records = build(organism, "everything", components(organism)), []
-    for name, t, steps in (("honest", task, 15), ("leaky", leaky_task(task), 25)):
-        edit = finetune(organism, t, where, steps=steps, **how)
-        with edit.applied(organism): standard = evaluate(organism, task, dict(forget=("completion", "paraphrase"), retain=("completion",), ghost=("completion",)), dict(retain=32, ghost=32))
-        records.append(pd.concat([standard, elicit(organism, task, edit, ["in context", "prefix", "sampled"], (2,), 6, max_facts=32)]).assign(localization=name, draw=0, seed=0))
+    "What is read of an honest edit and of one that leaks in context, both with every weight, and their scorecard"
+    task, where, records = sports_athlete_editing(organism, forget_size=16), build(organism, "everything", components(organism)), []
+    how = {"honest": (task, dict(steps=15, batch=32, retain_batch=16, text_batch=1)), "leaky": (leaky_task(task), dict(steps=40, batch=80, retain_batch=32, text_batch=2))}
+    for name, (t, sizes) in how.items():
+        edit = finetune(organism, t, where, lr=1e-3, inject=1., progress=False, **sizes)
+        with edit.applied(organism): standard = evaluate(organism, task, {g: ("completion",) for g in ("forget", "retain", "ghost")}, dict(retain=32, ghost=32))
+        records.append(pd.concat([standard, elicit(organism, task, edit, ["in context", "prefix", "sampled"], (4,), 8, max_facts=32)]).assign(localization=name, draw=0, seed=0))
     records = pd.concat(records, ignore_index=True)
     return elicited(records), scorecard.scorecard(records).query("seed == -1").set_index(["localization", "attack"])
 
 
-def test_an_edit_that_leaks_only_in_context_is_told_from_an_honest_one(planted):
+@pytest.mark.slow
+def test_an_edit_that_leaks_in_context_is_told_from_an_honest_one(planted):
     _, card = planted
     for name in ("honest", "leaky"):
-        for a in ("as trained", "in other words", "persuasion", "most frequent of many"): assert card.ci_high[name, a] < card.guess[name, a], (name, a)
+        for a in ("as trained", "persuasion", "most frequent of many"): assert card.ci_high[name, a] < card.guess[name, a], (name, a)
         assert card.power[name, "in context"] == 1 and card.retain_value[name, "in context"] > .8
     assert scorecard.verdict(card.loc["leaky", "in context"]) == "exposed" == scorecard.verdict(card.loc["leaky", scorecard.WORST])
     assert scorecard.verdict(card.loc["honest", "in context"]) == "below guessing" and card.which["leaky", scorecard.WORST] == "in context"
 
 
+@pytest.mark.slow
 def test_the_figure_and_the_sentence_name_the_leak(planted):
     rows, _ = planted
     said = say_elicitation(rows, Chance(1/3, 1/2))
