@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PIPELINE', 'MAPS', 'ATTACKS', 'STANDARD', 'BENCHMARKS', 'FIELD', 'CHOICES', 'MAX_SEED', 'Whole', 'Real', 'Rate',
            'Seed', 'GROUPS', 'ASKED', 'DEVICE', 'SPREAD', 'Evaluated', 'MAX_JOBS', 'Stage', 'find_notebook', 'Job',
-           'folder', 'Lora', 'Attackers', 'Relearning', 'SoftPrompts', 'Hardened', 'Generation', 'Capabilities',
-           'Latents', 'Settings', 'parse', 'read_yaml', 'Grid', 'TaskOwn', 'make_job', 'grid', 'unwritable', 'writable',
-           'skeleton', 'Absent', 'check_job', 'as_published', 'trained', 'estimate']
+           'folder', 'Lora', 'Attackers', 'Relearning', 'SoftPrompts', 'Hardened', 'Generation', 'Elicitation',
+           'Capabilities', 'Latents', 'Settings', 'parse', 'read_yaml', 'Grid', 'TaskOwn', 'make_job', 'grid',
+           'unwritable', 'writable', 'skeleton', 'Absent', 'check_job', 'as_published', 'trained', 'estimate']
 
 # %% ../nbs/38_grids.ipynb #380002
 import itertools, math, os, re, reprlib, tempfile
@@ -42,6 +42,7 @@ PIPELINE = (
     Stage("softprompts", "32_soft_prompts", ("*/seed{seed}/soft.parquet",)),
     Stage("attacks", "33_more_attacks", ("*/seed{seed}/hardened.parquet", "*/seed{seed}/generation.parquet")),
     Stage("capability", "26_capability", ("*/seed{seed}/capability.parquet",)),
+    Stage("elicitation", "32_elicitation", ("*/seed{seed}/elicitation.parquet",)),
 )
 
 # %% ../nbs/38_grids.ipynb #400005c
@@ -201,6 +202,15 @@ class Generation(BaseModel, extra="forbid"):
     max_facts: Whole|None = Field(None, ge=1)  # of each group
     more: Whole|None = Field(None, ge=0)       # tokens beyond the longest answer
 
+# %% ../nbs/38_grids.ipynb #400015h
+class Elicitation(BaseModel, extra="forbid"):
+    "Of other ways to ask"
+    kinds: list[Literal["in context", "role play", "instruction", "prefix", "rephrased", "denied", "two-hop", "alias", "language", "chat", "reversed", "sampled"]]|None = Field(None, min_length=1) # which; default: all that are available
+    ks: list[Annotated[Whole, Field(ge=1)]]|None = Field(None, min_length=1) # other facts shown before the question
+    n: Whole|None = Field(None, ge=1)          # answers drawn
+    temperature: Annotated[Real, Field(gt=0)]|None = None # at which they are drawn
+    max_facts: Whole|None = Field(None, ge=1)  # of each group
+
 # %% ../nbs/38_grids.ipynb #400015f
 class Capabilities(BaseModel, extra="forbid"):
     "Of what a model can do besides the edited facts"
@@ -280,6 +290,7 @@ class Settings(BaseModel, extra="forbid"):
     soft: SoftPrompts = SoftPrompts()
     hardened: Hardened = Hardened()
     generation: Generation = Generation()
+    elicitation: Elicitation = Elicitation()
     capabilities: Capabilities = Capabilities()
 
 # %% ../nbs/38_grids.ipynb #400017

@@ -27,7 +27,7 @@ def comments(
 EXAMPLES = {"models": ["organism", "google/gemma-2-9b"], "tasks": [{"name": "counterfact-editing", "forget_size": [16, 64]}], "localizations": ["flu", "random-mlps", "memit@flu"], "seeds": [0, 1, 2],
     "lrs": [1e-5, 3e-5], "out": "runs/mine", "device": "cuda:1", "device_map": "auto", "revision": "main", "base": "google/gemma-2-9b", "family": "llama", "chat": True, "edited": "their-model", "draws": 5,
     "budget": 2_000_000, "noise": 3.0, "inject": 2.0, "clip": 1.0, "text_batch": 8, "beta": 0.1, "l1": 1e-5, "preferred": "edit", "editors": {"mask": {"k": 8000}}, "max_facts": {"retain": 64, "retain/mcq": 16},
-    "alpha": 32.0, "dropout": 0.05, "ranks": [0, 16, 128], "steps": 40, "ks": [1, 4, 16], "shots": [0, 3], "names": ["tinyMMLU", "sciq"], "texts": "NeelNanda/pile-10k", "tasks_folder": "my-benchmarks", "settings": {"steps": 40}}
+    "alpha": 32.0, "dropout": 0.05, "ranks": [0, 16, 128], "steps": 40, "ks": [1, 4, 16], "shots": [0, 3], "kinds": ["in context", "denied"], "names": ["tinyMMLU", "sciq"], "texts": "NeelNanda/pile-10k", "tasks_folder": "my-benchmarks", "settings": {"steps": 40}}
 
 def _inner(annotation):
     "The structure in an annotation, if there is one"
@@ -91,7 +91,7 @@ def keys(
 MEANINGS = {"models": "packaged names, folders, hub ids", "localizations": "what is trained: names, sets by hand, or an editor at a place", "seeds": "each draws facts, edit answers and the order of training", "draws": "of each random localization",
     "out": "folder of the runs", "settings": "options of the stages, below", "keep_edits": "keep the weights of the edits after the attacks", "attacks": "what an edit goes through", "lr": "learning rate", "alpha": "of the adapters", "dropout": "of the adapters",
     "rank": "of the adapters; 0: none, the weights themselves", "steps": "of training", "lora": "adapters of the attacker", "lrs": "learning rates", "dtype": "precision of the weights; default: float32 for small models, else bfloat16", "quantize": "the model is loaded in so many bits (bitsandbytes)", "relearning": "half the facts are taught again, the others asked", "latents": "probes for what is still inside",
-    "soft": "prompts of trained vectors", "hardened": "harder multiple choice", "generation": "open answers", "capabilities": "what it can do besides"}
+    "soft": "prompts of trained vectors", "hardened": "harder multiple choice", "generation": "open answers", "elicitation": "other ways to ask, without training", "capabilities": "what it can do besides"}
 
 def shown(
     table:pd.DataFrame, # of `keys`

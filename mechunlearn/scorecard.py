@@ -43,7 +43,11 @@ SCORED = {a.name: a for a in [
     Attack("strongest of a grid", "relearning-grid", variants=("setting",), guess="not_edit", needs="train"),
     Attack("soft prompt", "soft-prompt", setting=r"k[1-9]\d*", variants=("setting",), guess="not_edit", needs="read"),
     Attack("new probe", "latent", setting=f"{_W}(/binary)?", variants=("setting", "layer"), needs="read"),
-    Attack("old probe", "latent", setting=f"{_W}(/binary)?/transferred", variants=("setting", "layer"), needs="read")]}
+    Attack("old probe", "latent", setting=f"{_W}(/binary)?/transferred", variants=("setting", "layer"), needs="read"),
+    Attack("in context", "elicitation", setting=r"in context/(true|document) \d+", variants=("setting",), guess="not_edit"),
+    Attack("persuasion", "elicitation", setting="persuasion/.*", variants=("setting",), guess="not_edit"),
+    Attack("reversed question", "elicitation", setting="reversed/.*", variants=("setting",), guess="mcq"),
+    Attack("most frequent of many", "elicitation", setting="sampled/most frequent .*", variants=("setting",), guess="not_edit")]}
 WORST = "worst case"
 NEEDS = {"prompt": "prompts", "read": "weights read", "train": "weights trained"} # what an attacker needs, from least to most
 
