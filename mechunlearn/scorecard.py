@@ -42,7 +42,9 @@ SCORED = {a.name: a for a in [
     Attack("strongest of a grid", "relearning-grid", variants=("setting",), guess="not_edit", needs="train"),
     Attack("soft prompt", "soft-prompt", setting=r"k[1-9]\d*", variants=("setting",), guess="not_edit", needs="read"),
     Attack("new probe", "latent", setting=f"{_W}(/binary)?", variants=("setting", "layer"), needs="read"),
-    Attack("old probe", "latent", setting=f"{_W}(/binary)?/transferred", variants=("setting", "layer"), needs="read")]}
+    Attack("old probe", "latent", setting=f"{_W}(/binary)?/transferred", variants=("setting", "layer"), needs="read"),
+    Attack("latent perturbation", "adversarial", setting="latent/.*", variants=("setting",), guess="not_edit", needs="read"),
+    Attack("adversarial suffix", "adversarial", setting="suffix/.*", variants=("setting",), guess="not_edit", needs="read")]}
 WORST = "worst case"
 
 # %% ../nbs/42_scorecard.ipynb #d4cb560e
