@@ -152,7 +152,7 @@ def latent_push(
     batch:int=32, # taught facts a step, at most
     retain_batch:int=16, # retained facts a step, at most; 0: none are trained along
 ) -> Float[Tensor, "place d_model"]: # float32
-    "One push for all facts, by projected gradient descent. `restarts` x `steps` forwards and backwards of 48 prompts."
+    "One push for all facts, by projected gradient descent. `restarts` x `steps` forwards and backwards of `batch` + `retain_batch` prompts."
     both, answers = _examples(lm, task, facts, retain_batch)
     size = radius * usual_norm(lm, both[:len(facts)], layer, places).to(lm.device)
     found = [_descend(lm, both, answers, len(facts), layer, places, size, steps, seed * restarts + r, batch, retain_batch) for r in range(restarts)]
@@ -370,7 +370,7 @@ def plot_perturbed(
     axes[-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return fig
 
-# %% ../nbs/32_adversarial.ipynb #32ad0037
+# %% ../nbs/32_adversarial.ipynb #32ad0040
 def run_adversarial(
     lm:LM, # the unedited model
     task_for_seed:Callable[[int], Task], # the task as each seed draws it
