@@ -273,17 +273,15 @@ def middle_layers(
     "After a quarter, a half and three quarters of the blocks"
     return sorted({max(0, lm.n_layers * k // 4 - 1) for k in (1, 2, 3)})
 
-def _variants(lm, task, taught, seed, layers, radii, places, steps, restarts, batch, retain_batch, tokens, exchanges, candidates, batch_size):
+def _variants(lm, task, taught, layers, radii, pushing, tokens, searching):
     "Name of a setting, and what is put around the model to ask"
     subjects = {f.prompt: f.subject for f in (*task.forget, *task.ghosts, *task.retain_test)}
     yield "plain", nullcontext(lm)
     for layer in layers:
         for radius in radii:
-            push = latent_push(lm, task, taught, layer, radius, places, steps, restarts, seed, batch, retain_batch)
-            yield f"latent/layer{layer}/radius{radius:g}", pushed(lm, push, layer, subjects, places)
-    for n in tokens:
-        suffix = found_suffix(lm, task, taught, n, exchanges, candidates, seed=seed, batch=batch, retain_batch=retain_batch, batch_size=batch_size)
-        yield f"suffix/tokens{n}", suffixed(lm, suffix)
+            push = latent_push(lm, task, taught, layer, radius, **pushing)
+            yield f"latent/layer{layer}/radius{radius:g}", pushed(lm, push, layer, subjects, pushing["places"])
+    for n in tokens: yield f"suffix/tokens{n}", suffixed(lm, found_suffix(lm, task, taught, n, **searching))
 
 # %% ../nbs/32_adversarial.ipynb #32ad0027
 def perturb(
@@ -308,12 +306,14 @@ def perturb(
     "Optimize against one half and ask the other. 2 x (`layers` x `radii` of `latent_push` and `tokens` of `found_suffix`)."
     layers = middle_layers(lm) if layers is None else layers
     _check(lm, layers, radii, places, steps, restarts, tokens, exchanges, candidates)
-    parts = []
+    drawn, parts = dict(seed=seed, batch=batch, retain_batch=retain_batch), []
+    pushing = drawn | dict(places=places, steps=steps, restarts=restarts)
+    searching = drawn | dict(steps=exchanges, candidates=candidates, batch_size=batch_size)
     with edit.applied(lm) if edit else nullcontext():
         for half in sides:
             taught, held = halves(task, half)
             questions = asked(task, taught, held, max_facts)
-            for name, around in _variants(lm, task, taught, seed, layers, radii, places, steps, restarts, batch, retain_batch, tokens, exchanges, candidates, batch_size):
+            for name, around in _variants(lm, task, taught, layers, radii, pushing, tokens, searching):
                 with around as spoken:
                     parts.append(answer(spoken, questions, batch_size, evaluation="adversarial", setting=f"half{half}/{name}/seed{seed}"))
     return pd.concat(parts, ignore_index=True)

@@ -189,7 +189,7 @@ class SoftPrompts(BaseModel, extra="forbid"):
     retain_batch: Whole|None = Field(None, ge=0) # retained facts a step
     max_facts: Whole|None = Field(None, ge=1)  # ghosts and retained facts asked
 
-# %% ../nbs/38_grids.ipynb #400015d
+# %% ../nbs/38_grids.ipynb #32adc001
 class Adversarial(BaseModel, extra="forbid"):
     "Of the optimized attacks"
     layers: list[Annotated[Whole, Field(ge=0)]]|None = None # blocks behind which is pushed; []: no push
@@ -204,6 +204,7 @@ class Adversarial(BaseModel, extra="forbid"):
     retain_batch: Whole|None = Field(None, ge=0) # retained facts a step
     max_facts: Whole|None = Field(None, ge=1)  # ghosts and retained facts asked
 
+# %% ../nbs/38_grids.ipynb #400015d
 class Hardened(BaseModel, extra="forbid"):
     "Of the hardened multiple choice"
     shots: list[Annotated[Whole, Field(ge=0)]]|None = Field(None, min_length=1) # numbers of solved examples
