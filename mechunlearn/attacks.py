@@ -17,6 +17,7 @@ from fastcore.basics import patch
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 from .elicitation import elicit
+from .adversarial import perturb
 from .evaluation import evaluate, harden, interval, speak
 from .facts import Task
 from .figures import EDIT_COLOUR, FIGURE_STYLE, TRUTH_COLOUR, cell_text, figure, printed
@@ -57,6 +58,7 @@ def attack(
     generation:dict={}, # options of `speak`
     soft:dict={}, # options of `soften`
     elicitation:dict={}, # options of `elicit`
+    adversarial:dict={}, # options of `perturb`
     batch_size:int=64, # prompts a forward
     progress:bool=True, # show a bar, on a terminal
 ) -> Attacks:
@@ -66,6 +68,7 @@ def attack(
     poor = {k: v for k, v in relearning.items() if k in ("lora", "sizes", "max_facts")}
     fought, missing = [(relearn, relearning), (latent, latents)] + [(low_resource, poor), (soften, soft)] * every, {}
     fought += [(elicit, elicitation | dict(missing=missing))] * (attacks == "field")
+    fought += [(perturb, adversarial)] * (attacks == "field")
     fight = lambda f, how: tried(f.__name__, lambda: f(lm, task, edit, batch_size=batch_size, **how), missing)
     with tqdm(total=len(asked + fought), leave=False, disable=None if progress else True) as bar:
         with edit.applied(lm) if edit else nullcontext():

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PIPELINE', 'MAPS', 'ATTACKS', 'STANDARD', 'BENCHMARKS', 'FIELD', 'CHOICES', 'MAX_SEED', 'Whole', 'Real', 'Rate',
            'Seed', 'GROUPS', 'ASKED', 'DEVICE', 'SPREAD', 'Evaluated', 'MAX_JOBS', 'Stage', 'find_notebook', 'Job',
-           'folder', 'Lora', 'Attackers', 'Relearning', 'SoftPrompts', 'Hardened', 'Generation', 'Elicitation',
-           'Capabilities', 'Latents', 'Settings', 'parse', 'read_yaml', 'Grid', 'TaskOwn', 'make_job', 'grid',
-           'unwritable', 'writable', 'skeleton', 'Absent', 'check_job', 'as_published', 'trained', 'estimate']
+           'folder', 'Lora', 'Attackers', 'Relearning', 'SoftPrompts', 'Adversarial', 'Hardened', 'Generation',
+           'Elicitation', 'Capabilities', 'Latents', 'Settings', 'parse', 'read_yaml', 'Grid', 'TaskOwn', 'make_job',
+           'grid', 'unwritable', 'writable', 'skeleton', 'Absent', 'check_job', 'as_published', 'trained', 'estimate']
 
 # %% ../nbs/38_grids.ipynb #380002
 import itertools, math, os, re, reprlib, tempfile
@@ -43,6 +43,7 @@ PIPELINE = (
     Stage("attacks", "33_more_attacks", ("*/seed{seed}/hardened.parquet", "*/seed{seed}/generation.parquet")),
     Stage("capability", "26_capability", ("*/seed{seed}/capability.parquet",)),
     Stage("elicitation", "32_elicitation", ("*/seed{seed}/elicitation.parquet",)),
+    Stage("adversarial", "32_adversarial", ("*/seed{seed}/adversarial.parquet",)),
 )
 
 # %% ../nbs/38_grids.ipynb #400005c
@@ -189,6 +190,21 @@ class SoftPrompts(BaseModel, extra="forbid"):
     retain_batch: Whole|None = Field(None, ge=0) # retained facts a step
     max_facts: Whole|None = Field(None, ge=1)  # ghosts and retained facts asked
 
+# %% ../nbs/38_grids.ipynb #32adc001
+class Adversarial(BaseModel, extra="forbid"):
+    "Of the optimized attacks"
+    layers: list[Annotated[Whole, Field(ge=0)]]|None = None # blocks behind which is pushed; []: no push
+    radii: list[Annotated[Real, Field(gt=0)]]|None = Field(None, min_length=1) # lengths of a push, in usual lengths of the stream
+    places: list[Literal["subject", "last"]]|None = Field(None, min_length=1) # at whose last token
+    steps: Whole|None = Field(None, ge=1)      # of a push
+    restarts: Whole|None = Field(None, ge=1)   # of a push
+    tokens: list[Annotated[Whole, Field(ge=1)]]|None = None # lengths of suffixes; []: none
+    exchanges: Whole|None = Field(None, ge=1)  # of one token of a suffix
+    candidates: Whole|None = Field(None, ge=1) # suffixes tried in each
+    batch: Whole|None = Field(None, ge=1)      # taught facts a step
+    retain_batch: Whole|None = Field(None, ge=0) # retained facts a step
+    max_facts: Whole|None = Field(None, ge=1)  # ghosts and retained facts asked
+
 # %% ../nbs/38_grids.ipynb #400015d
 class Hardened(BaseModel, extra="forbid"):
     "Of the hardened multiple choice"
@@ -292,6 +308,7 @@ class Settings(BaseModel, extra="forbid"):
     generation: Generation = Generation()
     elicitation: Elicitation = Elicitation()
     capabilities: Capabilities = Capabilities()
+    adversarial: Adversarial = Adversarial()
 
 # %% ../nbs/38_grids.ipynb #400017
 def parse(

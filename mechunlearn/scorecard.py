@@ -47,7 +47,9 @@ SCORED = {a.name: a for a in [
     Attack("in context", "elicitation", setting=r"in context/(true|document) \d+", variants=("setting",), guess="not_edit"),
     Attack("persuasion", "elicitation", setting="persuasion/.*", variants=("setting",), guess="not_edit"),
     Attack("reversed question", "elicitation", setting="reversed/.*", variants=("setting",), guess="mcq"),
-    Attack("most frequent of many", "elicitation", setting="sampled/most frequent .*", variants=("setting",), guess="not_edit")]}
+    Attack("most frequent of many", "elicitation", setting="sampled/most frequent .*", variants=("setting",), guess="not_edit"),
+    Attack("latent perturbation", "adversarial", setting="latent/.*", variants=("setting",), guess="not_edit", needs="read"),
+    Attack("adversarial suffix", "adversarial", setting="suffix/.*", variants=("setting",), guess="not_edit", needs="read")]}
 WORST = "worst case"
 NEEDS = {"prompt": "prompts", "read": "weights read", "train": "weights trained"} # what an attacker needs, from least to most
 
