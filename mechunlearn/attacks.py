@@ -23,6 +23,7 @@ from .facts import Task
 from .figures import EDIT_COLOUR, FIGURE_STYLE, TRUTH_COLOUR, cell_text, figure, printed
 from .finetuning import Edit
 from .grids import CHOICES
+from .inside import read_inside
 from .jobs import edit_jobs, keep_missing, tried
 from .latent import latent, strongest
 from .models import LM
@@ -59,6 +60,7 @@ def attack(
     soft:dict={}, # options of `soften`
     elicitation:dict={}, # options of `elicit`
     adversarial:dict={}, # options of `perturb`
+    inside:dict={}, # options of `read_inside`
     batch_size:int=64, # prompts a forward
     progress:bool=True, # show a bar, on a terminal
 ) -> Attacks:
@@ -69,6 +71,7 @@ def attack(
     fought, missing = [(relearn, relearning), (latent, latents)] + [(low_resource, poor), (soften, soft)] * every, {}
     fought += [(elicit, elicitation | dict(missing=missing))] * (attacks == "field")
     fought += [(perturb, adversarial)] * (attacks == "field")
+    fought += [(read_inside, inside)] * (attacks == "field")
     fight = lambda f, how: tried(f.__name__, lambda: f(lm, task, edit, batch_size=batch_size, **how), missing)
     with tqdm(total=len(asked + fought), leave=False, disable=None if progress else True) as bar:
         with edit.applied(lm) if edit else nullcontext():

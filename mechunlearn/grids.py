@@ -6,8 +6,9 @@
 __all__ = ['PIPELINE', 'MAPS', 'ATTACKS', 'STANDARD', 'BENCHMARKS', 'FIELD', 'CHOICES', 'MAX_SEED', 'Whole', 'Real', 'Rate',
            'Seed', 'GROUPS', 'ASKED', 'DEVICE', 'SPREAD', 'Evaluated', 'MAX_JOBS', 'Stage', 'find_notebook', 'Job',
            'folder', 'Lora', 'Attackers', 'Relearning', 'SoftPrompts', 'Adversarial', 'Hardened', 'Generation',
-           'Elicitation', 'Capabilities', 'Latents', 'Settings', 'parse', 'read_yaml', 'Grid', 'TaskOwn', 'make_job',
-           'grid', 'unwritable', 'writable', 'skeleton', 'Absent', 'check_job', 'as_published', 'trained', 'estimate']
+           'Elicitation', 'Capabilities', 'Latents', 'Inside', 'Settings', 'parse', 'read_yaml', 'Grid', 'TaskOwn',
+           'make_job', 'grid', 'unwritable', 'writable', 'skeleton', 'Absent', 'check_job', 'as_published', 'trained',
+           'estimate']
 
 # %% ../nbs/38_grids.ipynb #380002
 import itertools, math, os, re, reprlib, tempfile
@@ -44,6 +45,7 @@ PIPELINE = (
     Stage("capability", "26_capability", ("*/seed{seed}/capability.parquet",)),
     Stage("elicitation", "32_elicitation", ("*/seed{seed}/elicitation.parquet",)),
     Stage("adversarial", "32_adversarial", ("*/seed{seed}/adversarial.parquet",)),
+    Stage("inside", "32_inside", ("*/seed{seed}/inside.parquet",)),
 )
 
 # %% ../nbs/38_grids.ipynb #400005c
@@ -243,6 +245,14 @@ class Latents(BaseModel, extra="forbid"):
     n_control: Whole|None = Field(None, ge=1)  # shufflings of the control
     max_facts: Whole|None = Field(None, ge=1)  # ghosts and retained facts read
 
+# %% ../nbs/38_grids.ipynb #32b0c001
+class Inside(BaseModel, extra="forbid"):
+    "Of the reading layer by layer"
+    n_train: Whole|None = Field(None, ge=1)    # retained facts that a lens is fitted on
+    max_facts: Whole|None = Field(None, ge=1)  # ghosts and retained facts read
+    candidates: Whole|None = Field(None, ge=1) # words that an attacker may name
+    n_strangers: Whole|None = Field(None, ge=1) # ghosts whose states are put in, a fact
+
 # %% ../nbs/38_grids.ipynb #400016a
 Evaluated = dict[Annotated[str, AfterValidator(_group)], Annotated[Whole, Field(ge=1)]]
 
@@ -309,6 +319,7 @@ class Settings(BaseModel, extra="forbid"):
     elicitation: Elicitation = Elicitation()
     capabilities: Capabilities = Capabilities()
     adversarial: Adversarial = Adversarial()
+    inside: Inside = Inside()
 
 # %% ../nbs/38_grids.ipynb #400017
 def parse(

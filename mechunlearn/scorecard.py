@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SCORED', 'WORST', 'NEEDS', 'EDIT_OF', 'GROUPS', 'CARD', 'EARLIER', 'SCORE_KEY', 'Attack', 'worst_of', 'by_need',
-           'attempts', 'guesses', 'under_attack', 'compare_attacks', 'with_excess', 'with_power', 'scorecard', 'costs',
-           'verdict', 'say_scorecard', 'scorecard_text', 'plot_scorecard', 'plot_attack', 'say_attack', 'worst_within',
-           'plot_cost', 'say_cost', 'Found', 'find']
+           'attempts', 'among', 'guesses', 'under_attack', 'compare_attacks', 'with_excess', 'with_power', 'scorecard',
+           'costs', 'verdict', 'say_scorecard', 'scorecard_text', 'plot_scorecard', 'plot_attack', 'say_attack',
+           'worst_within', 'plot_cost', 'say_cost', 'Found', 'find']
 
 # %% ../nbs/42_scorecard.ipynb #02db485d
 import textwrap
@@ -30,7 +30,7 @@ class Attack(NamedTuple):
     setting: str = ".*" # of settings that match
     variants: tuple = () # columns that tell its variants apart
     last: bool = False # at its last step
-    guess: str = "blind" # what it may know without knowing the fact: 'mcq', 'blind', or 'not_edit' (it was trained on other truths)
+    guess: str = "blind" # what it may know without knowing the fact: 'mcq', 'blind', 'not_edit' (it was trained on other truths, or may read what was installed), or 'named' (it names several answers)
     needs: str = "prompt" # what the attacker must have: 'prompt', 'read' (the weights), or 'train' (them)
 
 # %% ../nbs/42_scorecard.ipynb #6e6ea88d
@@ -49,7 +49,10 @@ SCORED = {a.name: a for a in [
     Attack("reversed question", "elicitation", setting="reversed/.*", variants=("setting",), guess="mcq"),
     Attack("most frequent of many", "elicitation", setting="sampled/most frequent .*", variants=("setting",), guess="not_edit"),
     Attack("latent perturbation", "adversarial", setting="latent/.*", variants=("setting",), guess="not_edit", needs="read"),
-    Attack("adversarial suffix", "adversarial", setting="suffix/.*", variants=("setting",), guess="not_edit", needs="read")]}
+    Attack("adversarial suffix", "adversarial", setting="suffix/.*", variants=("setting",), guess="not_edit", needs="read"),
+    Attack("logit lens", "inside", setting=f"(lens|old-head)/{_W}", variants=("setting", "layer"), guess="not_edit", needs="read"),
+    Attack("lens candidates", "inside", setting=rf"top\d+/{_W}", variants=("setting", "layer"), guess="named", needs="read"),
+    Attack("tuned lens", "inside", setting=f"tuned/{_W}", variants=("setting", "layer"), guess="not_edit", needs="read")]}
 WORST = "worst case"
 NEEDS = {"prompt": "prompts", "read": "weights read", "train": "weights trained"} # what an attacker needs, from least to most
 
@@ -86,6 +89,20 @@ def attempts(
     variant = pd.Series("", r.index).str.cat([r[v].astype(str) for v in attack.variants], " ").str.strip()
     return r.assign(variant=variant).pivot_table(index=[*EDIT_OF, "fact"], columns="variant", values="top1_truth", sort=False)
 
+# %% ../nbs/42_scorecard.ipynb #32c00001
+def among(
+    facts:pd.DataFrame, # from `per_fact`
+    kept:bool=False, # of retained facts, which have no edit answer to avoid
+) -> float: # nan: nobody names several
+    "What naming the commonest answers of the relation gets, as many as an attacker of `inside` names; of relations with more answers than that"
+    named = facts.setting.astype("string").str.extract(r"^top(\d+)/", expand=False).dropna().astype(int)
+    known = facts[facts.group.isin(["forget", "retain"]) & (facts.format == "completion") & facts.truth.notna()].drop_duplicates(["seed", "group", "fact"])
+    count, b = known.groupby(["relation", "truth"]).size().sort_values(ascending=False, kind="stable"), named.max() if len(named) else 0
+    order = {r: list(c.index.get_level_values("truth")) for r, c in count.groupby("relation", sort=False)}
+    asked = known[(known.group == ("retain" if kept else "forget")) & (known.relation.map(lambda r: len(order.get(r, ()))) > b)]
+    hits = [f.truth in [a for a in order[f.relation] if kept or a != f.edit][:b] for f in asked.itertuples()]
+    return float(np.mean(hits)) if b and hits else np.nan
+
 # %% ../nbs/42_scorecard.ipynb #a4c7aad2
 def guesses(
     facts:pd.DataFrame, # from `per_fact`
@@ -93,7 +110,7 @@ def guesses(
 ) -> dict: # by attack
     "What each attack would get by guessing"
     blind, other = chance(facts)
-    at = {"blind": blind, "not_edit": blind if kept else other, "mcq": np.nanmax([MCQ_CHANCE, blind])}
+    at = {"blind": blind, "not_edit": blind if kept else other, "mcq": np.nanmax([MCQ_CHANCE, blind]), "named": among(facts, kept)}
     return {name: at[a.guess] for name, a in SCORED.items()}
 
 # %% ../nbs/42_scorecard.ipynb #5c2a0006

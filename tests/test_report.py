@@ -97,7 +97,7 @@ def test_records_of_other_settings_are_left_out(run_dir, tmp_path):
     store.save_table(path, table, causes | {"training": {"steps": 3}})
     assert len(r.records(here)) < n and r.find(here).old == ["flu/seed1"] and "flu/seed1" in r.page(r.find(here))
 
-@pytest.mark.parametrize("stem", ["low_resource", "relearning_grid", "soft", "hardened", "generation", "capability"])
+@pytest.mark.parametrize("stem", ["low_resource", "relearning_grid", "soft", "hardened", "generation", "capability", "inside"])
 def test_attacks_made_with_other_settings_are_not_pooled(stem, tmp_path):
     run = synthetic_run(tmp_path, ("flu",), seeds=(0, 1), n=6, stages=("standard",))
     table = store.load_table(run/"flu/seed0/evaluation.parquet")
