@@ -6,8 +6,8 @@
 __all__ = ['PIPELINE', 'MAPS', 'ATTACKS', 'STANDARD', 'BENCHMARKS', 'FIELD', 'CHOICES', 'MAX_SEED', 'Whole', 'Real', 'Rate',
            'Seed', 'GROUPS', 'ASKED', 'DEVICE', 'SPREAD', 'Evaluated', 'MAX_JOBS', 'Stage', 'find_notebook', 'Job',
            'folder', 'Lora', 'Attackers', 'Relearning', 'SoftPrompts', 'Hardened', 'Generation', 'Capabilities',
-           'Latents', 'Settings', 'parse', 'read_yaml', 'Grid', 'TaskOwn', 'make_job', 'grid', 'unwritable', 'writable',
-           'skeleton', 'Absent', 'check_job', 'as_published', 'trained', 'estimate']
+           'Latents', 'Weights', 'Tampering', 'Settings', 'parse', 'read_yaml', 'Grid', 'TaskOwn', 'make_job', 'grid',
+           'unwritable', 'writable', 'skeleton', 'Absent', 'check_job', 'as_published', 'trained', 'estimate']
 
 # %% ../nbs/38_grids.ipynb #380002
 import itertools, math, os, re, reprlib, tempfile
@@ -42,6 +42,7 @@ PIPELINE = (
     Stage("softprompts", "32_soft_prompts", ("*/seed{seed}/soft.parquet",)),
     Stage("attacks", "33_more_attacks", ("*/seed{seed}/hardened.parquet", "*/seed{seed}/generation.parquet")),
     Stage("capability", "26_capability", ("*/seed{seed}/capability.parquet",)),
+    Stage("tampering", "32_tampering", ("*/seed{seed}/tampering.parquet",)),
 )
 
 # %% ../nbs/38_grids.ipynb #400005c
@@ -217,6 +218,25 @@ class Latents(BaseModel, extra="forbid"):
     n_control: Whole|None = Field(None, ge=1)  # shufflings of the control
     max_facts: Whole|None = Field(None, ge=1)  # ghosts and retained facts read
 
+class Weights(BaseModel, extra="forbid"):
+    "Of tampering with weights"
+    quantized: list[Literal["int8", "nf4", "fp4"]]|None = None # rounded and unpacked again
+    casts: list[Literal["bfloat16", "float16"]]|None = None
+    noise: list[Annotated[Real, Field(ge=0)]]|None = None # in standard deviations of each matrix
+    draws: Whole|None = Field(None, ge=1)      # of the noise
+    shares: list[Annotated[Real, Field(ge=0, lt=1)]]|None = None # of the weights that are pruned
+
+class Tampering(BaseModel, extra="forbid"):
+    "Of tampering with edits"
+    ways: list[Literal["quantized", "damaged", "removed", "tuned", "interpolated", "put back"]]|None = Field(None, min_length=1) # default: all
+    weights: Weights = Weights()
+    layers: Whole|None = Field(None, ge=1)     # from how many a direction is taken
+    lora: Lora = Lora()                      # of the training on other text
+    steps: Whole|None = Field(None, ge=1)      # of that training
+    shares: list[Real]|None = None           # of the change, on the line from the original (0) to the edit (1)
+    splits: Whole|None = Field(None, ge=0)     # relearn with so many random halves as well
+    max_facts: Whole|None = Field(None, ge=1)  # ghosts and retained facts asked
+
 # %% ../nbs/38_grids.ipynb #400016a
 Evaluated = dict[Annotated[str, AfterValidator(_group)], Annotated[Whole, Field(ge=1)]]
 
@@ -281,6 +301,7 @@ class Settings(BaseModel, extra="forbid"):
     hardened: Hardened = Hardened()
     generation: Generation = Generation()
     capabilities: Capabilities = Capabilities()
+    tampering: Tampering = Tampering()
 
 # %% ../nbs/38_grids.ipynb #400017
 def parse(

@@ -89,7 +89,7 @@ def keys(
 MEANINGS = {"models": "packaged names, folders, hub ids", "localizations": "what is trained: names, sets by hand, or an editor at a place", "seeds": "each draws facts, edit answers and the order of training", "draws": "of each random localization",
     "out": "folder of the runs", "settings": "options of the stages, below", "keep_edits": "keep the weights of the edits after the attacks", "attacks": "what an edit goes through", "lr": "learning rate", "alpha": "of the adapters", "dropout": "of the adapters",
     "rank": "of the adapters; 0: none, the weights themselves", "steps": "of training", "lora": "adapters of the attacker", "lrs": "learning rates", "dtype": "precision of the weights; default: float32 for small models, else bfloat16", "quantize": "the model is loaded in so many bits (bitsandbytes)", "relearning": "half the facts are taught again, the others asked", "latents": "probes for what is still inside",
-    "soft": "prompts of trained vectors", "hardened": "harder multiple choice", "generation": "open answers", "capabilities": "what it can do besides"}
+    "soft": "prompts of trained vectors", "hardened": "harder multiple choice", "generation": "open answers", "capabilities": "what it can do besides", "tampering": "rounded, damaged, trained on other text"}
 
 def shown(
     table:pd.DataFrame, # of `keys`

@@ -29,7 +29,7 @@ class Attack(NamedTuple):
     setting: str = ".*" # of settings that match
     variants: tuple = () # columns that tell its variants apart
     last: bool = False # at its last step
-    guess: str = "blind" # what it may know without knowing the fact: 'mcq', 'blind', or 'not_edit' (it was trained on other truths)
+    guess: str = "blind" # what it may know without knowing the fact: 'mcq', 'blind', or 'not_edit' (it was trained on other truths, or its edit may be broken)
     needs: str = "prompt" # what the attacker must have: 'prompt', 'read' (the weights), or 'train' (them)
 
 # %% ../nbs/42_scorecard.ipynb #6e6ea88d
@@ -42,7 +42,11 @@ SCORED = {a.name: a for a in [
     Attack("strongest of a grid", "relearning-grid", variants=("setting",), guess="not_edit", needs="train"),
     Attack("soft prompt", "soft-prompt", setting=r"k[1-9]\d*", variants=("setting",), guess="not_edit", needs="read"),
     Attack("new probe", "latent", setting=f"{_W}(/binary)?", variants=("setting", "layer"), needs="read"),
-    Attack("old probe", "latent", setting=f"{_W}(/binary)?/transferred", variants=("setting", "layer"), needs="read")]}
+    Attack("old probe", "latent", setting=f"{_W}(/binary)?/transferred", variants=("setting", "layer"), needs="read"),
+    Attack("quantized", "tampering", ("completion",), "quantized/.*", variants=("setting",), guess="not_edit", needs="read"),
+    Attack("damaged", "tampering", ("completion",), "damaged/.*", variants=("setting",), guess="not_edit", needs="read"),
+    Attack("direction removed", "tampering", ("completion",), "removed/.*", variants=("setting",), guess="not_edit", needs="read"),
+    Attack("tuned on other text", "tampering", ("completion",), "tuned/.*", variants=("setting",), guess="not_edit", needs="train")]}
 WORST = "worst case"
 
 # %% ../nbs/42_scorecard.ipynb #d4cb560e
