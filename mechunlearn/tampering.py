@@ -269,7 +269,7 @@ def tamper(
     max_facts:int=48, # ghosts, and retained facts, asked
     batch_size:int=64, # prompts a forward
 ) -> pd.DataFrame: # records: `evaluation` "tampering", `setting` quantized/nf4, damaged/noise 0.1/seed0, removed/last/layer 3, tuned/topical, as it is; beside it "interpolation" (setting 0.5) and "put-back" (alone, from here; `layer`)
-    "Tamper with an edit in every way, and ask. A question a fact and way (about 40), and three trainings of `steps` steps."
+    "Tamper with an edit in every way, and ask. One forward a fact and way (30, and those of the curves), and three trainings of `steps` steps."
     for way in ways: choose(way, WAYS, "way to tamper")
     questions, parts = asked(task, (), task.forget, max_facts), []
     def ask(setting, evaluation="tampering", **more): parts.append(answer(lm, questions, batch_size, evaluation=evaluation, setting=setting, **more))
@@ -398,7 +398,7 @@ def say_tampering(
         said.append(line + (f"; the model is destroyed by {listed(ways[DESTROYED])}" if DESTROYED in ways else "") + ".")
     return " ".join(said) or "Tampering with edited models has not been measured yet."
 
-# %% ../nbs/32_tampering.ipynb #4c363d48
+# %% ../nbs/32_tampering.ipynb #8160d1ee
 _CURVES = {"share of the edit": ("interpolation", "", ""), "original weights in layer": ("put-back", "alone", "from here"), # axis -> evaluation, settings of line and of dashes
            "direction of layer, taken out": ("tampering", "removed/last/", "removed/subject/")}
 
@@ -422,7 +422,7 @@ def plot_where(
     for i, (name, colour) in enumerate(paint.items()): ax.annotate(printed(name), (1.05, .9 - i * .12), xycoords="axes fraction", color=colour)
     return fig
 
-# %% ../nbs/32_tampering.ipynb #bf76e5b7
+# %% ../nbs/32_tampering.ipynb #53bdc692
 def run_tampering(
     lm:LM, # the unedited model
     task_for_seed:Callable[[int], Task], # the task as each seed draws it

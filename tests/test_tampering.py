@@ -4,6 +4,7 @@ from bitsandbytes import functional as F
 from plain import every_family
 from mechunlearn.facts import sports_athlete_editing
 from mechunlearn.finetuning import Edit, finetune, fingerprint, parse_slice, place, put, slice_key
+from mechunlearn.grids import Settings, parse
 from mechunlearn.localization import build
 from mechunlearn.memory import numbers, rest_quantized
 from mechunlearn.models import Component, components, load
@@ -201,6 +202,24 @@ def test_stage_writes_each_table_once(tiny, task, tmp_path, monkeypatch):
     assert set(first.localization) == {"none", "late"} and (tmp_path / "late/seed0/tampering.parquet").exists()
     monkeypatch.setattr("mechunlearn.tampering.tamper", lambda *a, **kw: pytest.fail("made again"))
     pd.testing.assert_frame_equal(first, run_tampering(lm, lambda seed: task, run, ["late"], [0], **how))
+
+
+def test_only_the_attacks_of_the_field_tamper(tiny, task, monkeypatch):
+    import mechunlearn.attacks as A
+    from mechunlearn.grids import FIELD
+    one = lambda name: lambda *a, **kw: pd.DataFrame(dict(evaluation=[name], told=[kw.get("steps")]))
+    for f in ("evaluate", "harden", "speak", "relearn", "latent", "low_resource", "soften", "tamper"): monkeypatch.setattr(A, f, one(f))
+    found = {c: A.attack(None, task, attacks=c, tampering=dict(steps=7)).records for c in ("standard", "all", "field")}
+    assert {c: "tamper" in set(r.evaluation) for c, r in found.items()} == {"standard": False, "all": False, "field": True}
+    assert found["field"].set_index("evaluation").told["tamper"] == 7 and "tampering" in [s.name for s in FIELD]
+
+
+def test_settings():
+    said = dict(ways=["quantized", "put back"], weights=dict(quantized=["fp4"], noise=[0.5]), lora=dict(rank=8), splits=2)
+    assert parse(Settings, dict(tampering=said), "settings").model_dump(exclude_unset=True)["tampering"] == said
+    with pytest.raises(Refusal, match="nf4"): parse(Settings, dict(tampering=dict(weights=dict(quantized=["nf5"]))), "settings")
+    assert set(Settings.model_fields["tampering"].annotation.model_fields) <= set(tamper.__code__.co_varnames)
+    assert set(Settings.model_fields["tampering"].annotation.model_fields["weights"].annotation.model_fields) <= set(weight_changes.__code__.co_varnames)
 
 
 def test_verdicts():
