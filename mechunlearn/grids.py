@@ -221,7 +221,7 @@ class Latents(BaseModel, extra="forbid"):
 class Weights(BaseModel, extra="forbid"):
     "Of tampering with weights"
     quantized: list[Literal["int8", "nf4", "fp4"]]|None = None # rounded and unpacked again
-    casts: list[Literal["bfloat16", "float16"]]|None = None
+    casts: list[Literal["bfloat16", "float16"]]|None = None # in half precision for a while
     noise: list[Annotated[Real, Field(ge=0)]]|None = None # in standard deviations of each matrix
     draws: Whole|None = Field(None, ge=1)      # of the noise
     shares: list[Annotated[Real, Field(ge=0, lt=1)]]|None = None # of the weights that are pruned
@@ -229,7 +229,7 @@ class Weights(BaseModel, extra="forbid"):
 class Tampering(BaseModel, extra="forbid"):
     "Of tampering with edits"
     ways: list[Literal["quantized", "damaged", "removed", "tuned", "interpolated", "put back"]]|None = Field(None, min_length=1) # default: all
-    weights: Weights = Weights()
+    weights: Weights = Weights()             # how they are rounded and damaged
     layers: Whole|None = Field(None, ge=1)     # from how many a direction is taken
     lora: Lora = Lora()                      # of the training on other text
     steps: Whole|None = Field(None, ge=1)      # of that training
