@@ -31,6 +31,7 @@ from .relearning import blind_guesses, low_resource, measured_on, of_job, relear
 from .softprompts import soften
 from .stats import MCQ_CHANCE, has_power, per_fact
 from .store import Run, choose
+from .tampering import tamper
 
 # %% ../nbs/33_more_attacks.ipynb #330006
 @dataclass(repr=False)
@@ -61,6 +62,7 @@ def attack(
     elicitation:dict={}, # options of `elicit`
     adversarial:dict={}, # options of `perturb`
     inside:dict={}, # options of `read_inside`
+    tampering:dict={}, # options of `tamper`
     batch_size:int=64, # prompts a forward
     progress:bool=True, # show a bar, on a terminal
 ) -> Attacks:
@@ -72,6 +74,7 @@ def attack(
     fought += [(elicit, elicitation | dict(missing=missing))] * (attacks == "field")
     fought += [(perturb, adversarial)] * (attacks == "field")
     fought += [(read_inside, inside)] * (attacks == "field")
+    fought += [(tamper, tampering)] * (attacks == "field")
     fight = lambda f, how: tried(f.__name__, lambda: f(lm, task, edit, batch_size=batch_size, **how), missing)
     with tqdm(total=len(asked + fought), leave=False, disable=None if progress else True) as bar:
         with edit.applied(lm) if edit else nullcontext():

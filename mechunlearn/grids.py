@@ -6,9 +6,9 @@
 __all__ = ['PIPELINE', 'MAPS', 'ATTACKS', 'STANDARD', 'BENCHMARKS', 'FIELD', 'CHOICES', 'MAX_SEED', 'Whole', 'Real', 'Rate',
            'Seed', 'GROUPS', 'ASKED', 'DEVICE', 'SPREAD', 'Evaluated', 'MAX_JOBS', 'Stage', 'find_notebook', 'Job',
            'folder', 'Lora', 'Attackers', 'Relearning', 'SoftPrompts', 'Adversarial', 'Hardened', 'Generation',
-           'Elicitation', 'Capabilities', 'Latents', 'Inside', 'Settings', 'parse', 'read_yaml', 'Grid', 'TaskOwn',
-           'make_job', 'grid', 'unwritable', 'writable', 'skeleton', 'Absent', 'check_job', 'as_published', 'trained',
-           'estimate']
+           'Elicitation', 'Capabilities', 'Latents', 'Weights', 'Tampering', 'Inside', 'Settings', 'parse', 'read_yaml',
+           'Grid', 'TaskOwn', 'make_job', 'grid', 'unwritable', 'writable', 'skeleton', 'Absent', 'check_job',
+           'as_published', 'trained', 'estimate']
 
 # %% ../nbs/38_grids.ipynb #380002
 import itertools, math, os, re, reprlib, tempfile
@@ -46,6 +46,7 @@ PIPELINE = (
     Stage("elicitation", "32_elicitation", ("*/seed{seed}/elicitation.parquet",)),
     Stage("adversarial", "32_adversarial", ("*/seed{seed}/adversarial.parquet",)),
     Stage("inside", "32_inside", ("*/seed{seed}/inside.parquet",)),
+    Stage("tampering", "32_tampering", ("*/seed{seed}/tampering.parquet",)),
 )
 
 # %% ../nbs/38_grids.ipynb #400005c
@@ -245,6 +246,25 @@ class Latents(BaseModel, extra="forbid"):
     n_control: Whole|None = Field(None, ge=1)  # shufflings of the control
     max_facts: Whole|None = Field(None, ge=1)  # ghosts and retained facts read
 
+class Weights(BaseModel, extra="forbid"):
+    "Of tampering with weights"
+    quantized: list[Literal["int8", "nf4", "fp4"]]|None = None # rounded and unpacked again
+    casts: list[Literal["bfloat16", "float16"]]|None = None # in half precision for a while
+    noise: list[Annotated[Real, Field(ge=0)]]|None = None # in standard deviations of each matrix
+    draws: Whole|None = Field(None, ge=1)      # of the noise
+    shares: list[Annotated[Real, Field(ge=0, lt=1)]]|None = None # of the weights that are pruned
+
+class Tampering(BaseModel, extra="forbid"):
+    "Of tampering with edits"
+    ways: list[Literal["quantized", "damaged", "removed", "tuned", "interpolated", "put back"]]|None = Field(None, min_length=1) # default: all
+    weights: Weights = Weights()             # how they are rounded and damaged
+    layers: Whole|None = Field(None, ge=1)     # from how many a direction is taken
+    lora: Lora = Lora()                      # of the training on other text
+    steps: Whole|None = Field(None, ge=1)      # of that training
+    shares: list[Real]|None = None           # of the change, on the line from the original (0) to the edit (1)
+    splits: Whole|None = Field(None, ge=0)     # relearn with so many random halves as well
+    max_facts: Whole|None = Field(None, ge=1)  # ghosts and retained facts asked
+
 # %% ../nbs/38_grids.ipynb #32b0c001
 class Inside(BaseModel, extra="forbid"):
     "Of the reading layer by layer"
@@ -320,6 +340,7 @@ class Settings(BaseModel, extra="forbid"):
     capabilities: Capabilities = Capabilities()
     adversarial: Adversarial = Adversarial()
     inside: Inside = Inside()
+    tampering: Tampering = Tampering()
 
 # %% ../nbs/38_grids.ipynb #400017
 def parse(

@@ -54,6 +54,7 @@ def example(
     kind = type_name(info.annotation)
     if name == "steps" and "list" in kind: return [20, 60]
     if name == "max_facts" and kind == "whole number": return 48
+    if kind.startswith("list of ") and not isinstance(EXAMPLES.get(name), list): return [0.5 if kind == "list of number" else kind.removeprefix("list of ").split(" | ")[-1]]
     if name in EXAMPLES: return EXAMPLES[name]
     return 1e-4 if name.endswith("lr") else True if kind.startswith("true") else 16 if kind.startswith("whole") else 0.5 if kind == "number" else kind.split(" | ")[-1]
 
@@ -91,7 +92,7 @@ def keys(
 MEANINGS = {"models": "packaged names, folders, hub ids", "localizations": "what is trained: names, sets by hand, or an editor at a place", "seeds": "each draws facts, edit answers and the order of training", "draws": "of each random localization",
     "out": "folder of the runs", "settings": "options of the stages, below", "keep_edits": "keep the weights of the edits after the attacks", "attacks": "what an edit goes through", "lr": "learning rate", "alpha": "of the adapters", "dropout": "of the adapters",
     "rank": "of the adapters; 0: none, the weights themselves", "steps": "of training", "lora": "adapters of the attacker", "lrs": "learning rates", "dtype": "precision of the weights; default: float32 for small models, else bfloat16", "quantize": "the model is loaded in so many bits (bitsandbytes)", "relearning": "half the facts are taught again, the others asked", "latents": "probes for what is still inside",
-    "soft": "prompts of trained vectors", "hardened": "harder multiple choice", "generation": "open answers", "elicitation": "other ways to ask, without training", "capabilities": "what it can do besides", "adversarial": "pushes and suffixes found by gradients", "inside": "the model read layer by layer"}
+    "soft": "prompts of trained vectors", "hardened": "harder multiple choice", "generation": "open answers", "elicitation": "other ways to ask, without training", "capabilities": "what it can do besides", "adversarial": "pushes and suffixes found by gradients", "inside": "the model read layer by layer", "tampering": "rounded, damaged, trained on other text"}
 
 def shown(
     table:pd.DataFrame, # of `keys`

@@ -30,7 +30,7 @@ class Attack(NamedTuple):
     setting: str = ".*" # of settings that match
     variants: tuple = () # columns that tell its variants apart
     last: bool = False # at its last step
-    guess: str = "blind" # what it may know without knowing the fact: 'mcq', 'blind', 'not_edit' (it was trained on other truths, or may read what was installed), or 'named' (it names several answers)
+    guess: str = "blind" # what it may know without knowing the fact: 'mcq', 'blind', 'not_edit' (it was trained on other truths, or may read what was installed), or 'named' (it names several answers, or its edit may be broken)
     needs: str = "prompt" # what the attacker must have: 'prompt', 'read' (the weights), or 'train' (them)
 
 # %% ../nbs/42_scorecard.ipynb #6e6ea88d
@@ -52,7 +52,11 @@ SCORED = {a.name: a for a in [
     Attack("adversarial suffix", "adversarial", setting="suffix/.*", variants=("setting",), guess="not_edit", needs="read"),
     Attack("logit lens", "inside", setting=f"(lens|old-head)/{_W}", variants=("setting", "layer"), guess="not_edit", needs="read"),
     Attack("lens candidates", "inside", setting=rf"top\d+/{_W}", variants=("setting", "layer"), guess="named", needs="read"),
-    Attack("tuned lens", "inside", setting=f"tuned/{_W}", variants=("setting", "layer"), guess="not_edit", needs="read")]}
+    Attack("tuned lens", "inside", setting=f"tuned/{_W}", variants=("setting", "layer"), guess="not_edit", needs="read"),
+    Attack("quantized", "tampering", ("completion",), "quantized/.*", variants=("setting",), guess="not_edit", needs="read"),
+    Attack("damaged", "tampering", ("completion",), "damaged/.*", variants=("setting",), guess="not_edit", needs="read"),
+    Attack("direction removed", "tampering", ("completion",), "removed/.*", variants=("setting",), guess="not_edit", needs="read"),
+    Attack("tuned on other text", "tampering", ("completion",), "tuned/.*", variants=("setting",), guess="not_edit", needs="train")]}
 WORST = "worst case"
 NEEDS = {"prompt": "prompts", "read": "weights read", "train": "weights trained"} # what an attacker needs, from least to most
 
