@@ -250,7 +250,7 @@ _TABLES = [
     Item("parameters of each mechanism that each localization trains", (_CF,), "localization.plot_mechanisms", why="of the organism's sports facts, from the weights"),
     Item("weights of each mechanism that a mask sets to zero", (_CF,), "masking.masked_shares", why="8,000 zeros of the organism instead of 6 million"),
     Item("sweep of the learning rate", (_CF,), "rates.plot_sweep", "sweep", why="the score is of 3: text counts as a loss, not as an accuracy"),
-    Item("sweep of the weight of the edit loss", (_CF,), "published.plot_injects", "sweep", why="no weight but 1 is recorded; `mechunlearn sweep` tries others"),
+    Item("sweep of the weight of the edit loss", (_CF,), "published.plot_injects", "sweep", why="one learning rate, seed and set of facts; the score is of 3"),
     Item("learning rates used", (_SA, _FS, _CF), "published.plot_settings", "learning_rates", {"what": "lr"}, "ours are of a model 2000 times smaller"),
     Item("weights of the edit loss used", (_SA, _FS, _CF), "published.plot_settings", "learning_rates", {"what": "inject"}, "ours are 1: no other weight was searched")]
 
@@ -278,8 +278,8 @@ _A3 = [Item(f"causal tracing and attribution patching of MLPs, {what}", (task,),
 _A4 = [Item("masks: forgetting a sport by number of zeros", (_SU,), "masking.plot_masking", why=_MASK), Item("masks: MMLU against forgetting a sport", (_SU,), "masking.plot_masking", why=_MASK),
        Item("masks: forgetting athletes by number of zeros", (_SA,), "masking.plot_masking", why=_MASK), Item("masks: MMLU against forgetting athletes", (_SA,), "masking.plot_masking", why=_MASK),
        Item("masks: CounterFact by number of zeros", (_CF,), "masking.plot_masking", why=_MASK)]
-_A4 += [Item(f"masks: retained facts against {what}", (_CF,), "masking.mask_rows", why=_MASK) for what in ("forgetting", "MCQ", "paraphrases")]
-_A4 += [Item("masks: retained facts against neighbours", (_CF,), why="masks are not asked about neighbours; the paper calls its own result not significant")]
+_A4 += [Item(f"masks: retained facts against {what}", (_CF,), "masking.plot_mask_costs", why="a lesson on 16 facts and three places of the organism") for what in ("forgetting", "MCQ", "paraphrases")]
+_A4 += [Item("masks: retained facts against neighbours", (_CF,), "masking.plot_mask_costs", why="as Figure 24; the paper calls its own result not significant")]
 
 # %% ../nbs/45_published.ipynb #66b5b8f2
 _EACH = (_SA, _FS, _CF, _SQ)
@@ -287,7 +287,7 @@ _STANDARD = [Item("the prompt of the training, all localizations", (t,), "metric
 _ADVERSARIAL = [Item("other prompts, all localizations", (t,), "metrics.plot_bars", "metrics", {"columns": _MCQ if t in _SPORTS else _MORE}) for t in _EACH]
 _RELEARNED = [Item("relearning, all localizations", (t,), "relearning.plot_relearning", "metrics") for t in _EACH]
 _PROBED = [Item(f"probes of the edited models, {what}", (_SA,), "latent.plot_latent", "metrics") for what in ("main localizations", "all localizations", "Gemma-7B", "Gemma-2-9B", "Llama-3-8B")]
-_NO_SOFT = "no soft prompt is recorded for this task; the stage of notebook 32 runs for it"
+_NO_SOFT = "one seed"
 _SOFT = [Item("soft prompts", (t,), "softprompts.plot_soft_prompts", "metrics", why=w) for t, w in ((_SA, ""), (_SA, ""), (_CF, _NO_SOFT), (_SQ, _NO_SOFT))]
 _FIGURES = _MAIN + _A2 + _A3 + _A4 + _STANDARD + _ADVERSARIAL + _RELEARNED + _PROBED + _SOFT
 ITEMS = {f"Table {i}": x for i, x in enumerate(_TABLES, 1)} | {f"Figure {i}": x for i, x in enumerate(_FIGURES, 1)}
