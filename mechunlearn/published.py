@@ -287,7 +287,7 @@ _STANDARD = [Item("the prompt of the training, all localizations", (t,), "metric
 _ADVERSARIAL = [Item("other prompts, all localizations", (t,), "metrics.plot_bars", "metrics", {"columns": _MCQ if t in _SPORTS else _MORE}) for t in _EACH]
 _RELEARNED = [Item("relearning, all localizations", (t,), "relearning.plot_relearning", "metrics") for t in _EACH]
 _PROBED = [Item(f"probes of the edited models, {what}", (_SA,), "latent.plot_latent", "metrics") for what in ("main localizations", "all localizations", "Gemma-7B", "Gemma-2-9B", "Llama-3-8B")]
-_NO_SOFT = "one seed"
+_NO_SOFT = "no soft prompt is recorded for this task; `configs/published-attacks.yaml` makes them"
 _SOFT = [Item("soft prompts", (t,), "softprompts.plot_soft_prompts", "metrics", why=w) for t, w in ((_SA, ""), (_SA, ""), (_CF, _NO_SOFT), (_SQ, _NO_SOFT))]
 _FIGURES = _MAIN + _A2 + _A3 + _A4 + _STANDARD + _ADVERSARIAL + _RELEARNED + _PROBED + _SOFT
 ITEMS = {f"Table {i}": x for i, x in enumerate(_TABLES, 1)} | {f"Figure {i}": x for i, x in enumerate(_FIGURES, 1)}
