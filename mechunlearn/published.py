@@ -8,6 +8,7 @@ __all__ = ['PLACES', 'UNITS', 'DISAGREEMENTS', 'OURS', 'ITEMS', 'published_value
            'counterpart', 'paper_map', 'plot_settings', 'plot_injects']
 
 # %% ../nbs/45_published.ipynb #20de28d3
+import re
 from functools import lru_cache
 from importlib import import_module
 from importlib.resources import files
@@ -342,16 +343,23 @@ def _home(by):
 def _index(): return import_module("mechunlearn._modidx").d["syms"]
 
 # %% ../nbs/45_published.ipynb #f7aad36e
-def paper_map() -> pd.DataFrame: # index item; shows, tasks, by, notebook, origin (recorded, lesson or none), rows, lacks, values, defects, why
+def paper_map() -> pd.DataFrame: # index item; shows, tasks, by, notebook, origin (recorded, lesson or none), rows, lacks, values, runs (numbers of the runs behind it), defects, why
     "Tables 1 to 7 and Figures 1 to 48, each with what stands for it here"
     out, pub = [], published_values()
+    behind = pub[pub.source == "authors' run"].cite.map(_named).explode().value_counts()
     for name, item in ITEMS.items():
         rows = [_recorded_rows(item, t) for t in item.tasks] if item.table else []
         mine = pub[pub.source == name]
         out.append({"item": name, "shows": item.shows, "tasks": ", ".join(item.tasks), "by": item.by, "notebook": _home(item.by) if item.by else "",
                     "origin": "none" if not item.by or item.table and not sum(map(len, rows)) else "recorded" if item.table else "lesson", "rows": sum(map(len, rows)),
-                    "lacks": ", ".join(_lacks(rows)), "values": len(mine), "defects": " ".join(dict.fromkeys(" ".join(mine.defect).split())), "why": item.why})
+                    "lacks": ", ".join(_lacks(rows)), "values": len(mine), "runs": int(behind.get(name, 0)), "defects": " ".join(dict.fromkeys(" ".join(mine.defect).split())), "why": item.why})
     return pd.DataFrame(out).set_index("item")
+
+@lru_cache
+def _named(cite):
+    "The tables and figures of the paper that a place names: 'results_rebuttal, Figures 2, 28'"
+    found = [(kind, *part.strip().partition("-")[::2]) for kind, said in re.findall(r"(Table|Figure)s? ([\d, -]+)", cite) for part in said.split(",")]
+    return [f"{kind} {k}" for kind, first, last in found for k in range(int(first), int(last or first) + 1)]
 
 def _lacks(rows):
     "Localizations of the paper that are in none of these rows"

@@ -75,6 +75,8 @@ def test_the_map_is_whole():
     lost = MAP[(MAP.origin == "none") & (MAP.why == "")]
     assert lost.empty, f"neither a counterpart nor a reason: {lost.index.tolist()}"
     assert (MAP["shows"] != "").all()
+    drawn = [f"Figure {i}" for i in (*range(2, 8), 9, *range(19, 49))]
+    assert (MAP.runs[drawn] > 0).all() and published._named("results_sweeps") == [] and published._named("x, Figures 23-25, 46") == ["Figure 23", "Figure 24", "Figure 25", "Figure 46"]
 
 
 @pytest.mark.parametrize("by", sorted({i.by for i in ITEMS.values() if i.by}))
