@@ -192,7 +192,7 @@ def beside_text(
     said = {"=": "", "~": "about ", "<": "at most ", ">": "at least "}
     out = {"quantity": rows.quantity, "localization": rows.localization, "theirs": [f"{said[r.sign]}{r.theirs:.3g}" for r in rows.itertuples()],
            "ours, 95 % interval": [cell_text(r.ours, r.ci_low, r.ci_high) for r in rows.itertuples()],
-           "ours - theirs": [f"{d:+.2f}" if pd.notna(d) else "other model" for d in rows.difference], "their model": rows.model, "where": rows.source,
+           "ours - theirs": [f"{d:+.2f}" if pd.notna(d) else "other model" for d in rows.difference], "their model": rows.model, "where": [", ".join(filter(None, (r.source, r.setting))) for r in rows.itertuples()],
            "known of theirs": [", ".join(DISAGREEMENTS[k].topic for k in d.split()) for d in rows.defect]}
     return pd.DataFrame(out)
 
