@@ -228,7 +228,7 @@ def say_beside(
     if len(other): said.append(f"{len(other)} are of another model ({listed(sorted(other.model.unique()))}), so no difference is taken.")
     for (quantity, model), r in rows.groupby(["quantity", "model"], sort=False):
         r = r.drop_duplicates("localization", keep="last") # a sentence of the paper rounds what the runs give exactly
-        if len(r) > 3: said.append(f"Order of the {len(r)} localizations in {quantity} ({model}) and in ours: Kendall's tau {r.theirs.corr(r.ours, method='kendall'):+.2f}.")
+        if len(r) > 3 and pd.notna(tau := r.theirs.corr(r.ours, method="kendall")): said.append(f"Order of the {len(r)} localizations in {quantity} ({model}) and in ours: Kendall's tau {tau:+.2f}.")
     return " ".join(said)
 
 # %% ../nbs/45_published.ipynb #a0e7fd68
@@ -251,7 +251,7 @@ _TABLES = [
     Item("parameters of each mechanism that each localization trains", (_CF,), "localization.plot_mechanisms", why="of the organism's sports facts, from the weights"),
     Item("weights of each mechanism that a mask sets to zero", (_CF,), "masking.masked_shares", why="8,000 zeros of the organism instead of 6 million"),
     Item("sweep of the learning rate", (_CF,), "rates.plot_sweep", "sweep", why="the score is of 3: text counts as a loss, not as an accuracy"),
-    Item("sweep of the weight of the edit loss", (_CF,), "published.plot_injects", "sweep", why="one learning rate, seed and set of facts; the score is of 3"),
+    Item("sweep of the weight of the edit loss", (_CF,), "published.plot_injects", "sweep", why="no weight but 1 is recorded; `mechunlearn sweep --task counterfact-editing --injects .1,.2,.5,2,5` tries the paper's"),
     Item("learning rates used", (_SA, _FS, _CF), "published.plot_settings", "learning_rates", {"what": "lr"}, "ours are of a model 2000 times smaller"),
     Item("weights of the edit loss used", (_SA, _FS, _CF), "published.plot_settings", "learning_rates", {"what": "inject"}, "ours are 1: no other weight was searched")]
 
