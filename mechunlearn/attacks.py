@@ -24,6 +24,7 @@ from .grids import CHOICES
 from .jobs import edit_jobs, keep_missing, tried
 from .latent import latent, strongest
 from .models import LM
+from .never_knew import against_never_knew
 from .relearning import blind_guesses, low_resource, measured_on, of_job, relearn
 from .softprompts import soften
 from .stats import MCQ_CHANCE, has_power, per_fact
@@ -55,6 +56,7 @@ def attack(
     hardened:dict={}, # options of `harden`
     generation:dict={}, # options of `speak`
     soft:dict={}, # options of `soften`
+    never_knew:dict={}, # options of `against_never_knew`
     batch_size:int=64, # prompts a forward
     progress:bool=True, # show a bar, on a terminal
 ) -> Attacks:
@@ -63,6 +65,7 @@ def attack(
     asked = [(evaluate, standard)] + [(harden, HARD | hardened), (speak, generation)] * every
     poor = {k: v for k, v in relearning.items() if k in ("lora", "sizes", "max_facts")}
     fought, missing = [(relearn, relearning), (latent, latents)] + [(low_resource, poor), (soften, soft)] * every, {}
+    fought += [(against_never_knew, never_knew)] * (attacks == "field")
     fight = lambda f, how: tried(f.__name__, lambda: f(lm, task, edit, batch_size=batch_size, **how), missing)
     with tqdm(total=len(asked + fought), leave=False, disable=None if progress else True) as bar:
         with edit.applied(lm) if edit else nullcontext():

@@ -6,8 +6,8 @@
 __all__ = ['PIPELINE', 'MAPS', 'ATTACKS', 'STANDARD', 'BENCHMARKS', 'FIELD', 'CHOICES', 'MAX_SEED', 'Whole', 'Real', 'Rate',
            'Seed', 'GROUPS', 'ASKED', 'DEVICE', 'SPREAD', 'Evaluated', 'MAX_JOBS', 'Stage', 'find_notebook', 'Job',
            'folder', 'Lora', 'Attackers', 'Relearning', 'SoftPrompts', 'Hardened', 'Generation', 'Capabilities',
-           'Latents', 'Settings', 'parse', 'read_yaml', 'Grid', 'TaskOwn', 'make_job', 'grid', 'unwritable', 'writable',
-           'skeleton', 'Absent', 'check_job', 'as_published', 'trained', 'estimate']
+           'Latents', 'NeverKnew', 'Settings', 'parse', 'read_yaml', 'Grid', 'TaskOwn', 'make_job', 'grid',
+           'unwritable', 'writable', 'skeleton', 'Absent', 'check_job', 'as_published', 'trained', 'estimate']
 
 # %% ../nbs/38_grids.ipynb #380002
 import itertools, math, os, re, reprlib, tempfile
@@ -42,6 +42,7 @@ PIPELINE = (
     Stage("softprompts", "32_soft_prompts", ("*/seed{seed}/soft.parquet",)),
     Stage("attacks", "33_more_attacks", ("*/seed{seed}/hardened.parquet", "*/seed{seed}/generation.parquet")),
     Stage("capability", "26_capability", ("*/seed{seed}/capability.parquet",)),
+    Stage("never_knew", "32_never_knew", ("*/seed{seed}/never_knew.parquet",)),
 )
 
 # %% ../nbs/38_grids.ipynb #400005c
@@ -217,6 +218,12 @@ class Latents(BaseModel, extra="forbid"):
     n_control: Whole|None = Field(None, ge=1)  # shufflings of the control
     max_facts: Whole|None = Field(None, ge=1)  # ghosts and retained facts read
 
+# %% ../nbs/38_grids.ipynb #400015n
+class NeverKnew(BaseModel, extra="forbid"):
+    "Of the comparison with a model that never knew"
+    reference: Annotated[str, Field(min_length=1)]|None = None # name, folder or hub id of that model; default: ghosts in the unedited one
+    max_facts: Whole|None = Field(None, ge=1)  # ghosts and retained facts asked
+
 # %% ../nbs/38_grids.ipynb #400016a
 Evaluated = dict[Annotated[str, AfterValidator(_group)], Annotated[Whole, Field(ge=1)]]
 
@@ -281,6 +288,7 @@ class Settings(BaseModel, extra="forbid"):
     hardened: Hardened = Hardened()
     generation: Generation = Generation()
     capabilities: Capabilities = Capabilities()
+    never_knew: NeverKnew = NeverKnew() # against a model that never knew
 
 # %% ../nbs/38_grids.ipynb #400017
 def parse(
