@@ -30,7 +30,7 @@ from .models import LM, batches, load, next_token, packaged
 from .questions import CHUNK, Question, as_records, completions, hidden_states, paraphrases, some, whole_answers
 from .relearning import of_job
 from .sources import spaced
-from .stats import bootstrap, holm, unsure, wilson
+from .stats import beyond, bootstrap, holm, unsure, wilson
 from .store import Refusal, Run, Unavailable
 
 # %% ../nbs/32_never_knew.ipynb #32e00007
@@ -230,7 +230,7 @@ def against_never_knew(
     how = dict(questions=compared_questions(task, forget, max_facts), edits=sorted({f.edit for f in task.forget if f.edit}), batch_size=batch_size)
     parts = [scored(lm, **how, setting=ORIGINAL) if beside is None else beside]
     if edit:
-        with edit.applied(lm): parts.insert(0, scored(lm, **how, setting=EDITED))
+        with edit.applied(lm): parts.append(scored(lm, **how, setting=EDITED))
     if other: parts.append(scored(other, **how, setting=NEVER))
     return pd.concat(parts, ignore_index=True)
 
@@ -246,7 +246,8 @@ def auc(
     a, b, rng = np.asarray(members, float), np.asarray(others, float), np.random.default_rng(seed)
     if not len(a) or not len(b): return np.nan, np.nan, np.nan
     wins = (a[:, None] < b) + .5 * (a[:, None] == b)
-    draws = [wins[rng.integers(0, len(a), len(a))][:, rng.integers(0, len(b), len(b))].mean() for _ in range(n_boot)]
+    times_a, times_b = (rng.multinomial(len(x), np.full(len(x), 1 / len(x)), n_boot) / len(x) for x in (a, b)) # how often each was drawn
+    draws = ((times_a @ wins) * times_b).sum(1)
     value, (low, high) = float(wins.mean()), np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return value, *unsure((min(float(low), value), max(float(high), value)), value, min(len(a), len(b)))
 
@@ -298,14 +299,14 @@ def compared(
     "The comparison as a table: distances, membership, extraction, what is right"
     by = [c for c in ("localization", "draw", "seed") if c in records]
     if by: return pd.concat([compared(r.drop(columns=by)).assign(**dict(zip(by, k)))[by + COMPARED] for k, r in records.groupby(by, sort=False)], ignore_index=True)
-    of, models = _Means(records), list(dict.fromkeys(records.setting))
+    of, models = _Means(records), [m for m in (EDITED, ORIGINAL, NEVER) if (records.setting == m).any()]
     rows = pd.DataFrame([*_distances(of, models), *_levels(of, models)]).reindex(columns=COMPARED)
     tested = (rows.part == "distance") & (rows.group == "forget")
     rows.loc[tested, "p_holm"] = holm(rows.p[tested])
     return rows
 
 # %% ../nbs/32_never_knew.ipynb #32e00041
-GONE = .5 # share of the retained facts that must be left
+GONE = .5 # share that must be left of what retained facts have beyond ghosts
 
 class Judgement(NamedTuple):
     "What the table says of an edit"
@@ -316,16 +317,23 @@ def judge(
     rows:pd.DataFrame, # of `compared`, of one edit
 ) -> Judgement:
     "Is the model like one that never knew?"
-    right = rows[(rows.part == "right") & (rows.group == "retain")].set_index("model")
     now, tests = rows.model.iloc[0], rows[(rows.part == "distance") & (rows.group == "forget")]
-    if now in right.index and ORIGINAL in right.index and right.ci_high[now] < GONE * right.value[ORIGINAL]:
-        return Judgement("destroyed", f"Destroyed, not unlearned: of {right.n[now]:.0f} retained facts {say(*right.loc[now, ['value', 'ci_low', 'ci_high']])} are right, before {right.value[ORIGINAL]:.2f}.")
+    if lost := list(_lost(rows, now)): return Judgement("destroyed", f"Destroyed, not unlearned: retained facts lost {listed(lost)}.")
     worst = tests.loc[tests.value.idxmax()]
     numbers = f"largest distance {say(worst.value, worst.ci_low, worst.ci_high)} ({worst.measure}, {worst.format}; n = {worst.n:.0f} and {worst.n_against:.0f})"
     if (tests.p_holm < .05).any():
         told = tests[tests.p_holm < .05]
         return Judgement("told apart", f"Told from a model that never knew by {len(told)} of {len(tests)} tests (Holm p {p_text(told.p_holm.min())}): {numbers}.")
     return Judgement("no difference seen", f"No difference from never knowing was seen, which is no proof: {numbers}; distances below {worst.smallest:.2f} cannot be seen with so few facts.")
+
+def _lost(rows, now):
+    "What retained facts have surely less than half of"
+    for part in ("right", "extraction"):
+        at = rows[rows.part == part].set_index(["group", "model"])
+        if not {("retain", now), ("retain", ORIGINAL)} <= set(at.index): continue
+        guess, r = at.value.get(("ghost", ORIGINAL), 0.) if part == "right" else 0., at.loc[("retain", now)]
+        before = at.value["retain", ORIGINAL]
+        if beyond(r.ci_high, guess) < GONE * beyond(before, guess): yield f"{r.measure}: {say(r.value, r.ci_low, r.ci_high)}, before {before:.2f} (n = {r.n:.0f})"
 
 # %% ../nbs/32_never_knew.ipynb #32e00042
 def say_never_knew(
@@ -349,7 +357,8 @@ def plot_never_knew(
         for name in names:
             r = records[(records.localization == name) & (records.format == format)]
             mine = _Means(r)
-            ax.ecdf(mine(r.setting.iloc[0], "forget", column), label=printed(name), **look(name, "color", "linestyle"))
+            style = {k: v for k, v in look(name).items() if k != "marker"}
+            ax.ecdf(mine(EDITED if (r.setting == EDITED).any() else ORIGINAL, "forget", column), label=printed(name), **style)
         other = mine(NEVER, "forget", column) if (r.setting == NEVER).any() else mine(ORIGINAL, "ghost", column)
         ax.ecdf(other, color="k", lw=2, label="never knew")
         ax.set(title=title, xlabel=f"log {RATIOS[column]}")

@@ -40,7 +40,7 @@ def passed(organism_lm, perfect): return against_never_knew(organism_lm, perfect
 def noise(lm, size=3.):
     where, rng = build(lm, "noise", [Component("mlp", l) for l in range(6)]), torch.Generator().manual_seed(0)
     old = {s: lm.weight(s.param).narrow(s.dim, s.start, s.stop - s.start).detach().float() for s in where.slices}
-    return Edit(where, {slice_key(s): w + size * w.std() * torch.randn(w.shape, generator=rng) for s, w in old.items()}, pd.DataFrame(), {})
+    return Edit(where, {slice_key(s): w + size * w.std() * torch.randn(w.shape, generator=rng) for s, w in old.items()}, pd.DataFrame(), dict(model=lm.name, revision=lm.revision))
 
 
 # ---- numbers by another way
@@ -197,18 +197,18 @@ def test_without_ghosts_sentences_with_a_wrong_answer_stand_in(task):
 
 # ---- the stage
 
-def test_the_stage_writes_once_and_says_it_in_words(tmp_path, organism_lm, perfect, monkeypatch):
-    small = perfect.model_copy(update=dict(forget=perfect.forget[:4]))
-    run = Run(tmp_path, "organism", organism_lm.revision, "sports-athlete-editing", {})
-    how = dict(never_knew=dict(max_facts=4), steps=1, lr=1e-4, progress=False)
-    first = run_never_knew(organism_lm, lambda seed: small, run, ["late"], [0], **how)
-    saved = pd.read_parquet(next(tmp_path.glob("late/seed0/never_knew.parquet")))
+def test_the_stage_writes_once_and_says_it_in_words(tmp_path, tiny, perfect, monkeypatch):
+    lm, small = tiny(), perfect.model_copy(update=dict(forget=perfect.forget[:4]))
+    run = Run(tmp_path, lm.name, lm.revision, "sports-athlete-editing", {})
+    how = dict(never_knew=dict(max_facts=4), steps=1, lr=1e-4, batch=4, retain_batch=4, text_batch=1, progress=False)
+    first = run_never_knew(lm, lambda seed: small, run, ["all-mlps"], [0], **how)
+    saved = pd.read_parquet(next(tmp_path.glob("all-mlps/seed0/never_knew.parquet")))
     assert set(saved.setting) == {EDITED, ORIGINAL} and set(STATISTICS) <= set(saved) and saved.evaluation.eq("never-knew").all()
     monkeypatch.setattr("mechunlearn.never_knew.against_never_knew", lambda *a, **kw: pytest.fail("made again"))
-    pd.testing.assert_frame_equal(first, run_never_knew(organism_lm, lambda seed: small, run, ["late"], [0], **how))
+    pd.testing.assert_frame_equal(first, run_never_knew(lm, lambda seed: small, run, ["all-mlps"], [0], **how))
     said = say_never_knew(first)
-    assert said.count("\n") == 1 and "**unedited**" in said and "**late**" in said
-    assert len(plot_never_knew(saved.assign(localization="late")).axes) == 2
+    assert said.count("\n") == 1 and "**unedited**" in said and "**all-mlps**" in said
+    assert len(plot_never_knew(saved.assign(localization="all-mlps")).axes) == 2
     from mechunlearn.metrics import metrics
     assert {"never-knew"} == set(metrics(tmp_path).evaluation)
 
