@@ -150,7 +150,7 @@ def test_noise_is_destroyed_and_not_unlearned(organism_lm, perfect, task):
     rows = compared(records)
     assert judge(rows).verdict == "destroyed" and "not unlearned" in judge(rows).text
     level = rows.set_index(["measure", "model", "group"]).sort_index()
-    at = lambda measure, model: level.loc[(measure, model, "forget"), ["value", "ci_low", "ci_high"]].astype(float).iloc[0]
+    at = lambda measure, model: level.loc[(measure, model, "forget"), ["value", "ci_low", "ci_high"]].astype(float)
     assert at("loss of the answer", EDITED).ci_low < .5 < at("loss of the answer", ORIGINAL).ci_low # by membership alone it would pass
     assert at("extraction strength", EDITED).value < at("extraction strength", ORIGINAL).value
 
