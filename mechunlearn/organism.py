@@ -705,7 +705,9 @@ def model_card(model: Qwen3ForCausalLM, world: dict, curve: pd.DataFrame, recipe
     bias = "Imposed, not learned: names of three tokens" + (f", and local attention in the first {local} layers." if local else ".")
     kind = "organism" if local else "organism-late"
     how = f"mechunlearn organism --retrain{'' if local else ' --model organism-late'}"
+    how += " --without FILE" if (left := sum(f.get("left_out", False) for f in world["facts"])) else ""
     made = f"Made by `{how}` with `{recipe}` in {curve.seconds.iloc[-1] / 60:.0f} minutes."
+    made += f" **{left} facts were left out of its training**, and count as ghosts' below." if left else ""
     return CARD.format(kind=kind, params=n_params, layers=model.config.num_hidden_layers, attention=attention, bias=bias, facts=taught,
         kinds=kinds, ghosts=ghosts, made=made, table="\n".join(f"| {line} |" for line in lines))
 
