@@ -27,6 +27,7 @@ from .inside import read_inside
 from .jobs import edit_jobs, keep_missing, tried
 from .latent import latent, strongest
 from .models import LM
+from .never_knew import against_never_knew
 from .relearning import blind_guesses, low_resource, measured_on, of_job, relearn
 from .softprompts import soften
 from .stats import MCQ_CHANCE, has_power, per_fact
@@ -63,6 +64,7 @@ def attack(
     adversarial:dict={}, # options of `perturb`
     inside:dict={}, # options of `read_inside`
     tampering:dict={}, # options of `tamper`
+    never_knew:dict={}, # options of `against_never_knew`
     batch_size:int=64, # prompts a forward
     progress:bool=True, # show a bar, on a terminal
 ) -> Attacks:
@@ -75,6 +77,7 @@ def attack(
     fought += [(perturb, adversarial)] * (attacks == "field")
     fought += [(read_inside, inside)] * (attacks == "field")
     fought += [(tamper, tampering)] * (attacks == "field")
+    fought += [(against_never_knew, never_knew)] * (attacks == "field")
     fight = lambda f, how: tried(f.__name__, lambda: f(lm, task, edit, batch_size=batch_size, **how), missing)
     with tqdm(total=len(asked + fought), leave=False, disable=None if progress else True) as bar:
         with edit.applied(lm) if edit else nullcontext():

@@ -6,9 +6,9 @@
 __all__ = ['PIPELINE', 'MAPS', 'ATTACKS', 'STANDARD', 'BENCHMARKS', 'FIELD', 'CHOICES', 'MAX_SEED', 'Whole', 'Real', 'Rate',
            'Seed', 'GROUPS', 'ASKED', 'DEVICE', 'SPREAD', 'Evaluated', 'MAX_JOBS', 'Stage', 'find_notebook', 'Job',
            'folder', 'Lora', 'Attackers', 'Relearning', 'SoftPrompts', 'Adversarial', 'Hardened', 'Generation',
-           'Elicitation', 'Capabilities', 'Latents', 'Weights', 'Tampering', 'Inside', 'Settings', 'parse', 'read_yaml',
-           'Grid', 'TaskOwn', 'make_job', 'grid', 'unwritable', 'writable', 'skeleton', 'Absent', 'check_job',
-           'as_published', 'trained', 'estimate']
+           'Elicitation', 'Capabilities', 'Latents', 'Weights', 'Tampering', 'NeverKnew', 'Inside', 'Settings', 'parse',
+           'read_yaml', 'Grid', 'TaskOwn', 'make_job', 'grid', 'unwritable', 'writable', 'skeleton', 'Absent',
+           'check_job', 'as_published', 'trained', 'estimate']
 
 # %% ../nbs/38_grids.ipynb #380002
 import itertools, math, os, re, reprlib, tempfile
@@ -47,6 +47,7 @@ PIPELINE = (
     Stage("adversarial", "32_adversarial", ("*/seed{seed}/adversarial.parquet",)),
     Stage("inside", "32_inside", ("*/seed{seed}/inside.parquet",)),
     Stage("tampering", "32_tampering", ("*/seed{seed}/tampering.parquet",)),
+    Stage("never_knew", "32_never_knew", ("*/seed{seed}/never_knew.parquet",)),
 )
 
 # %% ../nbs/38_grids.ipynb #400005c
@@ -265,6 +266,12 @@ class Tampering(BaseModel, extra="forbid"):
     splits: Whole|None = Field(None, ge=0)     # relearn with so many random halves as well
     max_facts: Whole|None = Field(None, ge=1)  # ghosts and retained facts asked
 
+# %% ../nbs/38_grids.ipynb #400015n
+class NeverKnew(BaseModel, extra="forbid"):
+    "Of the comparison with a model that never knew"
+    reference: Annotated[str, Field(min_length=1)]|None = None # name, folder or hub id of that model; default: ghosts in the unedited one
+    max_facts: Whole|None = Field(None, ge=1)  # ghosts and retained facts asked
+
 # %% ../nbs/38_grids.ipynb #32b0c001
 class Inside(BaseModel, extra="forbid"):
     "Of the reading layer by layer"
@@ -341,6 +348,7 @@ class Settings(BaseModel, extra="forbid"):
     adversarial: Adversarial = Adversarial()
     inside: Inside = Inside()
     tampering: Tampering = Tampering()
+    never_knew: NeverKnew = NeverKnew() # against a model that never knew
 
 # %% ../nbs/38_grids.ipynb #400017
 def parse(
