@@ -16,14 +16,18 @@ import matplotlib as mpl, numpy as np, pandas as pd
 from fastcore.basics import patch
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
+from .elicitation import elicit
+from .adversarial import perturb
 from .evaluation import evaluate, harden, interval, speak
 from .facts import Task
 from .figures import EDIT_COLOUR, FIGURE_STYLE, TRUTH_COLOUR, cell_text, figure, printed
 from .finetuning import Edit
 from .grids import CHOICES
+from .inside import read_inside
 from .jobs import edit_jobs, keep_missing, tried
 from .latent import latent, strongest
 from .models import LM
+from .never_knew import against_never_knew
 from .relearning import blind_guesses, low_resource, measured_on, of_job, relearn
 from .softprompts import soften
 from .stats import MCQ_CHANCE, has_power, per_fact
@@ -56,7 +60,11 @@ def attack(
     hardened:dict={}, # options of `harden`
     generation:dict={}, # options of `speak`
     soft:dict={}, # options of `soften`
+    elicitation:dict={}, # options of `elicit`
+    adversarial:dict={}, # options of `perturb`
+    inside:dict={}, # options of `read_inside`
     tampering:dict={}, # options of `tamper`
+    never_knew:dict={}, # options of `against_never_knew`
     batch_size:int=64, # prompts a forward
     progress:bool=True, # show a bar, on a terminal
 ) -> Attacks:
@@ -65,7 +73,11 @@ def attack(
     asked = [(evaluate, standard)] + [(harden, HARD | hardened), (speak, generation)] * every
     poor = {k: v for k, v in relearning.items() if k in ("lora", "sizes", "max_facts")}
     fought, missing = [(relearn, relearning), (latent, latents)] + [(low_resource, poor), (soften, soft)] * every, {}
+    fought += [(elicit, elicitation | dict(missing=missing))] * (attacks == "field")
+    fought += [(perturb, adversarial)] * (attacks == "field")
+    fought += [(read_inside, inside)] * (attacks == "field")
     fought += [(tamper, tampering)] * (attacks == "field")
+    fought += [(against_never_knew, never_knew)] * (attacks == "field")
     fight = lambda f, how: tried(f.__name__, lambda: f(lm, task, edit, batch_size=batch_size, **how), missing)
     with tqdm(total=len(asked + fought), leave=False, disable=None if progress else True) as bar:
         with edit.applied(lm) if edit else nullcontext():
@@ -198,9 +210,23 @@ def _repr_html_(self:Attacks):
 def card(self:Attacks) -> pd.DataFrame: # the columns of `scorecard.scorecard`
     "Every attack and the worst case; `before`, if there is one, as the unedited model"
     from mechunlearn.scorecard import scorecard
+    return scorecard(self._beside())
+
+@patch
+def _beside(self:Attacks):
+    "Records of the edit and of the model before it, as those of a run"
     parts = [self.records.assign(localization=self.name)]
     if self.before is not None and self.name != "none": parts.append(self.before.assign(localization="none"))
-    return scorecard(pd.concat(parts, ignore_index=True).assign(draw=0, seed=self.task.seed))
+    return pd.concat(parts, ignore_index=True).assign(draw=0, seed=self.task.seed)
+
+# %% ../nbs/33_more_attacks.ipynb #78cf6f31
+@patch
+def verdict(self:Attacks,
+    command:str="", # what does the attacks again, if there is such a command
+): # an `audit.Audit`
+    "Whether the edit holds, to what it leaks, whether the model is destroyed, or that nothing can be said"
+    from mechunlearn.audit import audit
+    return audit(self._beside(), self.name, command=command, task=self.task.name, missing=self.missing)
 
 # %% ../nbs/33_more_attacks.ipynb #a7c164c4
 WHY_NOT = dict(hardened="none of these facts can be asked with four options: they lack wrong answers, or solved examples",

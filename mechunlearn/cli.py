@@ -208,14 +208,44 @@ def show_scorecard(
     run_dir, # a run folder
     args, # parsed options: json
 ):
-    "Print the scorecard of a run, write its report"
+    "Print the scorecard of a run and a verdict about each edit, write its report"
     from mechunlearn import report
     found, page = report.find(run_dir), report.write_report(run_dir)
-    if args.json: return _json_lines(found.card, found.gone)
+    said = _verdicts(run_dir, found, getattr(args, "attacks", "all"))
+    if args.json: return _json_verdicts(found, said)
     print(report.scorecard_text(found.card, gone=found.gone) + "\n")
     if len(asked := report.capability_table(found.metrics)): print(report.capability_text(asked) + "\n")
     print("\n".join(textwrap.wrap(report.say_scorecard(found.card, found.broken), 118)))
+    for a in said: print("\n" + "\n".join(textwrap.wrap(f"Verdict: {a}".replace("**", ""), 118, break_long_words=False, break_on_hyphens=False)))
+    if said: print(f"\nfor model cards: {_cards(run_dir, said)}", end="")
     print(f"\nreport: {page}\nexecuted notebooks: {Path(run_dir)/'notebooks'}")
+
+# %% ../nbs/50_cli.ipynb #eca9007f
+def _verdicts(run_dir, found, attacks):
+    "A verdict about every edit of a run"
+    from mechunlearn.audit import audit, command_of
+    from mechunlearn.figures import ordered
+    from mechunlearn.progress import jobs_in
+    jobs, names, out = jobs_in(run_dir)[0], () if found.facts is None else ordered(found.facts.localization.unique()), []
+    missing = dict(zip(found.gone.what, found.gone.why)) if len(found.gone) else {}
+    for name in [n for n in names if n != "none"]:
+        job = next((j for j in jobs if name in j.localizations), jobs[0] if jobs else None)
+        again = command_of(job.model_copy(update={"attacks": attacks})) if job else ""
+        with suppress(Refusal): out.append(audit(found.facts, name, found.broken, again, **({"model": job.model, "task": job.task} if job else {}), missing=missing))
+    return out
+
+def _json_verdicts(found, said):
+    "The scorecard as JSON lines, then the verdicts"
+    from mechunlearn.audit import audit_json
+    _json_lines(found.card, found.gone)
+    for a in said: print(audit_json(a))
+
+def _cards(run_dir, said):
+    "Write a paragraph about each edit"
+    from mechunlearn.audit import model_card
+    file = Path(run_dir)/"model_card.md"
+    file.write_text("\n\n".join(map(model_card, said)) + "\n", encoding="utf-8")
+    return file
 
 # %% ../nbs/50_cli.ipynb #500019
 def run(args):
@@ -489,7 +519,8 @@ def organism(args):
     "measure what the packaged organism knows, or train another one; JSON"
     from mechunlearn import organism as o
     if args.retrain and not args.out: raise Refusal("--retrain needs --out DIR, a new folder")
-    result = o.retrain(args.out, kind=args.model) if args.retrain else o.check(args.model)
+    if args.without and not args.retrain: raise Refusal("--without leaves facts out of a training: give --retrain as well")
+    result = o.retrain(args.out, kind=args.model, without=args.without) if args.retrain else o.check(args.model)
     import pandas as pd
     print(pd.DataFrame(result["measured"]).to_string(index=False, float_format="{:.3f}".format), file=sys.stderr)
     print(json.dumps(result, indent=1))
@@ -580,7 +611,9 @@ def which_organism(p):
     p.add_argument("--model", default="organism", help="packaged name or folder")
     p.add_argument("--check", action="store_true", help="measure what it knows (the default)")
     p.add_argument("--retrain", action="store_true", help="train another one, 15 to 27 minutes on two cores")
+    p.add_argument("--without", metavar="FILE", help="leave facts out of its training: a CSV with the columns subject and relation")
     p.add_argument("--out", help="folder for it")
+
 
 # %% ../nbs/50_cli.ipynb #500027
 def _part(args):

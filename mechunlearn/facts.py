@@ -342,7 +342,7 @@ class McqFormat(NamedTuple):
 MCQ = {"world": McqFormat("", "Question: {q} A: {A} B: {B} C: {C} D: {D} Answer:", "\n", False, 3, False, 0),
        "sports": McqFormat(SPORTS_SYSTEM + "\n", "Question: {q}\nA: {A}\nB: {B}\nC: {C}\nD: {D}\n\nAnswer:", "\n\n", True, 3, False, 4),
        "counterfact": McqFormat("", COUNTERFACT_MCQ, "\n\n", False, 8, True, 4)}
-MCQ |= {"athletes": MCQ["sports"], "atlas": MCQ["counterfact"]} # ask as these do
+MCQ |= {"athletes": MCQ["sports"], "atlas": MCQ["counterfact"], "topic": MCQ["counterfact"]._replace(shots=4)} # ask as these do
 
 # %% ../nbs/01_facts.ipynb #010042
 def mcq_block(
@@ -892,7 +892,7 @@ def check_task(
     "Refuse a task that a model's tokenizer cannot take; the message names the word"
     everything = [f for s in SPLITS for f in getattr(task, s)]
     check_words(lm, everything)
-    for words in sorted({f.candidates for f in everything if f.candidates} | {LETTERS}): check_candidates(lm, words)
+    for words in sorted({f.candidates for f in everything if f.candidates and not f.wrong} | {LETTERS}): check_candidates(lm, words)
     edited = [f for s in EDITED for f in getattr(task, s)]
     check_boundary(lm, [f.prompt for f in edited], [f.answer for f in edited])
     asked = [m for f in task.forget[:1] if askable(task, f) for m in mcq_prompts(task, f)]

@@ -34,7 +34,8 @@ from .localization import Localization
 from .losses import UPDATES, Answers, Update, answer_losses, choose_update, l1_change, not_said, said
 from .memory import checkpointed, optimizer_class, unsteppable, written_out
 from .families import transposed
-from .models import LM, Slice, components, is_adapter, load, locate, slices, snapshot
+from .loading import is_adapter, place_of, plain, snapshot
+from .models import LM, Slice, components, load, read_model, slices, wrap
 from .questions import answer, completions, hidden_states, some, token_loss
 from .steps import Frozen, answers_said, at_end, chain, chains, come_back, large, own_lengths, pack, said_in_chunks, without_unembedding
 from .stats import edited_by
@@ -219,6 +220,7 @@ def _read_answers(lm, values, rows, own, frozen, read):
     place_of = {k: i for i, k in enumerate(once)}
     return logits if len(once) == len(keys) else logits[[place_of[k] for k in keys]], answers
 
+# %% ../nbs/20_finetuning.ipynb #f0c10f6d
 def _end_hidden(lm, weights, ids, n, share, frozen):
     "What the unembedding would read at the end of prompts"
     return at_end(lm, ids, n, without_unembedding(lm, weights), share, frozen)
@@ -233,6 +235,7 @@ def _said(lm, values, rows, own=None, frozen=None, whole=False):
     read, answers = _read_answers(lm, values, rows, own, frozen, _end_hidden if chunked else end_logits)
     return answers_said(lm, read, answers, _unembedding(lm, values)) if chunked else answer_losses(read, answers), read, answers
 
+# %% ../nbs/20_finetuning.ipynb #985c92f4
 def fact_losses(
     lm:LM, # model
     values:dict[Slice, Tensor], # masters
@@ -808,7 +811,7 @@ def stored_dtype(
     "The dtype that a model's weights are stored in; of several, float32 holds them all"
     with suppress(Exception):
         found = set()
-        for file in Path(locate(model)[0]).glob("*.safetensors"):
+        for file in place_of(model).glob("*.safetensors"):
             with safe_open(file, "pt") as f: found |= {DTYPES.get(f.get_slice(k).get_dtype(), torch.float32) for k in f.keys()}
         if len(found) == 1: return found.pop()
     return torch.float32
@@ -863,11 +866,13 @@ def edit_of(
     "Anyone's edit: every weight that differs, whole; `config` says how much of the change the model's dtype keeps (`survives`)"
     if reason := untrainable(lm): raise Refusal(reason)
     dtype = next(lm.hf.parameters()).dtype
-    place_of, fine = getattr(lm.hf.config, "_name_or_path", "") or None, finer(stored_dtype(str(folder)), dtype)
-    if place_of and not Path(place_of).is_dir() and (commit := lm.revision.split("+")[0]): place_of = str(snapshot(place_of, commit)[0]) # of the hub's revisions the one in memory
-    other, coarse = load(str(folder), device="cpu", dtype=fine, base=place_of, family=lm.own), fine if is_adapter(Path(locate(str(folder))[0])) else stored_dtype(str(folder))
+    home, fine = getattr(lm.hf.config, "_name_or_path", "") or None, finer(stored_dtype(str(folder)), dtype)
+    if home and not Path(home).is_dir() and (commit := lm.revision.split("+")[0]): home = str(snapshot(home, commit)[0]) # of the hub's revisions the one in memory
+    other = wrap(*read_model(str(folder), "cpu", fine, base=home, family=lm.own, words=lm.tok), family=lm.own) # weights saved alone have the words of the base
+    coarse, quantized = fine if is_adapter(place_of(str(folder))) else stored_dtype(str(folder)), getattr(other.hf, "is_quantized", False)
+    plain(other.hf, str(folder))
     if causes := differences(lm, other): raise Refusal(f"{folder} is not an edit of {lm.name}:" + "".join(f"\n- {c}" for c in causes))
-    base = load(place_of, device="cpu", dtype=fine, family=lm.own) if fine != dtype and place_of and stored_dtype(place_of) != dtype else lm # read again as it was stored
+    base = load(home, device="cpu", dtype=fine, family=lm.own) if fine != dtype and home and stored_dtype(home) != dtype else lm # read again as it was stored
     values, changed = {}, dict(weights=0, kept=0, change=0., kept_change=0.)
     for n, w in base.hf.named_parameters():
         old, new = (x.detach().cpu()[:min(len(w), len(other.weight(n)))].to(fine) for x in (w, other.weight(n)))
@@ -880,6 +885,7 @@ def edit_of(
     comps = [str(c) for c in components(lm) if {s.param for s in slices(lm, c)} <= {s.param for s in values}]
     where = Localization(name=name or f"edited@{Path(folder).resolve().name}", components=comps, slices=tuple(values), sizes=tuple(v.numel() for v in values.values()))
     about = dict(model=lm.name, revision=lm.revision, sha256=cause_hash(fingerprint(other)))
+    if quantized: about |= dict(quantized=True) # what differs is the rounding as well
     if fine != dtype: about |= dict(survives=survives, dtype=_called(dtype))
     return Edit(where, {slice_key(s): v for s, v in values.items()}, pd.DataFrame(columns=["step", "forget", "retain"]), about)
 

@@ -8,7 +8,8 @@ __all__ = ['DATA', 'DECIDES', 'LARGEST', 'MOST_READS', 'SHIPPED', 'packaged', 'v
            'check_complete', 'not_finite', 'check_finite', 'check_held', 'quiet_loading', 'only_errors', 'as_dtype',
            'multiplies_bfloat16', 'usual_dtype', 'quantization', 'read_tokenizer', 'read_weights', 'gguf_tensors',
            'check_gguf', 'dequantized', 'convert', 'file_hash', 'intact', 'converted', 'read_gguf', 'Shipped', 'known',
-           'licence_of', 'accept', 'check_terms', 'read_shipped', 'is_adapter', 'merge_adapter', 'Files']
+           'licence_of', 'accept', 'check_terms', 'read_shipped', 'is_adapter', 'merge_adapter', 'place_of', 'plain',
+           'Files']
 
 # %% ../nbs/09_loading.ipynb #090002
 import hashlib, io, json, logging, mechunlearn, os, re, shutil, sys, torch, transformers
@@ -512,6 +513,26 @@ def merge_adapter(
     merged = model.merge_and_unload()
     check_finite(merged)
     return merged
+
+# %% ../nbs/09_loading.ipynb #df7b6363
+def place_of(
+    model:str, # known name, folder, `.gguf` file or hub id
+) -> Path: # of a hub model: the snapshot in the cache
+    "The folder that a model is read from."
+    folder = Path(locate(model)[0])
+    return folder if folder.is_dir() else snapshot(model)[0]
+
+# %% ../nbs/09_loading.ipynb #f23aa6e2
+def plain(
+    hf:PreTrainedModel, # any
+    name:str, # for messages
+) -> PreTrainedModel: # the same, its quantized matrices replaced by ordinary ones
+    "A model in ordinary numbers; Refusal where they cannot be had."
+    if not getattr(hf, "hf_quantizer", None): return hf
+    try:
+        with only_errors(): return hf.dequantize()
+    except Exception as e: raise Refusal(f"{name} is quantized ({hf.hf_quantizer.quantization_config.quant_method}), and its weights cannot be read as numbers here ({why(e)}): "
+                                         "give the model that it was quantized from") from e
 
 # %% ../nbs/09_loading.ipynb #00008a
 class Files(NamedTuple):

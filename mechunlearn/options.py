@@ -87,7 +87,7 @@ def what(p):
     p.add_argument("--sport", help="the sport that is edited as a whole (default: basketball)")
     p.add_argument("--parts", type=whole, metavar="N", help="parts of a sequence (default: 4)")
     p.add_argument("--facts", metavar="F",
-                   help="world, sports, athletes, counterfact, atlas, or your own FILE.csv or FILE.jsonl (default: world for an organism)")
+                   help="world, sports, athletes, counterfact, atlas, or your own FILE.csv or FILE.jsonl; of unlearned-topic, questions (default: world for an organism)")
     p.add_argument("--known", metavar="RULE", help="which facts count as known: all, prob (P of the answer at least .5) or top1 (likeliest of the candidates)")
     p.add_argument("--prompt", metavar="P", help="wording of the athletes' facts (published, plain, others) or of the atlas (plain, question, other)")
     p.add_argument("--paper-split", action="store_true", default=None, help="the authors' split of their data")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECORD', 'CHUNK', 'Question', 'completions', 'paraphrases', 'neighborhood', 'multiple_choice', 'as_records',
-           'record_row', 'whole_answers', 'answer', 'hidden_states', 'token_loss', 'text_loss', 'some']
+           'own_guess', 'record_row', 'whole_answers', 'answer', 'hidden_states', 'token_loss', 'text_loss', 'some']
 
 # %% ../nbs/08_questions.ipynb #080002
 import hashlib
@@ -79,7 +79,7 @@ def multiple_choice(
 RECORD = dict(evaluation="str", fact="str", subject="str", relation="str", group="str", format="str", variant="Int64",
     truth="str", edit="str", prob_truth="float64", prob_edit="float64", full_truth="float64", full_edit="float64",
     top1_truth="boolean", top1_edit="boolean", compliance="float64", loss="float64",
-    layer="Int64", setting="str", step="Int64", n_tokens="Int64")
+    layer="Int64", setting="str", step="Int64", n_tokens="Int64", guess="float64")
 
 def as_records(
     rows:list[dict], # some of the columns of `RECORD`
@@ -88,6 +88,14 @@ def as_records(
     "Rows as a table with all record columns, in order, each of its type"
     return pd.DataFrame([row | common for row in rows], columns=list(RECORD)).astype(RECORD)
 
+# %% ../nbs/08_questions.ipynb #e3fa7e5a
+def own_guess(
+    fact:Fact, # asked
+) -> float|None: # none: it does not bring its own wrong answers
+    "What guessing gets where a fact is asked among its own answers alone"
+    closed = getattr(fact, "wrong", ()) and getattr(fact, "candidates", ())
+    return 1/len(fact.candidates) if closed else None
+
 # %% ../nbs/08_questions.ipynb #150015
 def record_row(q, full, share, hits):
     "One record: the choices' probabilities, among all words and as measured, and which of them the model gives"
@@ -95,7 +103,7 @@ def record_row(q, full, share, hits):
     return dict(fact=q.fact.id, subject=q.fact.subject, relation=q.fact.relation, group=q.group, format=q.format,
         variant=q.variant, truth=q.truth, edit=q.edit, prob_truth=at(share, q.truth), prob_edit=at(share, q.edit),
         full_truth=at(full, q.truth), full_edit=at(full, q.edit), top1_truth=at(hits, q.truth), top1_edit=at(hits, q.edit),
-        compliance=float(full[:4].sum()) if q.format == "mcq" else None)
+        compliance=float(full[:4].sum()) if q.format == "mcq" else None, guess=own_guess(q.fact))
 
 # %% ../nbs/08_questions.ipynb #150016
 @torch.no_grad()
@@ -150,9 +158,9 @@ def answer(
     logp, hits = whole.where(asked, first), written.where(asked, begun)
     share = logp.masked_fill(~at, -torch.inf).softmax(-1)
     letter = torch.zeros_like(at).scatter(1, share.argmax(-1, keepdim=True), True) if len(questions) else at
-    kinds = [q.open for q in questions], [q.format == "mcq" for q in questions]
-    open, mcq = (torch.tensor(x, dtype=torch.bool)[:, None] for x in kinds)
-    tables = whole.exp(), logp.exp().where(open, share), letter.where(mcq, hits)
+    kinds = [q.open for q in questions], [q.format == "mcq" or own_guess(q.fact) is not None for q in questions] # the best of the choices counts, or what is written
+    open, best_of = (torch.tensor(x, dtype=torch.bool)[:, None] for x in kinds)
+    tables = whole.exp(), logp.exp().where(open, share), letter.where(best_of, hits)
     return as_records([record_row(*row) for row in zip(questions, *tables)], **common)
 
 # %% ../nbs/08_questions.ipynb #150021

@@ -23,7 +23,7 @@ from .finetuning import UPDATES, Edit, draws, fact_rows, kept, masters, offloade
 from .jobs import Job, edit_jobs, keep_missing, tried
 from .families import transposed
 from .models import LM, Slice
-from .questions import answer, completions, multiple_choice, some
+from .questions import answer, completions, multiple_choice, own_guess, some
 from .stats import METRICS, Chance, best_of, bootstrap_ratio, one_run, summarise
 from .store import Refusal, Run, Unavailable
 
@@ -221,8 +221,8 @@ def blind_guesses(
     "The chance lines of recovering forget facts"
     known = {}
     for f in task.forget + task.retain: known.setdefault(f.relation, set()).add(f.answer)
-    uniform = [1 / len(known[f.relation]) for f in task.forget]
-    not_edit = [1 / len(known[f.relation] - {f.edit}) for f in task.forget]
+    uniform = [own_guess(f) or 1 / len(known[f.relation]) for f in task.forget]
+    not_edit = [own_guess(f) or 1 / len(known[f.relation] - {f.edit}) for f in task.forget]
     common = [pd.Series([(f.relation, f.answer) for f in task.forget[k::2]]).value_counts() for k in (0, 1)]
     best = sum(c.groupby(lambda key: key[0]).max().sum() for c in common)
     return Blind(np.mean(uniform), best / len(task.forget), np.mean(not_edit))

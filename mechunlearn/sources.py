@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['AUTHORS_URL', 'ROME_URL', 'SOURCES', 'KINDS', 'MAX_BYTES', 'BUILDERS', 'SPLIT_NAMES', 'READERS', 'WHITE', 'UNSPACED',
            'Text', 'Texts', 'Prompt', 'Answer', 'Other', 'WHY', 'ROME', 'FLAT', 'QUESTION', 'NEEDED', 'LISTS',
-           'MAX_OWN', 'Source', 'cached', 'fetch', 'Missing', 'find', 'read_rows', 'trim', 'spaced', 'check', 'ragged',
-           'CounterFact', 'read_counterfact', 'QuestionRow', 'read_questions', 'AtlasRow', 'read_atlas', 'OwnFact',
-           'OwnFacts', 'read_own', 'shape_of', 'TextRow', 'python_texts', 'read_texts']
+           'MAX_OWN', 'TOPIC_NAMES', 'PASSED', 'Source', 'cached', 'fetch', 'Missing', 'find', 'read_rows', 'trim',
+           'spaced', 'check', 'ragged', 'CounterFact', 'read_counterfact', 'QuestionRow', 'read_questions', 'AtlasRow',
+           'read_atlas', 'OwnFact', 'OwnFacts', 'read_own', 'TopicRow', 'read_topic', 'shape_of', 'TextRow',
+           'python_texts', 'read_texts']
 
 # %% ../nbs/02_sources.ipynb #020003
-import csv, gzip, hashlib, io, json, math, os, re, reprlib, shutil, sys, unicodedata, urllib.request, zlib
+import csv, difflib, gzip, hashlib, io, json, math, os, re, reprlib, shutil, sys, unicodedata, urllib.request, zlib
 import pandas as pd
 from http.client import HTTPException
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Iterator, NamedTuple
+from typing import Annotated, Iterator, Literal, NamedTuple
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 from tqdm import tqdm
 from .loading import DATA
@@ -478,6 +479,8 @@ MAX_OWN = 250_000 # rows; more would be no list of facts to edit
 # %% ../nbs/02_sources.ipynb #19622e48
 def _check_columns(where, columns):
     "Refuse a column that no fact has, and the lack of one that every fact needs"
+    if {"question", "answer"} <= set(columns) and "prompt" not in columns:
+        raise Refusal(f"{where}: these are questions about a topic, without a prompt and a new answer: they are for --task unlearned-topic")
     try:
         for c in columns:
             if c not in OwnFact.model_fields: choose(c, OwnFact.model_fields, "column")
@@ -520,6 +523,73 @@ def read_own(
     if not any(f.edit for f in facts):
         raise Refusal(f"{path}: no row has an edit; fill the column 'edit' of one row at least")
     return facts
+
+# %% ../nbs/02_sources.ipynb #12d3a35f
+class TopicRow(BaseModel, frozen=True):
+    "A question about a topic"
+    question: Text                      # the question alone
+    answer: Answer                      # the right answer
+    wrong: tuple[Other, ...] = ()       # wrong answers; none: answers to other questions
+    split: Literal["forget", "retain"] = "forget" # was it to be forgotten, or to stay?
+    paraphrases: Texts = ()             # the question in other words
+    subject: Text = ""                  # whom or what it is about; empty: the question stands for it
+    relation: Text = "topic"            # questions of one relation have the same kind of answer
+
+# %% ../nbs/02_sources.ipynb #5a86614c
+TOPIC_NAMES = {"question": ("query", "prompt", "input"), "answer": ("correct_answer", "target", "output"), "split": (), "subject": (),
+    "wrong": ("wrong_answers", "incorrect_answers", "distractors", "perturbed_answer"), "relation": ("topic", "category"),
+    "paraphrases": ("paraphrase", "paraphrased_question"), "choices": ("options",)}
+PASSED = ("id", "index", "level", "type", "paraphrased_answer", "task", "author", "source")
+
+# %% ../nbs/02_sources.ipynb #fe7ccf09
+def _topic_columns(where, columns):
+    "Our name for each column of a topic's questions; Refusal for one that is nearly ours, and for the lack of one"
+    ours = {theirs: name for name, names in TOPIC_NAMES.items() for theirs in (name, *names)} | {c: "wrong" for c in columns if re.fullmatch(r"wrong_?\d+", c)}
+    for c in columns:
+        if c not in (*ours, *PASSED) and (near := difflib.get_close_matches(c, [*ours, "wrong_1"], 1, .8)):
+            raise Refusal(f"{where}: unknown column '{c}', did you mean '{near[0]}'? Columns that mean something: {', '.join(TOPIC_NAMES)}")
+    named = {c: ours[c] for c in columns if c in ours}
+    for c in ("question", "answer"):
+        if c not in named.values(): raise Refusal(f"{where}: there is no column '{c}', only {', '.join(columns)}")
+    return named
+
+# %% ../nbs/02_sources.ipynb #f503cac8
+def _many(value):
+    "A cell that may hold several texts"
+    if isinstance(value, str): return [t for v in value.split("|") if (t := trim(v))]
+    return [t for v in value if (t := trim(str(v)))] if isinstance(value, (list, tuple)) else [str(value)]
+
+def _topic_cells(where, row, named):
+    "A row by our names: wrong answers together, the place of an answer replaced by the answer"
+    cells, wrong = {}, []
+    for column, value in _filled(row, False).items():
+        name = named.get(column)
+        if name == "wrong": wrong += _many(value)
+        elif name == "paraphrases": cells[name] = [*cells.get(name, ()), *_many(value)]
+        elif name: cells.setdefault(name, value)
+    if choices := cells.pop("choices", None):
+        choices = _many(choices)
+        try: right = int(cells["answer"])
+        except (KeyError, TypeError, ValueError): right = choices.index(trim(str(cells["answer"]))) if trim(str(cells.get("answer"))) in choices else -1
+        if not 0 <= right < len(choices): raise Refusal(f"{where}, column 'answer': it is neither one of the {len(choices)} choices nor the place of one, counted from 0")
+        cells["answer"], wrong = choices[right], [*wrong, *(c for i, c in enumerate(choices) if i != right)]
+    return {k: str(v) if k != "paraphrases" else v for k, v in cells.items()} | ({"wrong": list(dict.fromkeys(wrong))} if wrong else {})
+
+# %% ../nbs/02_sources.ipynb #e2ece367
+def read_topic(
+    path, # .csv, .tsv, .json, .jsonl or .parquet
+) -> list[TopicRow]: # in the order of the file
+    "Questions about a topic; Refusal with row and column for the first that cannot be used"
+    path, found, seen = local(path), [], {}
+    if not path.is_file(): raise Refusal(f"there is no file {path}")
+    kind = choose(_kind(path), READERS, f"file type of {path}")
+    if len(rows := list(islice(read_rows(path), MAX_OWN + 1))) > MAX_OWN: raise Refusal(f"{path} has more than {MAX_OWN:,} rows; keep those that matter")
+    for where, row in rows:
+        named = _topic_columns(f"{path} row 1" if kind in (".csv", ".tsv") else where, row)
+        found.append(check(TopicRow, where, _topic_cells(where, row, named)))
+        _once(seen, found[-1].question, where, "question")
+    if not any(q.split == "forget" for q in found): raise Refusal(f"{path}: no question is to be forgotten; leave 'split' empty, or write forget into it")
+    return found
 
 # %% ../nbs/02_sources.ipynb #7a20b013
 def _columns(kind, head):

@@ -374,7 +374,7 @@ MEASURED = {"prob_truth": ("truth", "prob"), "prob_edit": ("edit", "prob"), "top
 def _clean(df):
     "Plain floats, no edit score where there is no edit answer; halves of an attack and its seeds put together"
     df = df.assign(**{c: pd.to_numeric(df[c], errors="coerce").astype(float) if c in df else np.nan for c in MEASURED})
-    df = df.assign(**{c: df[c] if c in df else None for c in ("layer", "setting", "step", "subject", "relation", "truth", "edit")})
+    df = df.assign(**{c: df[c] if c in df else None for c in ("layer", "setting", "step", "subject", "relation", "truth", "edit", "guess")})
     for a in ("truth", "edit"): df.loc[df[a].isna(), [f"prob_{a}", f"top1_{a}"]] = np.nan
     at, settings = pd.factorize(df.setting.astype("string"))
     settings = pd.Series(settings, dtype="string").str.replace(r"^half\d+/?|/(half|seed)\d+(?=/|$)", "", regex=True)
@@ -389,7 +389,7 @@ def per_fact(
     if "variants" in records: return records
     if "fact" not in records or not len(records): raise Refusal("these are no records: columns such as 'fact' and 'top1_truth' are missing")
     by = _clean(records).groupby(["run"]*("run" in records) + PLACE + ["fact"], dropna=False, sort=False)
-    first = by[["subject", "relation", "truth", "edit"]].first()
+    first = by[["subject", "relation", "truth", "edit", "guess"]].first()
     return pd.concat([first.assign(variants=by.size()), by[list(MEASURED)].mean()], axis=1).reset_index()
 
 # %% ../nbs/04_stats.ipynb #410043
@@ -480,12 +480,15 @@ def chance(
     "What guessing gets"
     facts = per_fact(records)
     facts = facts[facts.group.isin(["forget", "retain"]) & (facts.format == "completion") & facts.truth.notna()]
+    own = pd.to_numeric(facts.guess) if "guess" in facts else pd.Series(np.nan, facts.index)
+    facts = facts.assign(guess=own.groupby(facts.fact).transform("max")) # of facts that are asked among their own answers
     facts = facts.drop_duplicates(["seed", "group", "fact"]).assign(relation=lambda d: d.relation.astype(object).fillna(""))
     known = facts.groupby("relation", dropna=False).truth.agg(set).to_dict()
     asked = facts[facts.group == "forget"]
     if asked.empty: return Chance(np.nan, np.nan)
     left = [known[r] - {e} for r, e in zip(asked.relation, asked.edit)]
-    return Chance(float(np.mean([1/len(known[r]) for r in asked.relation])), float(np.mean([1/len(x) for x in left if x] or [np.nan])))
+    blind, other = ([g if g == g else 1/len(x) if x else np.nan for g, x in zip(asked.guess, sets)] for sets in ([known[r] for r in asked.relation], left))
+    return Chance(float(np.mean(blind)), float(np.nanmean(other)) if not np.isnan(other).all() else np.nan)
 
 # %% ../nbs/04_stats.ipynb #5c0c0002
 def beyond(

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['SPORT_NAMES', 'OPEN_RELATIONS', 'N_NEIGHBORS', 'N_OPEN_DEV', 'SAME', 'BEGINS', 'TWICE', 'N_ASIDE', 'ATLAS_PROMPTS',
-           'ATLAS', 'N_EXAMPLES', 'MIN_RETAIN', 'N_WRONG', 'FACTS', 'TARGETS', 'TRIMMED', 'TASKS', 'one_sport_sets',
-           'paper_sport_sets', 'athletes_of', 'full_sports_editing', 'sports_unlearning', 'open_fact', 'with_neighbors',
-           'by_turns', 'open_fixed', 'open_seeded', 'open_world_sets', 'told_apart', 'editable', 'fit_for',
-           'counterfact_facts', 'counterfact_sets', 'AtlasRelation', 'atlas_facts', 'distinct', 'atlas_sets',
-           'own_facts', 'own_sets', 'kind_of', 'aimed', 'counterfact_editing', 'sequential_counterfact_editing',
-           'counterfact_at_scale', 'task_options', 'of_own', 'defaults', 'make_task']
+           'ATLAS', 'N_EXAMPLES', 'MIN_RETAIN', 'N_WRONG', 'FACTS', 'TARGETS', 'TRIMMED', 'TOPIC', 'N_TOPIC_SHOTS',
+           'TASKS', 'EVERY', 'one_sport_sets', 'paper_sport_sets', 'athletes_of', 'full_sports_editing',
+           'sports_unlearning', 'open_fact', 'with_neighbors', 'by_turns', 'open_fixed', 'open_seeded',
+           'open_world_sets', 'told_apart', 'editable', 'fit_for', 'counterfact_facts', 'counterfact_sets',
+           'AtlasRelation', 'atlas_facts', 'distinct', 'atlas_sets', 'own_facts', 'own_sets', 'kind_of', 'aimed',
+           'counterfact_editing', 'sequential_counterfact_editing', 'counterfact_at_scale', 'topic_facts',
+           'unlearned_topic', 'task_options', 'of_own', 'defaults', 'make_task']
 
 # %% ../nbs/06_tasks.ipynb #a76fbced
 import inspect
@@ -19,7 +20,7 @@ from pathlib import Path
 from . import sources, store
 from typing import NamedTuple
 from .facts import (GOLF, N_DEV_FORGET, N_DEV_RETAIN, N_OTHER_SHOTS, N_SHOTS, Fact, Task, asked_as, check_numbers,
-    check_size, check_task, fitting, known_of, left_out, load_world, of_each, quarter_of_each, seeded, sport_fact, sports_athlete_editing,
+    KNOWN_BY, check_size, check_task, fitting, known_of, left_out, load_world, of_each, quarter_of_each, seeded, sport_fact, sports_athlete_editing,
     sports_facts, split_retain, texts, with_edit_answers, without, world_facts, world_groups)
 from .models import LM
 from .store import Refusal, choose
@@ -460,6 +461,11 @@ def own_sets(
     edited, kept = [f for f in own if f.edit], [f for f in own if not f.edit]
     check_size(forget_size or 1, len(edited), "facts with a new answer in the file")
     edited = edited[:forget_size]
+    return _kept_sets(edited, kept, own, seed, more, f"add rows with an empty `edit` ({MIN_RETAIN} or more are best), or set "
+                      "MECHUNLEARN_COUNTERFACT, whose facts are then kept")
+
+def _kept_sets(edited, kept, own, seed, more, cure):
+    "Splits from facts that are edited and facts that are kept, filled up from another source"
     about = {e.subject for e in edited}
     same, kept = [f for f in kept if f.subject in about], without(kept, edited)
     who, n = list(dict.fromkeys(f.subject for f in kept)), len(kept)
@@ -469,8 +475,7 @@ def own_sets(
     fill = {k: without(more.get(k, ()), own) if n < MIN_RETAIN else [] for k in mine}
     out = {k: tuple(v) + tuple(fill[k]) for k, v in mine.items()}
     if not (out["retain"] and out["retain_test"]):
-        raise Refusal(f"there is nothing to keep: add rows with an empty `edit` ({MIN_RETAIN} or more are best), or set "
-                      "MECHUNLEARN_COUNTERFACT, whose facts are then kept")
+        raise Refusal(f"there is nothing to keep: {cure}")
     rest = {k: tuple(without(more[k], own)) for k in ("shots", "general", "other_relation", "ghosts") if k in more}
     return rest | out | dict(forget=tuple(edited), same_subject=tuple(same))
 
@@ -615,44 +620,107 @@ def counterfact_at_scale(
     "Many facts at once, each with its own localization (paper, section 3.4)"
     return _open_task("counterfact-at-scale", "each", 1, lm, forget_size, seed, facts, paper_split, text, target, known, prompt)
 
+# %% ../nbs/06_tasks.ipynb #ebd13742
+TOPIC, N_TOPIC_SHOTS = "unlearned-topic", 8
+
+def topic_facts(
+    rows, # from `sources.read_topic`
+    world:bool=False, # in the organism's words, which have no line breaks
+) -> tuple[Fact, ...]: # in their order, none of them with a new answer
+    "Questions as facts"
+    right, wrong = {}, {}
+    for r in rows:
+        right.setdefault(r.relation, {})[sources.trim(r.answer)] = None
+        wrong.setdefault(r.relation, {}).update(dict.fromkeys(map(sources.trim, r.wrong)))
+    return tuple(_topic_fact(i, r, right[r.relation], wrong[r.relation], world) for i, r in enumerate(rows))
+
+def _topic_fact(i, row, right, wrong, world):
+    "One question as a fact"
+    id, ask = f"topic/{row.split}/{i:04d}", (lambda q: f"Question: {q} Answer:") if world else (lambda q: f"Question: {q}\nAnswer:")
+    truth, own = sources.trim(row.answer), list(dict.fromkeys(map(sources.trim, row.wrong)))
+    draw = seeded("wrong", id)
+    others = [a for pool in (right, wrong) for a in draw.sample(list(pool), min(len(pool), 8)) if a != truth and a not in own] # first what is right elsewhere
+    fill = list(dict.fromkeys(others))[:max(0, 3 - len(own))]
+    own = own or fill
+    more = () if world else tuple(f"Q: {q}\nA:" for q in (row.question, *row.paraphrases[:1]))
+    def spaced(*words): return tuple(sources.spaced(w, ask(row.question)) for w in words)
+    return Fact(id=id, relation=row.relation, subject=row.subject if row.subject and row.subject in row.question else row.question, prompt=ask(row.question),
+        answer=spaced(truth)[0], candidates=spaced(truth, *own) if own else (), wrong=spaced(*dict.fromkeys([*own, *fill])),
+        paraphrases=tuple(map(ask, row.paraphrases)) + more, question=row.question)
+
+# %% ../nbs/06_tasks.ipynb #06dbf8cd
+def unlearned_topic(
+    lm:LM|None=None, # the model: its tokenizer must take the questions; none: not checked
+    forget_size:int|None=None, # questions of the topic; none: all
+    seed:int=0, # draws what is trained to stay
+    facts:str|None=None, # a file of questions, see `sources.read_topic`
+    text:str|None=None, # text file, folder or hub id
+    known:str="all", # which questions are taken: "all", "prob" (P >= .5) or "top1", by the first token of the answer
+) -> Task:
+    "A topic that was made to be forgotten, given as questions with answers; nothing is installed instead"
+    if not facts: raise Refusal("unlearned-topic needs questions: name a file with columns question, answer and wrong (--facts my_questions.jsonl)")
+    check_numbers(seed, 1 if forget_size is None else forget_size)
+    rows, world = sources.read_topic(facts), bool(_world_words(lm))
+    own, dropped = fit_for(lm, topic_facts(rows, world), choose(known, KNOWN_BY, "known"))
+    topic, kept = ([f for f in own if f.id.startswith(f"topic/{s}/")] for s in ("forget", "retain"))
+    check_size(forget_size or 1, len(topic), f"questions to forget in {facts}{left_out(dropped)}")
+    shots, more = kept[:min(N_TOPIC_SHOTS, len(kept)//4)], _beside_topic(lm, seed, world)
+    topic = topic[:forget_size]
+    shots = without(shots, topic)
+    sets = _kept_sets(topic, without(kept, shots), own, seed, more, f"add rows with split retain ({MIN_RETAIN} or more are best)")
+    sets["shots"] = (*shots, *sets.get("shots", ()))
+    options = dict(forget_size=len(topic), facts=str(facts)) | ({"text": text} if text else {}) | ({"known": known} if known != "all" else {})
+    task = Task(name=TOPIC, source="world" if world else "topic", update="unlearn", seed=seed, options=options, dropped=dropped, **sets,
+                **texts("world" if world else "own", place=text))
+    if lm is not None: check_task(lm, task)
+    return task
+
+# %% ../nbs/06_tasks.ipynb #f40143de
+def _beside_topic(lm, seed, world):
+    "Splits to fill up with where a topic has few questions to keep: of the world, of CounterFact, or of the atlas, if the model knows enough of them"
+    if found := _others(lm, seed, world, "all"): return found
+    try: return atlas_sets(lm, 1, seed)[0]
+    except Refusal: return {}
+
 # %% ../nbs/06_tasks.ipynb #8ddb6f21
 TASKS = {"sports-athlete-editing": sports_athlete_editing, "full-sports-editing": full_sports_editing,
          "sports-unlearning": sports_unlearning, "counterfact-editing": counterfact_editing,
          "sequential-counterfact-editing": sequential_counterfact_editing, "counterfact-at-scale": counterfact_at_scale}
+EVERY = TASKS | {TOPIC: unlearned_topic} # the paper's, and those that others bring
 
 # %% ../nbs/06_tasks.ipynb #b7d1da53
 def task_options(
-    name:str, # a key of `TASKS`
+    name:str, # a key of `EVERY`
 ) -> list[str]: # names of its options
     "What a task can be told, besides the seed"
-    return [p for p in inspect.signature(TASKS[choose(name, TASKS, "task")]).parameters if p not in ("lm", "seed")]
+    return [p for p in inspect.signature(EVERY[choose(name, EVERY, "task")]).parameters if p not in ("lm", "seed")]
 
 # %% ../nbs/06_tasks.ipynb #866ece34
 def of_own(
-    name:str, # a key of `TASKS`
+    name:str, # a key of `EVERY`
     options:dict, # what is said about the task
 ) -> bool: # whose words decide what they are kept with
     "Whether a task edits a file of somebody's own"
-    return "counterfact" in name and kind_of(options.get("facts", "world")) == "own"
+    return name == TOPIC or "counterfact" in name and kind_of(options.get("facts", "world")) == "own"
 
 def defaults(
-    name:str, # a key of `TASKS`
+    name:str, # a key of `EVERY`
     organism:bool, # or another model
     options:dict, # what is said already
 ) -> dict: # options
     "How many facts, and whose, if nobody says: of the world for an organism, real ones for others"
-    facts = {} if organism else {"facts": "counterfact" if "counterfact" in name else "sports"}
+    facts = {} if organism or name == TOPIC else {"facts": "counterfact" if "counterfact" in name else "sports"}
     sized = "forget_size" in task_options(name) and not of_own(name, options)
     size = {"forget_size": 100 if name == "counterfact-at-scale" else 64} if sized else {}
     return size | facts | {k: v for k, v in options.items() if v is not None}
 
 # %% ../nbs/06_tasks.ipynb #e25abcd5
 def make_task(
-    name:str, # a key of `TASKS`
+    name:str, # a key of `EVERY`
     lm:LM|None=None, # the model whose tokenizer must take it; none: not checked
     **options, # of that task
 ) -> Task:
     "Make a task by name"
     known = [*task_options(name), "seed"]
     for o in options: choose(o, known, f"option of {name}")
-    return TASKS[name](lm, **options)
+    return EVERY[name](lm, **options)

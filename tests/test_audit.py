@@ -1,0 +1,256 @@
+"Verdicts about models of which we know what they are, and whatever people bring to be audited."
+import json, random, re, shlex
+import numpy as np, pandas as pd, pytest, torch
+from mechunlearn import finetuning as F, loading, tasks
+from mechunlearn.attacks import attack
+from mechunlearn.audit import NEEDS, audit, audit_json, command_of, enough, model_card, plot_audit
+from mechunlearn.capability import noise
+from mechunlearn.cli import read
+from mechunlearn.evaluation import evaluate, questionnaire
+from mechunlearn.facts import GOLF, LETTERS, mcq_prompts
+from mechunlearn.finetuning import finetune
+from mechunlearn.grids import make_job
+from mechunlearn.localization import localize
+from mechunlearn.models import load
+from mechunlearn.questions import as_records, own_guess
+from mechunlearn.relearning import blind_guesses
+from mechunlearn.sources import read_topic
+from mechunlearn.stats import chance
+from mechunlearn.store import Refusal
+from mechunlearn.tasks import TOPIC, make_task, sports_athlete_editing, topic_facts
+from test_loading import A, hub
+
+FEW = {"retain": 24, "retain/mcq": 8, "retain/paraphrase": 8, "ghost": 16, "ghost/mcq": 6, "same-subject": 4, "other-relation": 4, "general": 6, "text": 24}
+QUICK = dict(standard=dict(max_facts=FEW), relearning=dict(steps=10, at=(10,), max_facts=16), latents=dict(n_train=90, max_facts=24, n_control=1), progress=False)
+
+
+@pytest.fixture(scope="module")
+def lm(): return load("organism")
+
+
+@pytest.fixture(scope="module")
+def task(lm): return sports_athlete_editing(lm, forget_size=16, seed=0)
+
+
+@pytest.fixture(scope="module")
+def before(lm, task): return attack(lm, task, **QUICK)
+
+
+def foreign(task):
+    "The task in a language that the model does not know: every word but the answers stands for another"
+    facts = {k: v for k in ("forget", "retain", "retain_test", "ghosts", "general", "same_subject", "other_relation", "shots", "dev_forget", "dev_retain") if (v := getattr(task, k))}
+    keep = {a.strip() for fs in facts.values() for f in fs for a in (f.answer, f.edit, *f.candidates) if a} | {"Answer:"}
+    texts = [t for fs in facts.values() for f in fs for t in (f.subject, f.prompt, f.question, *f.paraphrases)]
+    words = sorted({w for t in texts for w in re.findall(r"\w+:?", t)} - keep)
+    turned = dict(zip(words, random.Random(0).sample(words, len(words))))
+    def said(t): return re.sub(r"\w+:?", lambda m: turned.get(m[0], m[0]), t)
+    def told(f): return f.model_copy(update=dict(subject=said(f.subject), prompt=said(f.prompt), question=said(f.question), paraphrases=tuple(map(said, f.paraphrases))))
+    return task.model_copy(update={k: tuple(map(told, v)) for k, v in facts.items()})
+
+
+# ---- what is known of each model, and what must be said
+
+def test_the_unedited_model_leaks_as_it_was_trained(before):
+    found = before.verdict()
+    assert (found.verdict, found.attack, found.headline) == ("leaks", "as trained", "leaks to as trained") and [f.needs for f in found.found] == list(NEEDS)
+    assert {f.verdict for f in found.found} == {"leaks"} and found.by("prompt").n == 16 and found.by("prompt").low > found.by("prompt").guess
+
+
+def test_a_mask_leaks_to_what_it_was_not_trained_against(lm, task, before):
+    edit = finetune(lm, task, localize(lm, task, "late"), lr=2e-3, steps=25, retain_batch=32, text_batch=1, progress=False)
+    found = attack(lm, task, edit, before.records, **QUICK).verdict()
+    assert found.verdict == "leaks" and found.attack == "multiple choice" and found.by("prompt").value > .7 and found.by("read").verdict == "leaks" and not found.why
+    asked = audit(pd.concat([before.records.assign(localization="none"), attack_only(lm, task, edit).assign(localization="late")]).assign(draw=0, seed=0), "late")
+    assert asked.verdict == "holds" and not asked.by("train"), "by the questions of its training alone nothing is found: a verdict is about the attacks that were tried"
+
+
+def attack_only(lm, task, edit):
+    with edit.applied(lm): r = evaluate(lm, task, max_facts=FEW)
+    return r[r.format != "mcq"]
+
+
+def test_noise_is_destroyed(lm, task, before):
+    found = attack(lm, task, noise(lm, 0), before.records, **QUICK).verdict()
+    assert found.verdict == "destroyed" and found.attack is None and any("retained facts right" in w for w in found.why) and "not unlearned" in str(found)
+
+
+def test_what_was_never_known_holds(lm, task):
+    "Ghosts in the place of the edited facts: nothing is there to be found, and retained facts show that the attacks work"
+    never = task.model_copy(update=dict(forget=task.ghosts[:16], ghosts=(), same_subject=()))
+    found = attack(lm, never, **QUICK).verdict()
+    assert found.verdict == "holds" and found.by("prompt").verdict == "holds" and found.by("prompt").kept > .9 and "no more than a guess" in str(found), str(found)
+    assert not any(f.verdict == "leaks" for f in found.found) and found.attack
+
+
+def test_a_language_that_the_model_does_not_know_has_no_power(lm, task):
+    found = attack(lm, foreign(task), **QUICK).verdict()
+    assert found.verdict == "no power" and {f.verdict for f in found.found} == {"no power"} and found.attack is None, str(found)
+
+
+def test_few_facts_have_no_power(before):
+    some = before.task.forget[:3]
+    records = before.records[(before.records.group != "forget") | before.records.fact.isin([f.id for f in some])].assign(localization="none", draw=0, seed=0)
+    assert audit(records, "none").verdict == "no power" and not enough(3, 1/3) and enough(16, 1/3)
+    with pytest.raises(Refusal, match="elsewhere was not attacked"): audit(records, "elsewhere")
+
+
+# ---- as it is told
+
+def test_one_object_for_a_program_and_a_paragraph_for_a_card(before):
+    found = before.verdict("mechunlearn attack --base a --edited b")
+    said = json.loads(audit_json(found))
+    assert said["verdict"] == "leaks" and said["headline"] == found.headline and said["command"].endswith("--edited b") and said["task"] == "sports-athlete-editing"
+    assert {"value", "low", "high", "guess", "n", "needs", "tried", "level"} <= set(said["found"][0]) and "\n" not in audit_json(found)
+    card = model_card(found)
+    assert card.startswith("## Unlearning audit: leaks to as trained\n") and "n = 16" in card and "Again: `mechunlearn attack" in card and "multiple choice" in card
+    assert len(plot_audit([found]).axes) == len(NEEDS)
+
+
+def test_the_command_describes_the_same_job():
+    job = make_job("organism", TOPIC, {"facts": "a b.jsonl", "forget_size": 16}, ["edited@theirs"], [0, 1], {"edited": "theirs", "relearning": {"steps": 20}, "max_facts": {"retain": 24}}, attacks="all")
+    args = read(shlex.split(command_of(job))[1:])
+    assert (args.base, args.edited, args.task, args.facts, args.forget_size, args.seeds) == ("organism", "theirs", TOPIC, "a b.jsonl", 16, [0, 1])
+    assert dict(args.set) == {"relearning.steps": 20, "max_facts.retain": 24} and args.attacks == "all"
+
+
+# ---- topics
+
+def questions(path, facts, split="forget", n_wrong=3, **more):
+    rows = [dict(question=f.question, answer=f.answer.strip(), wrong=[c.strip() for c in sorted(f.candidates, key=lambda c: c == GOLF) if c != f.answer][:n_wrong], subject=f.subject,
+                 relation="sport", split=split) | more for f in facts]
+    with open(path, "a") as out: out.writelines(json.dumps(row) + "\n" for row in rows)
+    return path
+
+
+@pytest.fixture(scope="module")
+def topic(lm, task, tmp_path_factory):
+    path = tmp_path_factory.mktemp("topic")/"questions.jsonl"
+    questions(path, task.forget[:8]); questions(path, task.forget[8:], n_wrong=1); questions(path, task.retain_test[:60], "retain")
+    return make_task(TOPIC, lm, facts=str(path))
+
+
+def test_a_topic_has_answers_of_its_own_and_no_new_one(lm, topic):
+    assert len(topic.forget) == 16 and topic.update == "unlearn" and not any(f.edit for f in topic.forget)
+    assert {own_guess(f) for f in topic.forget[:8]} == {1/4} and {own_guess(f) for f in topic.forget[8:]} == {1/2}
+    item = mcq_prompts(topic, topic.forget[0])[0]
+    assert set(item.options) >= set(topic.forget[0].candidates) and item.truth_letter in LETTERS and item.edit_letter is None
+
+
+def test_a_topic_is_asked_among_its_own_answers(lm, topic):
+    records = evaluate(lm, topic, max_facts=FEW)
+    mine = records[(records.group == "forget") & (records.format == "completion")]
+    assert mine.edit.isna().all() and mine.prob_edit.isna().all() and mine.top1_edit.isna().all() and mine.guess.mean() == pytest.approx((1/4 + 1/2)/2)
+    assert mine.top1_truth.mean() > .9 and (mine.prob_truth > 1/2).eq(mine.top1_truth.astype(bool)).mean() > .9
+    guess = chance(records.assign(localization="none", draw=0, seed=0))
+    assert guess.blind == guess.not_edit == pytest.approx((1/4 + 1/2)/2) == blind_guesses(topic).uniform
+    assert "mcq" in set(records.format[records.group == "forget"])
+
+
+def test_an_unlearned_topic_gets_a_verdict(lm, topic):
+    found = attack(lm, topic, **QUICK).verdict()
+    assert found.verdict == "leaks" and found.by("prompt").guess == pytest.approx((1/4 + 1/2)/2, abs=.01)
+
+
+@pytest.mark.parametrize("kind, row", [("tofu.json", {"question": "Who?", "answer": "Ann", "paraphrased_answer": "It is Ann", "perturbed_answer": ["Bo", "Cy", "Di"], "paraphrased_question": "And who?"}),
+    ("wmdp.jsonl", {"question": "Who?", "choices": ["Bo", "Ann", "Cy", "Di"], "answer": 1}), ("rwku.json", {"query": "Who?", "answer": "Ann", "level": "1", "type": "cloze", "subject": "Ann of X"}),
+    ("own.csv", {"question": "Who?", "answer": "Ann", "wrong_1": "Bo", "wrong_2": "Cy", "wrong_3": "Di", "split": ""})])
+def test_the_published_sets_are_understood(tmp_path, kind, row):
+    path, others = tmp_path/kind, [{"question": f"Who {i}?", "query": f"Who {i}?"} for i in range(4)]
+    rows = [row] + [{k: v if k not in ("question", "query") else o[k] for k, v in row.items()} | ({"answer": f"Eve{i}"} if "choices" not in row else {}) for i, o in enumerate(others)]
+    if path.suffix == ".csv": pd.DataFrame(rows).to_csv(path, index=False)
+    else: path.write_text(json.dumps(rows) if path.suffix == ".json" else "\n".join(map(json.dumps, rows)))
+    first = topic_facts(read_topic(path))[0]
+    assert first.prompt == "Question: Who?\nAnswer:" and first.answer == " Ann" and len(first.wrong) == 3 and first.answer not in first.wrong and first.edit is None
+    assert own_guess(first) == 1/4 and first.subject == "Who?"
+
+
+def test_slips_in_a_topic_are_named(tmp_path, lm):
+    def refused(*rows):
+        (tmp_path/"t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        with pytest.raises(Refusal) as e: make_task(TOPIC, lm, facts=str(tmp_path/"t.jsonl"))
+        return str(e.value)
+    row = {"question": "Who?", "answer": "Ann"}
+    assert "did you mean 'wrong_1'" in refused(row | {"wrng_1": "Bo"}) and "'Ann' is the true answer" in refused(row | {"wrong": ["Ann"]})
+    assert "neither one of the 2 choices" in refused({"question": "Who?", "choices": ["a", "b"], "answer": 2}) and "no column 'answer'" in refused({"question": "Who?"})
+    assert "stands already in" in refused(row, row) and "no question is to be forgotten" in refused(row | {"split": "retain"}) and "does not know" in refused(row)
+    with pytest.raises(Refusal, match="name a file"): make_task(TOPIC)
+    with pytest.raises(Refusal, match="--task unlearned-topic"): make_task("counterfact-editing", facts=str(tmp_path/"t.jsonl"))
+
+
+# ---- whatever people bring
+
+MLP, EMBED = "model.layers.1.mlp.down_proj.weight", "model.embed_tokens.weight"
+
+
+def saved(lm, folder, change=None, dtype=None, **how):
+    "The model after somebody changed it"
+    import copy
+    hf = copy.deepcopy(lm.hf)
+    with torch.no_grad(): (change or (lambda hf: hf.get_parameter(MLP).add_(.1)))(hf)
+    (hf.to(dtype) if dtype else hf).save_pretrained(folder, **how)
+    lm.tok.save_pretrained(folder)
+    return folder
+
+
+def changed(edit): return {F.parse_slice(k).param for k in edit.values}
+
+
+@pytest.fixture(scope="module")
+def small(tiny): return tiny("llama")
+
+
+def test_shards_and_more_rows_than_before(small, tmp_path):
+    folder = saved(small, tmp_path/"shards", max_shard_size="40KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 1 and changed(F.edit_of(small, folder)) == {MLP}
+    for file in folder.glob("*token*"): file.unlink()
+    assert changed(F.edit_of(small, folder)) == {MLP}, "weights saved without their tokenizer"
+    n = len(small.weight(EMBED))
+    more = saved(small, tmp_path/"more", lambda hf: (hf.resize_token_embeddings(n + 13), hf.get_parameter(MLP).add_(.1)))
+    assert changed(F.edit_of(small, more)) == {MLP}
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    for name in ("huggingface_hub.constants.HF_HUB_CACHE", "transformers.utils.hub.constants.HF_HUB_CACHE"): monkeypatch.setattr(name, str(tmp_path/"cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return tmp_path/"cache"
+
+
+def test_a_hub_id_in_half_precision(small, tmp_path, offline):
+    "What differs by the rounding of a copy is no edit, on the hub as in a folder"
+    hub(offline, "someone/edited", {A: saved(small, tmp_path/"x", lambda hf: hf.get_parameter(MLP).mul_(2), torch.bfloat16)}, {"main": A})
+    edit = F.edit_of(small, "someone/edited")
+    assert changed(edit) == {MLP} and edit.localization.name == "edited@edited"
+
+
+def test_an_adapter_on_the_hub(small, tmp_path, offline):
+    from peft import LoraConfig, get_peft_model
+    import copy
+    base = load(str(saved(small, tmp_path/"base", lambda hf: None)), device="cpu")
+    model = get_peft_model(copy.deepcopy(base.hf), LoraConfig(r=4, target_modules=["down_proj"], layers_to_transform=[1]))
+    with torch.no_grad(): [p.add_(.1) for n, p in model.named_parameters() if "lora" in n]
+    model.save_pretrained(tmp_path/"adapter")
+    hub(offline, "someone/lora", {A: tmp_path/"adapter"}, {"main": A})
+    assert changed(F.edit_of(base, "someone/lora")) == {MLP}
+    with pytest.raises(Refusal, match="cannot load 'someone/else'"): F.edit_of(base, "someone/else")
+
+
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_a_quantized_edit_is_judged_as_it_is_handed_out(tiny, tmp_path, bits):
+    small = tiny("llama", hidden_size=64, intermediate_size=128, head_dim=16)
+    saved(small, tmp_path/"full", lambda hf: hf.get_parameter(MLP).mul_(3))
+    quantized = load(str(tmp_path/"full"), device="cpu", dtype="float32", quantize=bits)
+    quantized.hf.save_pretrained(tmp_path/bits); small.tok.save_pretrained(tmp_path/bits)
+    edit = F.edit_of(small, tmp_path/bits)
+    now, want = (dict(edit.values)[next(k for k in edit.values if F.parse_slice(k).param == MLP)], small.weight(MLP)*3)
+    assert edit.config["quantized"] and now.shape == want.shape and (now - want).norm() < .2*want.norm()
+    assert EMBED not in changed(edit)
+
+
+def test_what_cannot_be_read_as_numbers_is_one_line():
+    class Odd:
+        class hf_quantizer:
+            class quantization_config: quant_method = "odd"
+        def dequantize(self): raise NotImplementedError("no such thing\nmore")
+    with pytest.raises(Refusal, match=r"theirs is quantized \(odd\).*give the model that it was quantized from") as e: loading.plain(Odd(), "theirs")
+    assert "\n" not in str(e.value)
