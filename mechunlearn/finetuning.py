@@ -885,8 +885,7 @@ def edit_of(
     comps = [str(c) for c in components(lm) if {s.param for s in slices(lm, c)} <= {s.param for s in values}]
     where = Localization(name=name or f"edited@{Path(folder).resolve().name}", components=comps, slices=tuple(values), sizes=tuple(v.numel() for v in values.values()))
     about = dict(model=lm.name, revision=lm.revision, sha256=cause_hash(fingerprint(other)))
-    if quantized: about |= dict(quantized=True) # what differs is the rounding as well
-    if fine != dtype: about |= dict(survives=survives, dtype=_called(dtype))
+    about |= ({"quantized": True} if quantized else {}) | (dict(survives=survives, dtype=_called(dtype)) if fine != dtype else {}) # quantized: the rounding differs as well
     return Edit(where, {slice_key(s): v for s, v in values.items()}, pd.DataFrame(columns=["step", "forget", "retain"]), about)
 
 # %% ../nbs/20_finetuning.ipynb #b358f170
