@@ -54,7 +54,7 @@ def example(
     kind = type_name(info.annotation)
     if name == "steps" and "list" in kind: return [20, 60]
     if name == "max_facts" and kind == "whole number": return 48
-    if kind.startswith("list of ") and not isinstance(EXAMPLES.get(name), list): return [0.5 if kind == "list of number" else kind.removeprefix("list of ").split(" | ")[-1]]
+    if kind.startswith("list of ") and not isinstance(EXAMPLES.get(name), list): return [{"list of number": 0.5, "list of whole number": 4}.get(kind) or kind.removeprefix("list of ").split(" | ")[-1]]
     if name in EXAMPLES: return EXAMPLES[name]
     return 1e-4 if name.endswith("lr") else True if kind.startswith("true") else 16 if kind.startswith("whole") else 0.5 if kind == "number" else kind.split(" | ")[-1]
 

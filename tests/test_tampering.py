@@ -176,7 +176,7 @@ def test_the_scorecard_takes_up_attacks_and_not_the_original(tiny, task):
 
 
 def test_other_halves(tiny, task):
-    cuts = {random_half(task, 0, s)[0] for s in range(4)}
+    cuts = {random_half(task, 0, s)[0] for s in range(1, 5)} # seeds 0 and 1 happen to draw the same four of eight
     assert len(cuts) == 4 and all(set(a) | set(b) == set(task.forget) and not set(a) & set(b) for a, b in (random_half(task, 1, s) for s in range(4)))
     assert random_half(task, 0, 1) == random_half(task, 1, 1)[::-1]
     r = relearn_splits(tiny(), task, splits=2, steps=1, lora=FEW["lora"], max_facts=4)
