@@ -282,11 +282,11 @@ def _levels(of, models):
         for column, name in MEMBERSHIP.items():
             a, b = of(model, "forget", column), of(model, others, column)
             if len(a) and len(b): yield dict(part="membership", measure=name, group="forget", model=model, against=others, n=len(a), n_against=len(b)) | _ends(auc(a, b))
-        for part, column, measure, interval in (("extraction", "strength", "extraction strength", lambda v: unsure(bootstrap(v), v.mean(), len(v))),
-                                                ("right", "top1_truth", "truth before all wrong answers", lambda v: wilson(v.sum(), len(v)))):
+        for part, column, measure in (("extraction", "strength", "extraction strength"), ("right", "top1_truth", "truth before all wrong answers"), ("right", "ends", "answer comes by itself")):
             for group in ("forget", "ghost", "retain"):
-                v = of(model, group, column)
-                if len(v): yield dict(part=part, measure=measure, group=group, model=model, n=len(v)) | _ends((v.mean(), *interval(v)))
+                if not len(v := of(model, group, column)): continue
+                interval = unsure(bootstrap(v), v.mean(), len(v)) if part == "extraction" else wilson(v.sum(), len(v))
+                yield dict(part=part, measure=measure, group=group, model=model, n=len(v)) | _ends((v.mean(), *interval))
 
 def _ends(x): return dict(zip(("value", "ci_low", "ci_high"), x))
 
@@ -299,7 +299,7 @@ def compared(
     "The comparison as a table: distances, membership, extraction, what is right"
     by = [c for c in ("localization", "draw", "seed") if c in records]
     if by: return pd.concat([compared(r.drop(columns=by)).assign(**dict(zip(by, k)))[by + COMPARED] for k, r in records.groupby(by, sort=False)], ignore_index=True)
-    of, models = _Means(records), [m for m in (EDITED, ORIGINAL, NEVER) if (records.setting == m).any()]
+    of, models = _Means(records.assign(ends=records.strength > 0)), [m for m in (EDITED, ORIGINAL, NEVER) if (records.setting == m).any()]
     rows = pd.DataFrame([*_distances(of, models), *_levels(of, models)]).reindex(columns=COMPARED)
     tested = (rows.part == "distance") & (rows.group == "forget")
     rows.loc[tested, "p_holm"] = holm(rows.p[tested])
@@ -328,12 +328,11 @@ def judge(
 
 def _lost(rows, now):
     "What retained facts have surely less than half of"
-    for part in ("right", "extraction"):
-        at = rows[rows.part == part].set_index(["group", "model"])
+    for measure, part in rows[rows.part == "right"].groupby("measure", sort=False):
+        at = part.set_index(["group", "model"])
         if not {("retain", now), ("retain", ORIGINAL)} <= set(at.index): continue
-        guess, r = at.value.get(("ghost", ORIGINAL), 0.) if part == "right" else 0., at.loc[("retain", now)]
-        before = at.value["retain", ORIGINAL]
-        if beyond(r.ci_high, guess) < GONE * beyond(before, guess): yield f"{r.measure}: {say(r.value, r.ci_low, r.ci_high)}, before {before:.2f} (n = {r.n:.0f})"
+        guess, before, r = at.value.get(("ghost", ORIGINAL), 0.), at.value["retain", ORIGINAL], at.loc[("retain", now)]
+        if beyond(r.ci_high, guess) < GONE * beyond(before, guess): yield f"{measure}: {say(r.value, r.ci_low, r.ci_high)}, before {before:.2f} (n = {r.n:.0f})"
 
 # %% ../nbs/32_never_knew.ipynb #32e00042
 def say_never_knew(
