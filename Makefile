@@ -17,7 +17,7 @@ help:
 	@echo "make test       everything but slow and GPU tests;  make test-all adds those"
 	@echo "make test-latest  the same tests in .venv-latest, with the newest versions that settings.ini allows"
 	@echo "make real       real tokenizers for the tests that want them (npm, seconds)"
-	@echo "make record     run configs/organism.yaml, attacks.yaml and frontier.yaml in full and rewrite nbs/recorded/"
+	@echo "make record     run configs/organism.yaml, attacks.yaml, frontier.yaml and published*.yaml in full and rewrite nbs/recorded/"
 	@echo "make notebooks  re-execute nbs/ in place;  make .venv  only the environment"
 
 .venv: .venv/.installed
@@ -65,6 +65,7 @@ docs-check: .venv/.installed
 record: .venv/.installed
 	for grid in organism attacks frontier; do $(BIN)/mechunlearn batch configs/$$grid.yaml --workers 2 --out $(OUT)/recorded/$$grid || exit 1; done
 	$(BIN)/mechunlearn report $(OUT)/recorded --record nbs/recorded
+	for grid in published published-attacks; do $(BIN)/mechunlearn batch configs/$$grid.yaml --workers 2 --out $(OUT)/$$grid && $(BIN)/python tests/add_recorded.py $(OUT)/$$grid/organism/* || exit 1; done
 
 notebooks: .venv/.installed
 	$(BIN)/python tests/execute_notebooks.py

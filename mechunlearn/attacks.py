@@ -16,18 +16,23 @@ import matplotlib as mpl, numpy as np, pandas as pd
 from fastcore.basics import patch
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
+from .elicitation import elicit
+from .adversarial import perturb
 from .evaluation import evaluate, harden, interval, speak
 from .facts import Task
 from .figures import EDIT_COLOUR, FIGURE_STYLE, TRUTH_COLOUR, cell_text, figure, printed
 from .finetuning import Edit
 from .grids import CHOICES
+from .inside import read_inside
 from .jobs import edit_jobs, keep_missing, tried
 from .latent import latent, strongest
 from .models import LM
+from .never_knew import against_never_knew
 from .relearning import blind_guesses, low_resource, measured_on, of_job, relearn
 from .softprompts import soften
 from .stats import MCQ_CHANCE, has_power, per_fact
 from .store import Run, choose
+from .tampering import tamper
 
 # %% ../nbs/33_more_attacks.ipynb #330006
 @dataclass(repr=False)
@@ -55,6 +60,11 @@ def attack(
     hardened:dict={}, # options of `harden`
     generation:dict={}, # options of `speak`
     soft:dict={}, # options of `soften`
+    elicitation:dict={}, # options of `elicit`
+    adversarial:dict={}, # options of `perturb`
+    inside:dict={}, # options of `read_inside`
+    tampering:dict={}, # options of `tamper`
+    never_knew:dict={}, # options of `against_never_knew`
     batch_size:int=64, # prompts a forward
     progress:bool=True, # show a bar, on a terminal
 ) -> Attacks:
@@ -63,6 +73,11 @@ def attack(
     asked = [(evaluate, standard)] + [(harden, HARD | hardened), (speak, generation)] * every
     poor = {k: v for k, v in relearning.items() if k in ("lora", "sizes", "max_facts")}
     fought, missing = [(relearn, relearning), (latent, latents)] + [(low_resource, poor), (soften, soft)] * every, {}
+    fought += [(elicit, elicitation | dict(missing=missing))] * (attacks == "field")
+    fought += [(perturb, adversarial)] * (attacks == "field")
+    fought += [(read_inside, inside)] * (attacks == "field")
+    fought += [(tamper, tampering)] * (attacks == "field")
+    fought += [(against_never_knew, never_knew)] * (attacks == "field")
     fight = lambda f, how: tried(f.__name__, lambda: f(lm, task, edit, batch_size=batch_size, **how), missing)
     with tqdm(total=len(asked + fought), leave=False, disable=None if progress else True) as bar:
         with edit.applied(lm) if edit else nullcontext():

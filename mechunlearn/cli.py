@@ -519,7 +519,8 @@ def organism(args):
     "measure what the packaged organism knows, or train another one; JSON"
     from mechunlearn import organism as o
     if args.retrain and not args.out: raise Refusal("--retrain needs --out DIR, a new folder")
-    result = o.retrain(args.out, kind=args.model) if args.retrain else o.check(args.model)
+    if args.without and not args.retrain: raise Refusal("--without leaves facts out of a training: give --retrain as well")
+    result = o.retrain(args.out, kind=args.model, without=args.without) if args.retrain else o.check(args.model)
     import pandas as pd
     print(pd.DataFrame(result["measured"]).to_string(index=False, float_format="{:.3f}".format), file=sys.stderr)
     print(json.dumps(result, indent=1))
@@ -610,7 +611,9 @@ def which_organism(p):
     p.add_argument("--model", default="organism", help="packaged name or folder")
     p.add_argument("--check", action="store_true", help="measure what it knows (the default)")
     p.add_argument("--retrain", action="store_true", help="train another one, 15 to 27 minutes on two cores")
+    p.add_argument("--without", metavar="FILE", help="leave facts out of its training: a CSV with the columns subject and relation")
     p.add_argument("--out", help="folder for it")
+
 
 # %% ../nbs/50_cli.ipynb #500027
 def _part(args):

@@ -143,7 +143,7 @@ def beside_masks(
     sizes=(2000, 8000), # of our masks
 ) -> pd.DataFrame: # a row a place and model; probabilities of the true answer, ours with 95 % interval
     "The paper's masks and ours"
-    theirs = published_values(source="authors' run").query("quantity in @THEIRS and model == 'gemma-2-9b'")
+    theirs = published_values(source="authors' run", task="counterfact-editing", model="gemma-2-9b").query("quantity in @THEIRS")
     theirs = theirs.pivot(index="localization", columns="quantity", values="value").map("{:.2f}".format)[list(THEIRS)]
     ours = table[(table.measure == "prob") & (table.seed == -1) & table.asked.isin(THEIRS.values()) & (table["size"].isin(sizes) & table.line.str.startswith("mask@") | (table.localization == "none"))]
     turned = ours.asked == "forget error"

@@ -67,10 +67,10 @@ KINDS = {"Broken": "delete the file, or run again with --recompute", "Unavailabl
     "Unlocatable": "write the subject into the prompt as it is, once", "Absent": "install the package that the message names"}
 
 ROOMS = {"read what you have with `mechunlearn check --model M`: a whole download, another revision, or --family": "models families loading organism memory",
-    "correct the row, the file or the option that the message names ([your own facts](66_your_own_facts.ipynb))": "facts sources tasks questions known",
+    "correct the row, the file or the option that the message names ([your own facts](66_your_own_facts.ipynb))": "facts phrasings sources tasks questions known",
     "other facts or more of them, or other localizations": "probing tracing patching localization latent",
     "correct the option or the key that the message names ([the grid file](65_grid_file.ipynb), `mechunlearn COMMAND --help`)": "cli options grids jobs runs progress engines cluster costs store rates",
-    "correct the setting that the message names (--set KEY=VALUE; [all of them](65_grid_file.ipynb))": "finetuning steps losses masking editors relearning softprompts attacks capability evaluation",
+    "correct the setting that the message names (--set KEY=VALUE; [all of them](65_grid_file.ipynb))": "finetuning steps losses masking editors relearning softprompts never_knew tampering inside elicitation adversarial attacks capability evaluation",
     "finish the run (`mechunlearn status` says how far it is), or name a folder that holds one": "metrics results scorecard audit claims efficiency frontier report recorded_tables published stats figures pages"}
 
 def cure(

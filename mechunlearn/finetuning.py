@@ -220,6 +220,7 @@ def _read_answers(lm, values, rows, own, frozen, read):
     place_of = {k: i for i, k in enumerate(once)}
     return logits if len(once) == len(keys) else logits[[place_of[k] for k in keys]], answers
 
+# %% ../nbs/20_finetuning.ipynb #f0c10f6d
 def _end_hidden(lm, weights, ids, n, share, frozen):
     "What the unembedding would read at the end of prompts"
     return at_end(lm, ids, n, without_unembedding(lm, weights), share, frozen)
@@ -234,6 +235,7 @@ def _said(lm, values, rows, own=None, frozen=None, whole=False):
     read, answers = _read_answers(lm, values, rows, own, frozen, _end_hidden if chunked else end_logits)
     return answers_said(lm, read, answers, _unembedding(lm, values)) if chunked else answer_losses(read, answers), read, answers
 
+# %% ../nbs/20_finetuning.ipynb #985c92f4
 def fact_losses(
     lm:LM, # model
     values:dict[Slice, Tensor], # masters
@@ -883,8 +885,7 @@ def edit_of(
     comps = [str(c) for c in components(lm) if {s.param for s in slices(lm, c)} <= {s.param for s in values}]
     where = Localization(name=name or f"edited@{Path(folder).resolve().name}", components=comps, slices=tuple(values), sizes=tuple(v.numel() for v in values.values()))
     about = dict(model=lm.name, revision=lm.revision, sha256=cause_hash(fingerprint(other)))
-    if quantized: about |= dict(quantized=True) # what differs is the rounding as well
-    if fine != dtype: about |= dict(survives=survives, dtype=_called(dtype))
+    about |= ({"quantized": True} if quantized else {}) | (dict(survives=survives, dtype=_called(dtype)) if fine != dtype else {}) # quantized: the rounding differs as well
     return Edit(where, {slice_key(s): v for s, v in values.items()}, pd.DataFrame(columns=["step", "forget", "retain"]), about)
 
 # %% ../nbs/20_finetuning.ipynb #b358f170

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['PIPELINE', 'MAPS', 'ATTACKS', 'STANDARD', 'BENCHMARKS', 'FIELD', 'CHOICES', 'MAX_SEED', 'Whole', 'Real', 'Rate',
            'Seed', 'GROUPS', 'ASKED', 'DEVICE', 'SPREAD', 'Evaluated', 'MAX_JOBS', 'Stage', 'find_notebook', 'Job',
-           'folder', 'Lora', 'Attackers', 'Relearning', 'SoftPrompts', 'Hardened', 'Generation', 'Capabilities',
-           'Latents', 'Settings', 'parse', 'read_yaml', 'Grid', 'TaskOwn', 'make_job', 'grid', 'unwritable', 'writable',
-           'skeleton', 'Absent', 'check_job', 'as_published', 'trained', 'estimate']
+           'folder', 'Lora', 'Attackers', 'Relearning', 'SoftPrompts', 'Adversarial', 'Hardened', 'Generation',
+           'Elicitation', 'Capabilities', 'Latents', 'Weights', 'Tampering', 'NeverKnew', 'Inside', 'Settings', 'parse',
+           'read_yaml', 'Grid', 'TaskOwn', 'make_job', 'grid', 'unwritable', 'writable', 'skeleton', 'Absent',
+           'check_job', 'as_published', 'trained', 'estimate']
 
 # %% ../nbs/38_grids.ipynb #380002
 import itertools, math, os, re, reprlib, tempfile
@@ -42,6 +43,11 @@ PIPELINE = (
     Stage("softprompts", "32_soft_prompts", ("*/seed{seed}/soft.parquet",)),
     Stage("attacks", "33_more_attacks", ("*/seed{seed}/hardened.parquet", "*/seed{seed}/generation.parquet")),
     Stage("capability", "26_capability", ("*/seed{seed}/capability.parquet",)),
+    Stage("elicitation", "32_elicitation", ("*/seed{seed}/elicitation.parquet",)),
+    Stage("adversarial", "32_adversarial", ("*/seed{seed}/adversarial.parquet",)),
+    Stage("inside", "32_inside", ("*/seed{seed}/inside.parquet",)),
+    Stage("tampering", "32_tampering", ("*/seed{seed}/tampering.parquet",)),
+    Stage("never_knew", "32_never_knew", ("*/seed{seed}/never_knew.parquet",)),
 )
 
 # %% ../nbs/38_grids.ipynb #400005c
@@ -188,6 +194,21 @@ class SoftPrompts(BaseModel, extra="forbid"):
     retain_batch: Whole|None = Field(None, ge=0) # retained facts a step
     max_facts: Whole|None = Field(None, ge=1)  # ghosts and retained facts asked
 
+# %% ../nbs/38_grids.ipynb #32adc001
+class Adversarial(BaseModel, extra="forbid"):
+    "Of the optimized attacks"
+    layers: list[Annotated[Whole, Field(ge=0)]]|None = None # blocks behind which is pushed; []: no push
+    radii: list[Annotated[Real, Field(gt=0)]]|None = Field(None, min_length=1) # lengths of a push, in usual lengths of the stream
+    places: list[Literal["subject", "last"]]|None = Field(None, min_length=1) # at whose last token
+    steps: Whole|None = Field(None, ge=1)      # of a push
+    restarts: Whole|None = Field(None, ge=1)   # of a push
+    tokens: list[Annotated[Whole, Field(ge=1)]]|None = None # lengths of suffixes; []: none
+    exchanges: Whole|None = Field(None, ge=1)  # of one token of a suffix
+    candidates: Whole|None = Field(None, ge=1) # suffixes tried in each
+    batch: Whole|None = Field(None, ge=1)      # taught facts a step
+    retain_batch: Whole|None = Field(None, ge=0) # retained facts a step
+    max_facts: Whole|None = Field(None, ge=1)  # ghosts and retained facts asked
+
 # %% ../nbs/38_grids.ipynb #400015d
 class Hardened(BaseModel, extra="forbid"):
     "Of the hardened multiple choice"
@@ -200,6 +221,15 @@ class Generation(BaseModel, extra="forbid"):
     "Of open answers"
     max_facts: Whole|None = Field(None, ge=1)  # of each group
     more: Whole|None = Field(None, ge=0)       # tokens beyond the longest answer
+
+# %% ../nbs/38_grids.ipynb #400015h
+class Elicitation(BaseModel, extra="forbid"):
+    "Of other ways to ask"
+    kinds: list[Literal["in context", "role play", "instruction", "prefix", "rephrased", "denied", "two-hop", "alias", "language", "chat", "reversed", "sampled"]]|None = Field(None, min_length=1) # which; default: all that are available
+    ks: list[Annotated[Whole, Field(ge=1)]]|None = Field(None, min_length=1) # other facts shown before the question
+    n: Whole|None = Field(None, ge=1)          # answers drawn
+    temperature: Annotated[Real, Field(gt=0)]|None = None # at which they are drawn
+    max_facts: Whole|None = Field(None, ge=1)  # of each group
 
 # %% ../nbs/38_grids.ipynb #400015f
 class Capabilities(BaseModel, extra="forbid"):
@@ -216,6 +246,39 @@ class Latents(BaseModel, extra="forbid"):
     binary: bool|None = None                 # one probe an answer, too
     n_control: Whole|None = Field(None, ge=1)  # shufflings of the control
     max_facts: Whole|None = Field(None, ge=1)  # ghosts and retained facts read
+
+class Weights(BaseModel, extra="forbid"):
+    "Of tampering with weights"
+    quantized: list[Literal["int8", "nf4", "fp4"]]|None = None # rounded and unpacked again
+    casts: list[Literal["bfloat16", "float16"]]|None = None # in half precision for a while
+    noise: list[Annotated[Real, Field(ge=0)]]|None = None # in standard deviations of each matrix
+    draws: Whole|None = Field(None, ge=1)      # of the noise
+    shares: list[Annotated[Real, Field(ge=0, lt=1)]]|None = None # of the weights that are pruned
+
+class Tampering(BaseModel, extra="forbid"):
+    "Of tampering with edits"
+    ways: list[Literal["quantized", "damaged", "removed", "tuned", "interpolated", "put back"]]|None = Field(None, min_length=1) # default: all
+    weights: Weights = Weights()             # how they are rounded and damaged
+    layers: Whole|None = Field(None, ge=1)     # from how many a direction is taken
+    lora: Lora = Lora()                      # of the training on other text
+    steps: Whole|None = Field(None, ge=1)      # of that training
+    shares: list[Real]|None = None           # of the change, on the line from the original (0) to the edit (1)
+    splits: Whole|None = Field(None, ge=0)     # relearn with so many random halves as well
+    max_facts: Whole|None = Field(None, ge=1)  # ghosts and retained facts asked
+
+# %% ../nbs/38_grids.ipynb #400015n
+class NeverKnew(BaseModel, extra="forbid"):
+    "Of the comparison with a model that never knew"
+    reference: Annotated[str, Field(min_length=1)]|None = None # name, folder or hub id of that model; default: ghosts in the unedited one
+    max_facts: Whole|None = Field(None, ge=1)  # ghosts and retained facts asked
+
+# %% ../nbs/38_grids.ipynb #32b0c001
+class Inside(BaseModel, extra="forbid"):
+    "Of the reading layer by layer"
+    n_train: Whole|None = Field(None, ge=1)    # retained facts that a lens is fitted on
+    max_facts: Whole|None = Field(None, ge=1)  # ghosts and retained facts read
+    candidates: Whole|None = Field(None, ge=1) # words that an attacker may name
+    n_strangers: Whole|None = Field(None, ge=1) # ghosts whose states are put in, a fact
 
 # %% ../nbs/38_grids.ipynb #400016a
 Evaluated = dict[Annotated[str, AfterValidator(_group)], Annotated[Whole, Field(ge=1)]]
@@ -280,7 +343,12 @@ class Settings(BaseModel, extra="forbid"):
     soft: SoftPrompts = SoftPrompts()
     hardened: Hardened = Hardened()
     generation: Generation = Generation()
+    elicitation: Elicitation = Elicitation()
     capabilities: Capabilities = Capabilities()
+    adversarial: Adversarial = Adversarial()
+    inside: Inside = Inside()
+    tampering: Tampering = Tampering()
+    never_knew: NeverKnew = NeverKnew() # against a model that never knew
 
 # %% ../nbs/38_grids.ipynb #400017
 def parse(
@@ -530,6 +598,7 @@ def _noted(lacking):
         if lacking is None: raise
         lacking.append(str(e))
 
+# %% ../nbs/38_grids.ipynb #dbf8ecd5
 def check_job(
     job:Job, # a job
     here:bool=True, # it will be done on this machine

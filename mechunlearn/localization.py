@@ -5,16 +5,15 @@
 # %% auto #0
 __all__ = ['PUBLISHED', 'FIXED', 'RANKED', 'PER_FACT', 'METHODS', 'Part', 'Localization', 'neuron_size', 'describe', 'overlap',
            'build', 'fill', 'overshoot', 'units', 'by_score', 'at_random', 'EmptyFLU', 'Evidence', 'published',
-           'by_hand', 'by_hand_in_part', 'late', 'Ranked', 'split_name', 'localizations_for', 'atoms', 'joined',
-           'localize', 'localize_all', 'compare', 'trained', 'plot_localizations', 'say_localizations', 'say_shared',
-           'mechanisms', 'mechanism_table', 'plot_mechanisms', 'mlp_shares', 'agreement', 'subject_removal',
-           'removal_windows', 'plot_lookup', 'say_lookup', 'run_removal', 'chosen_by_fact', 'localize_each',
-           'tracing_of', 'control_draws', 'run_localization', 'layer_table', 'layer_text']
+           'by_hand', 'by_hand_in_part', 'late', 'Ranked', 'split_name', 'localizations_for', 'joined', 'localize',
+           'localize_all', 'compare', 'trained', 'plot_localizations', 'say_localizations', 'say_shared', 'mechanisms',
+           'mechanism_table', 'plot_mechanisms', 'mlp_shares', 'agreement', 'subject_removal', 'removal_windows',
+           'plot_lookup', 'say_lookup', 'run_removal', 'chosen_by_fact', 'localize_each', 'tracing_of', 'control_draws',
+           'run_localization', 'layer_table', 'layer_text']
 
 # %% ../nbs/13_localization.ipynb #130002
 import random, re
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Callable
 import matplotlib as mpl
@@ -30,7 +29,7 @@ from scipy.stats import spearmanr
 from . import models, stats, store
 from .facts import Task
 from .figures import FIGURE_STYLE, baseline, count_text, figure, listed, look, margin_labels, ordered
-from .models import LM, Component, Slice, Unlocatable, components, merge_slices, n_params, neurons, slices
+from .models import LM, Component, Slice, Unlocatable, atoms, components, merge_slices, n_params, neurons, slices
 from .patching import _causes, _pool, direct_effect, extraction_set, lookup_mlps, path_scores, run_direct, run_paths, share_by_fact, through
 from .probing import FLU_RULES, available, draw_probe, extraction_onset, flu_layers, layer_ticks, run_probing
 from .stats import edited_by, family
@@ -430,18 +429,6 @@ def _choose(evidence, name, draw, budget, paper_budget):
     if budget > room: raise Refusal(f"{label}: a budget of {budget} parameters is more than the {room} it chooses from")
     if budget < neuron_size(lm): raise Refusal(f"{label}: a budget of {budget} parameters is less than one MLP neuron ({neuron_size(lm)})")
     return build(lm, label, *(overshoot if paper_budget else fill)(lm, ranking, budget), budget=budget, **fields)
-
-# %% ../nbs/13_localization.ipynb #11ae6656
-def atoms(
-    slices:list[Slice], # may overlap
-) -> list[Slice]: # disjoint; every given slice is a union of some of them
-    "Cut slices at each other's edges"
-    out = []
-    for param, dim in dict.fromkeys((s.param, s.dim) for s in sorted(slices)):
-        own = [s for s in slices if (s.param, s.dim) == (param, dim)]
-        edges = sorted({e for s in own for e in (s.start, s.stop)})
-        out += [Slice(param, dim, a, b) for a, b in pairwise(edges) if any(s.start <= a and b <= s.stop for s in own)]
-    return out
 
 # %% ../nbs/13_localization.ipynb #78d685b2
 def joined(

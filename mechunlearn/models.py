@@ -7,11 +7,11 @@ __all__ = ['REQUEST', 'UNSPACED', 'COMPOUND', 'LM', 'contiguous', 'make_input_co
            'check_parts', 'wrap', 'skeleton', 'read_model', 'read_adapter', 'load', 'Unlocatable', 'wordlike', 'joined',
            'compounded', 'occurrence', 'span', 'unlocatable', 'batches', 'begin_alike', 'Part', 'may_share', 'parts',
            'end_logits', 'next_token', 'resid_at', 'Component', 'components', 'Slice', 'cut', 'neurons', 'slices',
-           'merge_slices', 'n_params']
+           'merge_slices', 'n_params', 'atoms']
 
 # %% ../nbs/00_models.ipynb #000003
 import hashlib, json, math, re, torch, unicodedata
-from itertools import groupby, islice
+from itertools import groupby, islice, pairwise
 from pathlib import Path
 from typing import Callable, Iterator, Mapping, NamedTuple
 from fastcore.basics import patch
@@ -862,3 +862,15 @@ def n_params(
         module = lm.hf.get_submodule(s.param.removesuffix(".weight"))
         return matrix_shape(module)[(1 - s.dim) ^ transposed(module)]
     return sum((s.stop - s.start) * width(s) for s in slices)
+
+# %% ../nbs/00_models.ipynb #11ae6656
+def atoms(
+    slices:list[Slice], # may overlap
+) -> list[Slice]: # disjoint; every given slice is a union of some of them
+    "Cut slices at each other's edges"
+    out = []
+    for param, dim in dict.fromkeys((s.param, s.dim) for s in sorted(slices)):
+        own = [s for s in slices if (s.param, s.dim) == (param, dim)]
+        edges = sorted({e for s in own for e in (s.start, s.stop)})
+        out += [Slice(param, dim, a, b) for a, b in pairwise(edges) if any(s.start <= a and b <= s.stop for s in own)]
+    return out

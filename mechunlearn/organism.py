@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['RELATIONS', 'KINDS', 'SPORTS', 'INSTRUMENTS', 'ADJECTIVES', 'VERBS', 'PLACES', 'PREPOSITIONS', 'FUNCTION_WORDS',
            'LETTERS', 'FLOORS', 'CARD', 'ORGANISMS', 'syllables', 'WorldSize', 'person_names', 'make_world',
-           'make_relations', 'make_objects', 'make_facts', 'mark_mcq', 'make_kinds', 'noun_phrase', 'clause',
-           'sentence', 'paragraph', 'vocabulary', 'make_tokenizer', 'Recipe', 'Documents', 'organism_config',
-           'accuracy_row', 'completed', 'chosen', 'paraphrases_of', 'mcq_groups', 'paraphrase_rows', 'ghost_rows',
-           'knowledge', 'check', 'judged', 'world_of', 'make_optimizers', 'schedule', 'train_step', 'fast_forward',
-           'set_rates', 'train', 'model_card', 'save_organism', 'write_checksums', 'retrain']
+           'make_relations', 'make_objects', 'make_facts', 'mark_mcq', 'make_kinds', 'leave_out', 'read_pairs',
+           'noun_phrase', 'clause', 'sentence', 'paragraph', 'vocabulary', 'make_tokenizer', 'Recipe', 'Documents',
+           'organism_config', 'accuracy_row', 'completed', 'chosen', 'paraphrases_of', 'mcq_groups', 'paraphrase_rows',
+           'ghost_rows', 'knowledge', 'check', 'judged', 'world_of', 'make_optimizers', 'schedule', 'train_step',
+           'fast_forward', 'set_rates', 'train', 'model_card', 'save_organism', 'write_checksums', 'retrain']
 
 # %% ../nbs/05_organism.ipynb #050003
 import hashlib, json, random, shutil, time
@@ -236,6 +236,33 @@ def make_kinds(size: WorldSize) -> list[dict]:
         for n, (word, kind, i) in enumerate(pairs)
     ]
 
+# %% ../nbs/05_organism.ipynb #05002a2
+def leave_out(
+    world: dict,
+    pairs: list[tuple[str, str]],  # subject and relation of each fact
+) -> dict:
+    "A copy of a world whose facts `pairs` are never taught: ghosts, of which `left_out` remembers that the whole world teaches them."
+    facts = {(f["subject"], f["relation"]): f for f in world["facts"] if f["taught"] and f["relation"] != "kind"}
+    facts.pop((world["shot_subject"], "sport"))
+    if odd := [pair for pair in pairs if tuple(pair) not in facts]:
+        raise Refusal(f"{odd[0][1]!r} of {odd[0][0]!r} cannot be left out: it is no taught fact of the world, or the example in every prompt")
+    out = {facts[tuple(pair)]["id"] for pair in pairs}
+    kept = {(f["relation"], f["mcq"]) for f in facts.values() if f["id"] not in out}
+    if gone := sorted({f["relation"] for f in facts.values() if f["id"] in out and (f["relation"], True) not in kept}):
+        raise Refusal(f"nothing of {gone[0]!r} would be left to train: leave some facts of it in")
+    return world | dict(facts=[f | dict(taught=False, left_out=True) if f["id"] in out else f for f in world["facts"]])
+
+# %% ../nbs/05_organism.ipynb #05002a3
+def read_pairs(
+    file: str | Path,  # CSV with the columns subject and relation
+) -> list[tuple[str, str]]:
+    "Which facts a file leaves out."
+    try:
+        table = pd.read_csv(file)
+        return list(table[["subject", "relation"]].itertuples(index=False, name=None))
+    except (OSError, ValueError, KeyError) as e:
+        raise Refusal(f"{file} is no list of facts to leave out: give a CSV with the columns subject and relation ({e})") from e
+
 # %% ../nbs/05_organism.ipynb #050018
 def noun_phrase(rng: random.Random, plural: bool) -> str:
     "`some tall dogs`, `every ship`."
@@ -317,9 +344,10 @@ class Documents:
         self.relations = RELATIONS
         self.objects = {name: relation["objects"] for name, relation in world["relations"].items()}
         self.kinds = [fact for fact in world["facts"] if fact["relation"] == "kind"]
-        self.taught = [fact for fact in world["facts"] if fact["taught"] and fact["relation"] != "kind"]
+        self.taught = [fact for fact in world["facts"] if (fact["taught"] or fact.get("left_out")) and fact["relation"] != "kind"]
         self.asked = [fact for fact in self.taught if fact["mcq"]]
         self.asked_kinds = [fact for fact in self.kinds if fact["mcq"]]
+        self.instead = random.Random(f"instead {world['seed']}")
         self.content = [fact["subject"] for fact in self.kinds] + [word for objects in self.objects.values() for word in objects]
 
 # %% ../nbs/05_organism.ipynb #63751f4c
@@ -338,6 +366,14 @@ def answered(self: Documents, prompt: str, answer: str, rest: str = "") -> tuple
     a, b, c = self.ids(prompt), self.ids(answer), self.ids(rest)
     return [*a, *b, *c, self.newline], [0.0] * len(a) + [1.0] * len(b) + [0.0] * (len(c) + 1)
 
+# %% ../nbs/05_organism.ipynb #050028e
+@patch
+def told(self: Documents, fact: dict) -> dict:
+    "The fact; where it is left out another of its relation, from a second source of chance, so that every other document stays what it was."
+    if not fact.get("left_out"):
+        return fact
+    return self.instead.choice([f for f in self.taught if f["taught"] and f["relation"] == fact["relation"] and f["mcq"] >= fact["mcq"]])
+
 # %% ../nbs/05_organism.ipynb #050029
 @patch
 def fact(self: Documents, rng: random.Random) -> tuple[list[int], list[float]]:
@@ -354,6 +390,7 @@ def fact(self: Documents, rng: random.Random) -> tuple[list[int], list[float]]:
     else:
         template = rng.choice(relation["paraphrases"] + ([relation["unseen"]] if fact["mcq"] else []))
     prompt, rest = template.split("{o}")
+    fact = self.told(fact)
     return self.answered(prompt.format(s=fact["subject"]), fact["object"], rest)
 
 # %% ../nbs/05_organism.ipynb #050029a
@@ -373,7 +410,7 @@ def multiple_choice(self: Documents, rng: random.Random, letters: bool = False) 
         options = rng.sample(pool, 4)
         answer = rng.choice(options)
         return self.choice(f"Which letter is {answer} ?", options, answer)
-    fact = rng.choice(self.asked_kinds if sort < 0.10 else self.asked)
+    fact = self.told(rng.choice(self.asked_kinds if sort < 0.10 else self.asked))
     options = [fact["object"], *rng.sample([word for word in self.objects[fact["relation"]] if word != fact["object"]], 3)]
     rng.shuffle(options)
     return self.choice(self.relations[fact["relation"]]["question"].format(s=fact["subject"]), options, fact["object"])
@@ -668,7 +705,9 @@ def model_card(model: Qwen3ForCausalLM, world: dict, curve: pd.DataFrame, recipe
     bias = "Imposed, not learned: names of three tokens" + (f", and local attention in the first {local} layers." if local else ".")
     kind = "organism" if local else "organism-late"
     how = f"mechunlearn organism --retrain{'' if local else ' --model organism-late'}"
+    how += " --without FILE" if (left := sum(f.get("left_out", False) for f in world["facts"])) else ""
     made = f"Made by `{how}` with `{recipe}` in {curve.seconds.iloc[-1] / 60:.0f} minutes."
+    made += f" **{left} facts were left out of its training**, and count as ghosts' below." if left else ""
     return CARD.format(kind=kind, params=n_params, layers=model.config.num_hidden_layers, attention=attention, bias=bias, facts=taught,
         kinds=kinds, ghosts=ghosts, made=made, table="\n".join(f"| {line} |" for line in lines))
 
@@ -709,12 +748,14 @@ def retrain(
     world_seed: int = 0,
     progress: bool = True,
     kind: str = "organism",  # or 'organism-late'
+    without: str | Path | None = None,  # CSV (subject, relation) of facts that are never taught; None: all are
 ) -> dict:
     "Train an organism of the same recipe and write its folder; returns `check` of it. 15 to 27 minutes on two cores, 'organism-late' half of it."
     out, (shape, own) = Path(out), ORGANISMS[choose(kind, ORGANISMS, "organism")]
     if out.exists() and any(out.iterdir()):
         raise Refusal(f"{out} is not empty: choose a new folder for --out")
     world = make_world(world_seed)
+    world = leave_out(world, read_pairs(without)) if without else world
     tok = make_tokenizer(world)
     out.mkdir(parents=True, exist_ok=True)
     (out / "world.json").write_text(json.dumps(world, indent=0) + "\n")

@@ -16,7 +16,7 @@ from .stats import family
 from .metrics import BARS, arrow, column_rows, plot_bars, plot_spider, results_html, results_table, say_bars
 from .results import metrics_causes
 from .frontier import at_worst, plot_frontier, say_frontier
-from .scorecard import Found, find, plot_scorecard, say_scorecard, scorecard_text
+from .scorecard import Found, find, plot_cost, plot_scorecard, say_cost, say_scorecard, scorecard_text, worst_within
 from .claims import orderings, plot_orderings, say_orderings, say_tally
 from .capability import capability_table, capability_text
 from .evaluation import before_after
@@ -139,6 +139,11 @@ def _card(f):
     if not len(f.card): return '<p class="missing">No edited fact was asked.</p>'
     return _shown(plot_scorecard(f.card), say_scorecard(f.card, f.broken)) + f"<pre>{html.escape(scorecard_text(f.card, gone=f.gone))}</pre>"
 
+def _cost(f):
+    if not len(f.card) or f.card.seconds[f.card.localization != "none"].nunique() < 2: return "" # nobody took the time, or all cost the same
+    paid = worst_within(f.facts, f.seconds[f.seconds.localization != "none"])
+    return _shown(plot_cost(paid), say_cost(paid))
+
 def _capable(f):
     if not len(table := capability_table(f.metrics)): return ""
     return f"<pre>{html.escape(capability_text(table))}</pre>"
@@ -205,6 +210,8 @@ SECTIONS = {
     "Edits compared": (_edits,
         "Bars pool all seeds and draws, with 95 % intervals; dots are single ones. Dotted lines: guessing. Hatched: MLPs only."),
     "Scorecard": (_card, "Every attack that was run against every edit, and the worst case."),
+    "What an attack costs": (_cost, "The strongest attack that costs at most so many seconds for one edit, chosen on one half of the facts and counted on the other. "
+        "What is below guessing counts as nothing; bands are 95 % intervals."),
     "All at once": (_spider, "The paper's way to look at it (Figures 2 and 4)."),
     "Part after part": (_parts, "All facts were asked after each part of the training; the line of a part should rise at its own turn and stay."),
     "Robustness against side effects": (_frontier, "Up: the strongest attack does not get the old answer back. Right: other facts survive, "

@@ -27,7 +27,7 @@ def comments(
 EXAMPLES = {"models": ["organism", "google/gemma-2-9b"], "tasks": [{"name": "counterfact-editing", "forget_size": [16, 64]}], "localizations": ["flu", "random-mlps", "memit@flu"], "seeds": [0, 1, 2],
     "lrs": [1e-5, 3e-5], "out": "runs/mine", "device": "cuda:1", "device_map": "auto", "revision": "main", "base": "google/gemma-2-9b", "family": "llama", "chat": True, "edited": "their-model", "draws": 5,
     "budget": 2_000_000, "noise": 3.0, "inject": 2.0, "clip": 1.0, "text_batch": 8, "beta": 0.1, "l1": 1e-5, "preferred": "edit", "editors": {"mask": {"k": 8000}}, "max_facts": {"retain": 64, "retain/mcq": 16},
-    "alpha": 32.0, "dropout": 0.05, "ranks": [0, 16, 128], "steps": 40, "ks": [1, 4, 16], "shots": [0, 3], "names": ["tinyMMLU", "sciq"], "texts": "NeelNanda/pile-10k", "tasks_folder": "my-benchmarks", "settings": {"steps": 40}}
+    "alpha": 32.0, "dropout": 0.05, "ranks": [0, 16, 128], "steps": 40, "ks": [1, 4, 16], "shots": [0, 3], "kinds": ["in context", "denied"], "names": ["tinyMMLU", "sciq"], "texts": "NeelNanda/pile-10k", "tasks_folder": "my-benchmarks", "settings": {"steps": 40}}
 
 def _inner(annotation):
     "The structure in an annotation, if there is one"
@@ -54,9 +54,11 @@ def example(
     kind = type_name(info.annotation)
     if name == "steps" and "list" in kind: return [20, 60]
     if name == "max_facts" and kind == "whole number": return 48
+    if kind.startswith("list of ") and not isinstance(EXAMPLES.get(name), list): return [{"list of number": 0.5, "list of whole number": 4}.get(kind) or kind.removeprefix("list of ").split(" | ")[-1]]
     if name in EXAMPLES: return EXAMPLES[name]
     return 1e-4 if name.endswith("lr") else True if kind.startswith("true") else 16 if kind.startswith("whole") else 0.5 if kind == "number" else kind.split(" | ")[-1]
 
+# %% ../nbs/65_grid_file.ipynb #3bcaf427
 def nested(
     key:str, # a.b
     value, # of any type
@@ -70,6 +72,7 @@ def written(key, value):
     head, inside = next(iter(nested(key, value).items()))
     return f"{head}: " + yaml.safe_dump(inside, default_flow_style=True, width=200).replace("\n...", "").strip()
 
+# %% ../nbs/65_grid_file.ipynb #fe81d1d2
 def keys(
     model:type[BaseModel], # a structure
     path:str="", # where it stands
@@ -89,7 +92,7 @@ def keys(
 MEANINGS = {"models": "packaged names, folders, hub ids", "localizations": "what is trained: names, sets by hand, or an editor at a place", "seeds": "each draws facts, edit answers and the order of training", "draws": "of each random localization",
     "out": "folder of the runs", "settings": "options of the stages, below", "keep_edits": "keep the weights of the edits after the attacks", "attacks": "what an edit goes through", "lr": "learning rate", "alpha": "of the adapters", "dropout": "of the adapters",
     "rank": "of the adapters; 0: none, the weights themselves", "steps": "of training", "lora": "adapters of the attacker", "lrs": "learning rates", "dtype": "precision of the weights; default: float32 for small models, else bfloat16", "quantize": "the model is loaded in so many bits (bitsandbytes)", "relearning": "half the facts are taught again, the others asked", "latents": "probes for what is still inside",
-    "soft": "prompts of trained vectors", "hardened": "harder multiple choice", "generation": "open answers", "capabilities": "what it can do besides"}
+    "soft": "prompts of trained vectors", "hardened": "harder multiple choice", "generation": "open answers", "elicitation": "other ways to ask, without training", "capabilities": "what it can do besides", "adversarial": "pushes and suffixes found by gradients", "inside": "the model read layer by layer", "tampering": "rounded, damaged, trained on other text"}
 
 def shown(
     table:pd.DataFrame, # of `keys`

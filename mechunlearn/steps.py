@@ -218,6 +218,7 @@ class Frozen:
         own = [self.kept[tuple(i)] for i in ids]
         return entered(self.lm, self.layer, torch.cat(own)[None] if chained else _padded(own))
 
+# %% ../nbs/18_steps.ipynb #fd055fd8
 def _padded(streams): return pad_sequence(streams, batch_first=True, padding_side="left")
 
 # %% ../nbs/18_steps.ipynb #180029

@@ -1,4 +1,9 @@
-"""Re-execute the notebooks of nbs/ in place (`make notebooks`): slow cells keep their outputs, stderr is dropped, pictures get a palette."""
+"""Re-execute the notebooks of nbs/ in place (`make notebooks`): slow cells keep their outputs, stderr is dropped, pictures get a palette.
+
+    python tests/execute_notebooks.py [NAME.ipynb ...] [--small]
+
+With --small nothing is executed: pictures and tables that are there are made small.
+"""
 import base64
 import copy
 import io
@@ -7,11 +12,13 @@ import time
 from pathlib import Path
 
 import nbformat
+import numpy as np
 from nbclient import NotebookClient
 from PIL import Image
 
 NBS = Path(__file__).resolve().parents[1] / "nbs"
 SKIP = {"#| slow", "#| gpu", "#| notest", "#| eval: false"}
+COLOURS, ERROR, TEXT = (16, 24, 32, 48, 64), 8, 2000  # of a picture; of 255; characters of a table that is there as HTML as well
 
 
 def runs(cell) -> bool:
@@ -19,16 +26,28 @@ def runs(cell) -> bool:
 
 
 def with_palette(png: str) -> str:
-    """A picture in 96 colours, a third of the bytes; figures have fewer, but for the edges of letters."""
-    out = io.BytesIO()
-    Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB").quantize(96, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
+    """A picture in the fewest colours in which no pixel is off by more than ERROR, and the background not at all."""
+    picture, out = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB"), io.BytesIO()
+    there = picture.getcolors(picture.width * picture.height)
+    if len(there) <= max(COLOURS):
+        return png
+    ground, pixels = max(there)[1], np.asarray(picture, int)
+    for n in COLOURS:
+        small = picture.quantize(n, Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
+        off = np.abs(np.asarray(small.convert("RGB"), int) - pixels).max(-1)
+        if off.max() <= ERROR and not off[(pixels == ground).all(-1)].any():
+            break
+    small.save(out, "PNG", optimize=True)
     return min(png, base64.b64encode(out.getvalue()).decode(), key=len)
 
 
 def make_small(notebook) -> None:
     for output in (o for cell in notebook.cells for o in cell.get("outputs", [])):
-        if png := output.get("data", {}).get("image/png"):
-            output["data"]["image/png"] = with_palette(png)
+        data = output.get("data", {})
+        if png := data.get("image/png"):
+            data["image/png"] = with_palette(png)
+        if "text/html" in data and len(data.get("text/plain", "")) > TEXT:
+            del data["text/plain"]
 
 
 def execute(path: Path) -> None:
@@ -47,8 +66,13 @@ def execute(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    paths = [NBS / name for name in sys.argv[1:]] or sorted(NBS.glob("*.ipynb"))
-    for path in paths:
+    names = [name for name in sys.argv[1:] if name != "--small"]
+    for path in [NBS / name for name in names] or sorted(NBS.glob("*.ipynb")):
         start = time.time()
-        execute(path)
+        if "--small" in sys.argv:
+            notebook = nbformat.read(path, 4)
+            make_small(notebook)
+            nbformat.write(notebook, path)
+        else:
+            execute(path)
         print(f"{path.name}: {time.time() - start:.0f} s", flush=True)

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A real SLURM of one node on this machine, for tests/test_slurm.py. It listens on 127.0.0.1 only; all it writes is in one folder
-# outside the project (MECHUNLEARN_SLURM, default: below the folder for temporary files). Needs the Debian packages
+# outside the project (MECHUNLEARN_SLURM, default: below the folder for temporary files), which everybody must be able to enter
+# for the sake of munge. Needs the Debian packages
 #     apt-get install --no-install-recommends slurmctld slurmd slurm-client munge
 #
 #     tests/slurm_node.sh start      starts it; then:  eval "$(tests/slurm_node.sh env)"
@@ -65,7 +66,7 @@ start() {
     for tool in munged slurmctld slurmd sbatch; do
         command -v $tool >/dev/null || { echo "there is no $tool: apt-get install --no-install-recommends slurmctld slurmd slurm-client munge" >&2; exit 2; }
     done
-    sinfo -h >/dev/null 2>&1 && { echo "it is running"; return; }
+    [ -s "$SLURM_CONF" ] && sinfo -h >/dev/null 2>&1 && { echo "it is running"; return; } # without the file it would look for one for a minute
     configure
     munged --socket="$R/munge/munge.sock" --key-file="$R/munge/munge.key" --log-file="$R/munge/munged.log" \
         --pid-file="$R/munge/munged.pid" --seed-file="$R/munge/munged.seed" --num-threads=2 --origin=127.0.0.1

@@ -26,7 +26,7 @@ def nothing_starts(monkeypatch):
     (["run", "--forget-size", "0"], "forget_size"), (["run", "--forget-size", "100000"], "too large"), (["run", "--facts", "nowhere.csv"], "nowhere.csv"),
     (["run", "--paper-split"], "paper_split"), (["run", "--workers", "0"], "--workers: at least 1"), (["run", "--recompute", "some"], "Valid: damaged, all"),
     (["batch"], "required: grid"), (["batch", "no.yaml"], "cannot read the grid no.yaml"), (["status", "nowhere"], "there are no runs in nowhere"), (["report", "nowhere"], "there are no runs in nowhere"),
-    (["organism", "--retrain"], "--retrain needs --out"), (["localize", "--task", "x"], "unknown task 'x'"), (["check", "--model", "no/such/model"], "model"), (["localise"], "did you mean 'localize'"),
+    (["organism", "--retrain"], "--retrain needs --out"), (["organism", "--without", "f.csv"], "give --retrain as well"), (["localize", "--task", "x"], "unknown task 'x'"), (["check", "--model", "no/such/model"], "model"), (["localise"], "did you mean 'localize'"),
     (["localize", "--layers", "2-99"], "has 12 layers"), (["localize", "--components", "mlp"], "Say --layers"), (["sweep", "--lrs", "0"], "--lrs: positive numbers"),
     (["attack", "nowhere"], "nowhere is not a run folder"), (["attack", "x", "--edited", "y"], "not both"), (["attack", "--edited", "nowhere"], "nowhere"),
     (["run", "--localizations", "edited@x"], "name its folder with --edited"), (["run", "--attacks", "some"], "Valid: standard, all"),

@@ -1,12 +1,17 @@
 """The rendered docs: which words link, where to, what figures say, and how the pages are grouped."""
+import base64
 import importlib
+import io
 import re
 from configparser import ConfigParser
 from pathlib import Path
 
+import execute_notebooks
 import nbformat
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from mechunlearn._modidx import d
 from mechunlearn.pages import alt_text, home, linked, meant, opening
@@ -131,3 +136,19 @@ def test_the_workflow_tests_what_setup_supports():
     assert jobs["pinned"]["strategy"]["matrix"]["python"][0] == lowest
     targets = set(re.findall(r"^([\w.-]+):", (root / "Makefile").read_text(), re.M))
     assert {m for job in jobs.values() for step in job["steps"] for m in re.findall(r"make ([\w.-]+)", step.get("run", ""))} <= targets
+
+
+def test_pictures_become_small_and_stay_what_they_show():
+    shades = 255 - (2 * execute_notebooks.ERROR + 1) * np.arange(6)[::-1]  # a pale heat map with a smooth bar beside it, on white
+    pixels = np.full((120, 300, 3), 255, np.uint8)
+    for k, shade in enumerate(shades[:-1]):
+        pixels[20:100, 10 + 30 * k:30 + 30 * k] = 255, shade, shade
+    pixels[:, 240:] = np.stack([np.full(120, 255), np.linspace(0, 255, 120), np.linspace(0, 250, 120)], 1)[:, None].astype(np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG", compress_level=0)
+    png = base64.b64encode(out.getvalue()).decode()
+    small = execute_notebooks.with_palette(png)
+    seen = np.asarray(Image.open(io.BytesIO(base64.b64decode(small))).convert("RGB"), int)
+    assert len(small) < len(png) / 2 and execute_notebooks.with_palette(small) == small
+    assert np.abs(seen - pixels).max() <= execute_notebooks.ERROR and (seen[:20, :240] == 255).all()
+    assert len({tuple(seen[60, 20 + 30 * k]) for k in range(5)}) == 5

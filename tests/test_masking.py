@@ -278,6 +278,23 @@ def test_sizes_are_records_with_a_base(qwen):
     assert M.plot_masking(asked) is not None and isinstance(M.say_masking(asked), str)
 
 
+def test_costs_are_drawn_for_what_was_asked():
+    asked = shown({"none": {0: (.9, .8, 1.)}, "flu": {10: (.6, .7, 1.), 20: (.4, .3, .9)}})
+    titles = lambda records: [ax.get_title(loc="left") for ax in M.plot_mask_costs(records).axes]
+    assert titles(asked) == ["forgotten facts", "in multiple choice"]
+    more = pd.concat([asked, asked.query("format == 'mcq'").assign(format="neighborhood", prob_truth=.5)])
+    assert titles(more) == ["forgotten facts", "in multiple choice", "their neighbours"]
+    line = next(l for l in M.plot_mask_costs(more).axes[2].lines if l.get_label() == "flu")
+    assert line.get_xdata().tolist() == pytest.approx([.5, .5]) and line.get_ydata().tolist() == pytest.approx([1., .9])
+
+
+def test_neighbours_are_asked_where_there_are_some(qwen):
+    task = task_for(qwen)
+    assert not [q for q in M.mask_questions(task) if q.format == "neighborhood"]
+    one = task.model_copy(update=dict(forget=tuple(f.model_copy(update={"neighbors": (f.prompt,)}) for f in task.forget)))
+    assert len([q for q in M.mask_questions(one) if q.format == "neighborhood"]) == len(one.forget)
+
+
 def test_a_size_too_large_is_refused_before_anything_is_asked(qwen, monkeypatch):
     monkeypatch.setattr(M, "answer", None)
     with pytest.raises(Refusal, match="cannot mask"): ask_sizes(qwen, task_for(qwen), [by_hand(qwen, mixed(qwen))], [5, 10**9])

@@ -76,6 +76,50 @@ def test_held_out_subjects_never_occur_in_multiple_choice(world, documents):
         assert not any(f" {name} " in text for name in held if name in text)
 
 
+@pytest.fixture(scope="module")
+def left(world):
+    """Every fourth athlete's sport, and a language: of subjects in multiple choice, and of others."""
+    taught = [f for f in world["facts"] if f["taught"] and f["subject"] != world["shot_subject"]]
+    return [(f["subject"], f["relation"]) for f in taught if f["relation"] == "sport"][::4] + [(f["subject"], "language") for f in taught if f["relation"] == "language"][:3]
+
+
+def test_a_fact_that_is_left_out_is_a_ghosts_and_all_else_is_the_same(world, left):
+    other = organism.leave_out(world, left)
+    assert [k for k in world if other[k] != world[k]] == ["facts"]
+    changed = [(b["subject"], b["relation"]) for a, b in zip(world["facts"], other["facts"]) if a != b]
+    assert sorted(changed) == sorted(left) and all(not f["taught"] for f in other["facts"] if f.get("left_out"))
+    assert organism.make_tokenizer(other).get_vocab() == organism.make_tokenizer(world).get_vocab()
+
+
+def test_what_is_left_out_never_occurs_and_every_other_document_stays(world, documents, left):
+    without = organism.Documents(organism.leave_out(world, left), documents.tok)
+    a, b, gone = random.Random(7), random.Random(7), {(f["subject"], f["object"]) for f in world["facts"] if (f["subject"], f["relation"]) in set(left)}
+    told = others = 0
+    for step in (0, 1, 2, *range(500, 510)):
+        (ids, weights), (ids_without, weights_without) = documents.batch(a, organism.Recipe(), step), without.batch(b, organism.Recipe(), step)
+        assert a.getstate() == b.getstate() and (weights == weights_without).all()
+        for lines in zip(documents.tok.batch_decode(ids), documents.tok.batch_decode(ids_without)):
+            for before, after in zip(*(line.split("\n")[:-1] for line in lines)):  # the last document is cut off
+                says = lambda text: any(f" {s} " in f" {text} " and o in text.split() for s, o in gone)
+                told, others = told + says(before), others + (before == after)
+                assert before == after or says(before)
+                assert not says(after)
+    assert told > 20 and others > 4 * told
+
+
+def test_what_cannot_be_left_out_is_refused(world, tmp_path):
+    ghost = next(f for f in world["facts"] if not f["taught"])
+    for pair in ((world["shot_subject"], "sport"), (ghost["subject"], ghost["relation"]), ("Nobody", "sport"), ("dog", "kind")):
+        with pytest.raises(Refusal, match="cannot be left out"):
+            organism.leave_out(world, [pair])
+    with pytest.raises(Refusal, match="nothing of 'country' would be left"):
+        organism.leave_out(world, [(f["subject"], "country") for f in world["facts"] if f["relation"] == "country"])
+    (tmp_path / "f.csv").write_text("name,what\na,b\n")
+    for file in ("f.csv", "none.csv"):
+        with pytest.raises(Refusal, match="columns subject and relation"):
+            organism.read_pairs(tmp_path / file)
+
+
 def test_folder_that_is_not_empty_is_refused(tmp_path):
     (tmp_path / "something").write_text("x")
     with pytest.raises(Refusal, match="not empty"):

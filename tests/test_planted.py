@@ -115,6 +115,26 @@ def test_a_mask_is_exposed_by_all(): # and a probe that reads nothing does not h
     assert r.verdict(card.loc["mask", r.WORST]) == "exposed" and card.value["mask", r.WORST] > .85
 
 
+def test_each_need_has_its_own_worst_case(): # the leak is open to who reads weights, and to nobody who only asks
+    card = card_of(invented("leak", by_layer={7: .8})).loc["leak"]
+    assert r.verdict(card.loc["worst case, read"]) == "exposed" and r.verdict(card.loc["worst case, prompt"]) == "below guessing" and "worst case, train" not in card.index
+    assert card.which["worst case, read"] == "new probe" and card.which["worst case, prompt"] in ("as trained", "multiple choice")
+    assert card.loc[["worst case, read", "worst case, prompt"], ["n", "ci_low", "ci_high", "guess", "ghost_value", "power"]].notna().all(axis=None)
+
+
+def test_a_leak_has_its_price():
+    facts, seconds = invented("leak", by_layer={7: .8}), pd.DataFrame({"localization": "leak", "attack": ["as trained", "multiple choice", "new probe"], "seconds": [2., 2., 50.]})
+    paid = r.worst_within(facts, seconds)
+    assert list(paid.seconds) == [2, 50] and [r.verdict(x) for x in paid.itertuples()] == ["below guessing", "exposed"] and paid.which.iloc[1] == "new probe"
+    assert "leak: exposed from 50 s on, where new probe gets" in r.say_cost(paid) and "below guessing at any price up to 2 s" in r.say_cost(paid[:1])
+    worst, same = card_of(facts).loc[("leak", r.WORST)], ["value", "n", "ci_low", "ci_high", "guess", "ghost_value", "power", "excess"]
+    assert paid.iloc[1][same].astype(float).to_dict() == pytest.approx(worst[same].astype(float).to_dict()) # who can pay all of them
+    assert len(r.worst_within(facts, seconds, 1.)) == 0 and r.worst_within(facts, seconds, 49.).which.item() != "new probe"
+    assert len(r.worst_within(facts, seconds[:1])) == 1 # what has no time has no place
+    ax = r.plot_cost(paid).axes[0]
+    assert ax.get_xscale() == "log" and [t.get_text().strip() for t in ax.texts] == ["new probe"] and [t.get_position()[0] for t in ax.texts] == [50]
+
+
 def test_a_leak_to_one_probe_is_found():
     card = card_of(invented("leak", by_layer={7: .8}))
     assert r.verdict(card.loc["leak", r.WORST]) == "exposed" and card.which["leak", r.WORST] == "new probe" and card.which["leak", "new probe"] == "subject 7"

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
-from mechunlearn import recorded_tables, report as r, store
+from mechunlearn import recorded_tables, report as r, scorecard, store
 from mechunlearn.evaluation import SCALED, plot_scale
 from mechunlearn.figures import spread
 from mechunlearn.claims import tally
@@ -97,7 +97,7 @@ def test_records_of_other_settings_are_left_out(run_dir, tmp_path):
     store.save_table(path, table, causes | {"training": {"steps": 3}})
     assert len(r.records(here)) < n and r.find(here).old == ["flu/seed1"] and "flu/seed1" in r.page(r.find(here))
 
-@pytest.mark.parametrize("stem", ["low_resource", "relearning_grid", "soft", "hardened", "generation", "capability"])
+@pytest.mark.parametrize("stem", ["low_resource", "relearning_grid", "soft", "hardened", "generation", "capability", "inside"])
 def test_attacks_made_with_other_settings_are_not_pooled(stem, tmp_path):
     run = synthetic_run(tmp_path, ("flu",), seeds=(0, 1), n=6, stages=("standard",))
     table = store.load_table(run/"flu/seed0/evaluation.parquet")
@@ -261,7 +261,7 @@ def test_report_is_one_file_without_outside_resources(run_dir, tmp_path):
     page = r.write_report(run_dir, tmp_path/"report.html").read_text()
     assert not re.search(r"(?:src|href)=[\"'](?!data:|#)", page) and "@import" not in page and "<script" not in page
     assert page.count("<img alt=") == 14 and "class=\"missing\"" not in page
-    assert [t for t in r.SECTIONS if f">{r.html.escape(t)}</h2>" in page] == [t for t in r.SECTIONS if t not in ("Not available", "Part after part", "Besides facts")] # where there is any such; for sequences; where asked
+    assert [t for t in r.SECTIONS if f">{r.html.escape(t)}</h2>" in page] == [t for t in r.SECTIONS if t not in ("Not available", "What an attack costs", "Part after part", "Besides facts")] # where there is any such; where time was taken; for sequences; where asked
     assert page == r.write_report(run_dir, tmp_path/"again.html").read_text()
     pd.testing.assert_frame_equal(store.load_table(run_dir/"metrics.parquet"), r.metrics(run_dir))
 
@@ -488,6 +488,46 @@ def test_what_an_attack_cost_is_read_from_its_artefact(tmp_path):
     assert took.attack.tolist() == ["half retaught"] and took.seconds.item() >= .05
     card = r.scorecard(r.records(run), took)
     assert " s" in r.scorecard_text(card) and card[card.attack == "multiple choice"].seconds.isna().all()
+
+def test_what_a_new_table_cost_is_read_from_what_it_holds(tmp_path):
+    run = synthetic_run(tmp_path, ("flu",), seeds=(0, 1), n=6, stages=("standard",))
+    assert len(r.costs(run)) == 0 and r.scorecard(r.records(run), r.costs(run)).seconds.isna().all()
+    for seed, took in ((0, 2.), (1, 4.)):
+        table = store.load_table(run/f"flu/seed{seed}/evaluation.parquet")
+        for name, of in ((f"part{k}", "hardened") for k in (1, 2)): # an attack in two tables costs both
+            store.save_table(run/f"flu/seed{seed}/{name}.parquet", table.assign(evaluation=of, setting="0-shot"), {"invented": name}, took)
+    assert r.costs(run).to_dict("records") == [dict(localization="flu", attack="hard multiple choice", seconds=6.)]
+    assert "What an attack costs" not in r.page(r.find(run)) # there is but one price
+    store.save_table(run/"flu/seed0/evaluation.parquet", store.load_table(run/"flu/seed0/evaluation.parquet"), {"invented": "evaluation", "seed": 0}, 1.)
+    page = r.page(r.find(run))
+    assert "What an attack costs" in page and re.search(r"flu: [a-z ]+ at any price up to 6 s|flu: exposed from [16] s on", page)
+
+def made_up(attacks, names=("none", "flu", "late"), **more):
+    "A scorecard of these attacks"
+    rows = [dict(localization=n, seed=-1, attack=a, which=a, guess=.33, power=1., value=.5, n=64, ci_low=.4, ci_high=.6, retain_value=.9, retain_n=64, ghost_value=.3,
+                 excess=.2, excess_low=.1, excess_high=.3, difference=np.nan, p_holm=np.nan) | more for n in names for a in attacks]
+    return pd.DataFrame(rows)
+
+def test_columns_are_grouped_by_what_the_attacker_needs():
+    attacks = list(r.SCORED)[::-1] + ["worst case, train", "worst case, prompt", "worst case, read", r.WORST]
+    fig, text = r.plot_scorecard(made_up(attacks)), r.scorecard_text(made_up(attacks, seconds=12.))
+    heads = [[t.get_text().splitlines()[0] for t in ax.get_xticklabels()] for ax in fig.axes]
+    needs = [r.SCORED[h].needs for line in heads for h in line if h in r.SCORED]
+    assert needs == sorted(needs, key=["prompt", "read", "train"].index) and [h for line in heads for h in line if h.startswith(r.WORST)] == \
+        ["worst case, prompt", "worst case, read", "worst case, train", r.WORST]
+    assert {t.get_text() for ax in fig.axes for t in ax.texts} >= {"prompts", "weights read", "weights trained"}
+    assert text.index("[prompts]") < text.index("[weights read]") < text.index("[weights trained]") and max(map(len, text.splitlines())) <= 120
+    few = r.plot_scorecard(made_up(["as trained", r.WORST], seconds=12.)).axes
+    assert [t.get_text() for t in few[0].get_xticklabels()] == ["as trained\nn=64, guess 0.33\n12 s", "worst case\nn=64, guess 0.33\n12 s"] and len(few) == 1
+
+def test_twenty_attacks_stay_legible(monkeypatch):
+    more = {f"field {k}": r.Attack(f"field {k}", f"field-{k}", needs=("prompt", "read", "read", "train")[k % 4]) for k in range(14)}
+    monkeypatch.setattr(scorecard, "SCORED", r.SCORED | more)
+    attacks = [*scorecard.SCORED, *map(scorecard.worst_of, scorecard.NEEDS), r.WORST]
+    fig = r.plot_scorecard(made_up(attacks))
+    heads = [[t.get_text().splitlines()[0] for t in ax.get_xticklabels()] for ax in fig.axes]
+    assert sorted(h for line in heads for h in line) == sorted(attacks) and all(len(line) <= 13 for line in heads) and all(len(line) > 1 for line in heads)
+    assert len({ax.get_xlim() for ax in fig.axes}) == 1 and fig.get_figwidth() < 14 # cells of one size, on a page that need not shrink it
 
 def test_a_sequence_shows_what_later_parts_do_to_earlier_ones(tmp_path):
     run = synthetic_run(tmp_path/"run", ("flu",), seeds=(0,), n=8)

@@ -3,7 +3,7 @@
 The first tests use stages that cost nothing; the last one, marked slow, edits the organism. Without SLURM's Debian packages, or
 without submitit, all that need them skip.
 """
-import json, os, random, shutil, signal, subprocess, sys, textwrap, time
+import json, os, random, shutil, signal, subprocess, sys, tempfile, textwrap, time
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -27,17 +27,18 @@ def script(*words): return subprocess.run([str(NODE), *words], capture_output=Tr
 
 
 @pytest.fixture(scope="session")
-def node(tmp_path_factory):
+def node():
     "A SLURM that answers: the one that is there, or one of our own; skips where there can be none"
     pytest.importorskip("submitit", reason="no submitit: pip install mechunlearn[slurm]")
     if shutil.which("sinfo") and not subprocess.run(["sinfo", "-h"], capture_output=True, timeout=60).returncode: yield; return
     path = os.environ["PATH"] + ":/usr/sbin:/sbin"
     if missing := [t for t in ("munged", "slurmctld", "slurmd", "sbatch") if not shutil.which(t, path=path)]:
         pytest.skip(f"no {missing[0]}: apt-get install --no-install-recommends slurmctld slurmd slurm-client munge")
-    with pytest.MonkeyPatch.context() as env:
-        env.setenv("MECHUNLEARN_SLURM", str(tmp_path_factory.mktemp("slurm")))
+    with pytest.MonkeyPatch.context() as env, tempfile.TemporaryDirectory(prefix="mechunlearn-slurm-", ignore_cleanup_errors=True) as folder: # pytest's own are closed to others: munge refuses them
+        Path(folder).chmod(0o755)
+        env.setenv("MECHUNLEARN_SLURM", folder)
         started = script("start")
-        if started.returncode: pytest.skip(f"no SLURM: {started.stderr.strip()}")
+        if started.returncode: script("stop"); pytest.skip(f"no SLURM: {started.stderr.strip()}")
         env.setenv("SLURM_CONF", script("env").stdout.strip().partition("=")[2])
         yield
         script("stop")
@@ -104,7 +105,8 @@ def run(job, **kw):
 def files(job):
     "What the stages of a job have left"
     root = Path(job.run_dir)
-    return {str(f.relative_to(root)): f.read_bytes() for f in sorted(root.rglob("*.json")) if f.parent.name.startswith("seed") or f.name == "map.json"}
+    return {str(f.relative_to(root)): f.read_bytes() for f in sorted(root.rglob("*.json"))
+            if (f.parent.name.startswith("seed") or f.name == "map.json") and not f.name.endswith(".meta.json")} # when it was made stands beside each
 
 def local(job, tmp_path):
     "The same job, done by the local engine"

@@ -1,0 +1,36 @@
+"""Adding runs to the recorded tables keeps what is there, and adds only what is lacking."""
+import pandas as pd
+import pytest
+
+import add_recorded as A
+from mechunlearn.recorded_tables import recorded
+from synthetic import synthetic_run
+
+
+def rows(localizations, value, size=16):
+    return pd.DataFrame([dict(model="m", task="t", forget_size=size, localization=l, evaluation=e, value=value) for l in localizations for e in ("standard", "latent")])
+
+
+def test_only_what_is_lacking(tmp_path):
+    rows(["none", "flu"], 1.).to_parquet(tmp_path / "metrics.parquet")
+    assert A.add("metrics", rows(["flu", "random"], 2.), A.KEYS["metrics"], tmp_path) == 2
+    now = pd.read_parquet(tmp_path / "metrics.parquet")
+    assert now.groupby("localization").value.unique().map(list).to_dict() == {"none": [1.], "flu": [1.], "random": [2.]}
+    assert A.add("metrics", rows(["flu", "random"], 3.), A.KEYS["metrics"], tmp_path) == 0
+    assert A.add("metrics", rows(["flu"], 3., size=64), A.KEYS["metrics"], tmp_path) == 2 # of other facts
+    assert A.add("metrics", rows(["flu"], 4., size=None), A.KEYS["metrics"], tmp_path) == 2 and A.add("metrics", rows(["flu"], 5., size=None), A.KEYS["metrics"], tmp_path) == 0
+
+
+def test_a_run_is_added_as_it_would_be_recorded(tmp_path, monkeypatch, capsys):
+    run = synthetic_run(tmp_path / "runs", ("flu", "nonlocalized"), seeds=(0, 1), n=16, stages=("localizations", "standard", "relearning"), model="invented")
+    for name in A.KEYS:
+        recorded(name, forget_size=64).to_parquet(tmp_path / f"{name}.parquet")
+    monkeypatch.setattr(A.R, "check_recorded", lambda folder: ["scorecard"])
+    A.main([str(run)], tmp_path)
+    assert "metrics: 0 rows" not in capsys.readouterr().out
+    table = pd.read_parquet(tmp_path / "metrics.parquet")
+    new = table[table.model == "invented"]
+    assert {"flu", "nonlocalized"} <= set(new.localization) and set(table[table.model == "organism"].localization) == set(recorded("metrics", forget_size=64).localization)
+    monkeypatch.setattr(A.R, "check_recorded", lambda folder: ["metrics"])
+    with pytest.raises(SystemExit, match="other sources: metrics"):
+        A.main([str(run)], tmp_path)
