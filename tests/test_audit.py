@@ -58,25 +58,27 @@ def test_the_unedited_model_leaks_as_it_was_trained(before):
 
 def test_a_mask_leaks_to_what_it_was_not_trained_against(lm, task, before):
     edit = finetune(lm, task, localize(lm, task, "late"), lr=2e-3, steps=25, retain_batch=32, text_batch=1, progress=False)
-    found = attack(lm, task, edit, before.records, **QUICK).verdict()
-    assert found.verdict == "leaks" and found.attack == "multiple choice" and found.by("prompt").value > .7 and found.by("read").verdict == "leaks" and not found.why
-    asked = audit(pd.concat([before.records.assign(localization="none"), attack_only(lm, task, edit).assign(localization="late")]).assign(draw=0, seed=0), "late")
-    assert asked.verdict == "holds" and not asked.by("train"), "by the questions of its training alone nothing is found: a verdict is about the attacks that were tried"
+    records = asked(lm, task, edit, before)
+    found = audit(records, "late")
+    assert found.verdict == "leaks" and found.attack == "multiple choice" and found.by("prompt").value > .7 and not found.why
+    fewer = audit(records[(records.localization == "none") | (records.format != "mcq")], "late")
+    assert fewer.verdict == "holds" and not fewer.by("train"), "by the questions of its training alone nothing is found: a verdict is about the attacks that were tried"
 
 
-def attack_only(lm, task, edit):
-    with edit.applied(lm): r = evaluate(lm, task, max_facts=FEW)
-    return r[r.format != "mcq"]
+def asked(lm, task, edit, before):
+    "What an edit answers, beside the model before it"
+    with edit.applied(lm): after = evaluate(lm, task, max_facts=FEW).assign(localization=edit.localization.name)
+    return pd.concat([before.records.assign(localization="none"), after], ignore_index=True).assign(draw=0, seed=0)
 
 
 def test_noise_is_destroyed(lm, task, before):
-    found = attack(lm, task, noise(lm, 0), before.records, **QUICK).verdict()
+    found = audit(asked(lm, task, noise(lm, 0), before), "noise-0")
     assert found.verdict == "destroyed" and found.attack is None and any("retained facts right" in w for w in found.why) and "not unlearned" in str(found)
 
 
 def test_what_was_never_known_holds(lm, task):
     "Ghosts in the place of the edited facts: nothing is there to be found, and retained facts show that the attacks work"
-    never = task.model_copy(update=dict(forget=task.ghosts[:16], ghosts=(), same_subject=()))
+    never = task.model_copy(update=dict(forget=task.ghosts[:16], ghosts=(), same_subject=(), update="unlearn"))
     found = attack(lm, never, **QUICK).verdict()
     assert found.verdict == "holds" and found.by("prompt").verdict == "holds" and found.by("prompt").kept > .9 and "no more than a guess" in str(found), str(found)
     assert not any(f.verdict == "leaks" for f in found.found) and found.attack
@@ -90,7 +92,7 @@ def test_a_language_that_the_model_does_not_know_has_no_power(lm, task):
 def test_few_facts_have_no_power(before):
     some = before.task.forget[:3]
     records = before.records[(before.records.group != "forget") | before.records.fact.isin([f.id for f in some])].assign(localization="none", draw=0, seed=0)
-    assert audit(records, "none").verdict == "no power" and not enough(3, 1/3) and enough(16, 1/3)
+    assert audit(records, "none").verdict == "no power" and not enough(3, 1/3, .98) and enough(16, 1/3, .98)
     with pytest.raises(Refusal, match="elsewhere was not attacked"): audit(records, "elsewhere")
 
 
@@ -147,7 +149,7 @@ def test_a_topic_is_asked_among_its_own_answers(lm, topic):
 
 
 def test_an_unlearned_topic_gets_a_verdict(lm, topic):
-    found = attack(lm, topic, **QUICK).verdict()
+    found = audit(evaluate(lm, topic, max_facts=FEW).assign(localization="none", draw=0, seed=0), "none")
     assert found.verdict == "leaks" and found.by("prompt").guess == pytest.approx((1/4 + 1/2)/2, abs=.01)
 
 
