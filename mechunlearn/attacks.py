@@ -73,11 +73,8 @@ def attack(
     asked = [(evaluate, standard)] + [(harden, HARD | hardened), (speak, generation)] * every
     poor = {k: v for k, v in relearning.items() if k in ("lora", "sizes", "max_facts")}
     fought, missing = [(relearn, relearning), (latent, latents)] + [(low_resource, poor), (soften, soft)] * every, {}
-    fought += [(elicit, elicitation | dict(missing=missing))] * (attacks == "field")
-    fought += [(perturb, adversarial)] * (attacks == "field")
-    fought += [(read_inside, inside)] * (attacks == "field")
-    fought += [(tamper, tampering)] * (attacks == "field")
-    fought += [(against_never_knew, never_knew)] * (attacks == "field")
+    field = [(elicit, elicitation | dict(missing=missing)), (perturb, adversarial), (read_inside, inside), (tamper, tampering), (against_never_knew, never_knew)]
+    fought += field * (attacks == "field")
     fight = lambda f, how: tried(f.__name__, lambda: f(lm, task, edit, batch_size=batch_size, **how), missing)
     with tqdm(total=len(asked + fought), leave=False, disable=None if progress else True) as bar:
         with edit.applied(lm) if edit else nullcontext():

@@ -208,7 +208,7 @@ def test_only_the_attacks_of_the_field_tamper(tiny, task, monkeypatch):
     import mechunlearn.attacks as A
     from mechunlearn.grids import FIELD
     one = lambda name: lambda *a, **kw: pd.DataFrame(dict(evaluation=[name], told=[kw.get("steps")]))
-    for f in ("evaluate", "harden", "speak", "relearn", "latent", "low_resource", "soften", "tamper"): monkeypatch.setattr(A, f, one(f))
+    for f in ("evaluate", "harden", "speak", "relearn", "latent", "low_resource", "soften", "elicit", "perturb", "read_inside", "tamper", "against_never_knew"): monkeypatch.setattr(A, f, one(f))
     found = {c: A.attack(None, task, attacks=c, tampering=dict(steps=7)).records for c in ("standard", "all", "field")}
     assert {c: "tamper" in set(r.evaluation) for c, r in found.items()} == {"standard": False, "all": False, "field": True}
     assert found["field"].set_index("evaluation").told["tamper"] == 7 and "tampering" in [s.name for s in FIELD]
