@@ -100,6 +100,7 @@ def outline(
 REFERENCE = "real_model-cpu" # products of every stage, counted: Gemma 3 270M, 16 athletes, one seed
 GEMMA = dict(weights=100_270_080, components=90, facts=16, prompts=584) # its blocks, MLPs and heads; what it was asked
 
+@lru_cache
 def block_weights(
     lm, # an LM, with weights or without
 ) -> int:
@@ -202,6 +203,7 @@ def card_of(
 # %% ../nbs/63_costs.ipynb #630044
 CORES = Card("two cores", 0, 0) # no card: as Gemma 3 270M was timed on
 
+@lru_cache
 def _seen(card):
     "TFLOP a second of each stage as it was timed: slowest, median, fastest"
     rows = measured().query("source == @REFERENCE" if card == CORES else "parameters > 1e9 and beside == ''")

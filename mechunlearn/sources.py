@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['AUTHORS_URL', 'ROME_URL', 'SOURCES', 'KINDS', 'MAX_BYTES', 'BUILDERS', 'SPLIT_NAMES', 'READERS', 'WHITE', 'UNSPACED',
            'Text', 'Texts', 'Prompt', 'Answer', 'Other', 'WHY', 'ROME', 'FLAT', 'QUESTION', 'NEEDED', 'LISTS',
-           'MAX_OWN', 'TOPIC_NAMES', 'PASSED', 'Source', 'cached', 'fetch', 'Missing', 'find', 'read_rows', 'trim',
-           'spaced', 'check', 'ragged', 'CounterFact', 'read_counterfact', 'QuestionRow', 'read_questions', 'AtlasRow',
-           'read_atlas', 'OwnFact', 'OwnFacts', 'read_own', 'TopicRow', 'read_topic', 'shape_of', 'TextRow',
+           'MAX_OWN', 'TOPIC_NAMES', 'PASSED', 'Source', 'cached', 'fetch', 'Missing', 'find', 'read_rows', 'once',
+           'trim', 'spaced', 'check', 'ragged', 'CounterFact', 'read_counterfact', 'QuestionRow', 'read_questions',
+           'AtlasRow', 'read_atlas', 'OwnFact', 'OwnFacts', 'read_own', 'TopicRow', 'read_topic', 'shape_of', 'TextRow',
            'python_texts', 'read_texts']
 
 # %% ../nbs/02_sources.ipynb #020003
 import csv, difflib, gzip, hashlib, io, json, math, os, re, reprlib, shutil, sys, unicodedata, urllib.request, zlib
 import pandas as pd
 from http.client import HTTPException
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Iterator, Literal, NamedTuple
@@ -264,6 +265,19 @@ def read_rows(
     if path.exists() and not path.is_dir(): raise Refusal(f"{place} is neither a file nor a folder")
     return _hub_rows(place, split)
 
+# %% ../nbs/02_sources.ipynb #7a20c002
+@lru_cache(maxsize=8)
+def _made_of(read, file, size, changed): return read(file)
+
+def once(
+    read, # a function of a path
+    place, # from `find`
+): # what it made of the file; whatever is no file is read each time
+    "Read a file once for each state of it"
+    if not (file := Path(place)).is_file(): return read(place)
+    s = file.stat()
+    return _made_of(read, place, s.st_size, (s.st_mtime_ns, s.st_ino))
+
 # %% ../nbs/02_sources.ipynb #020055
 _INVISIBLE = "\u00ad\u180e\u200b\u200c\u200e\u200f\u2060\ufeff"
 WHITE = "".join(c for c in map(chr, range(0x3001)) if c.isspace()) + _INVISIBLE
@@ -412,7 +426,10 @@ def read_counterfact(
     place=None, # a path, an address, or a hub id; none: what is configured
 ) -> pd.DataFrame: # the keys of `ROME`, and prob_* if there; `attrs` says how many texts lost white space
     "CounterFact as a table, in the order of the file"
-    found, facts, seen, trimmed = find("counterfact", place), [], {}, 0
+    return once(_counterfacts, find("counterfact", place)).copy()
+
+def _counterfacts(found):
+    facts, seen, trimmed = [], {}, 0
     for where, row in read_rows(found):
         fact, n = _counterfact(where, row)
         facts.append(fact); trimmed += n
@@ -437,8 +454,10 @@ def read_questions(
     place=None, # a path or an address; none: what is configured
 ) -> dict[int, tuple[str, tuple[str, ...]]]|None: # case id -> question and wrong answers; none if nothing is configured
     "Questions for multiple choice"
-    try: found = find("counterfact-mcq", place)
+    try: return dict(once(_questions, find("counterfact-mcq", place)))
     except Missing: return None
+
+def _questions(found):
     out, seen = {}, {}
     for where, row in read_rows(found):
         q = check(QuestionRow, where, _pick(row, QUESTION), QUESTION)

@@ -532,3 +532,16 @@ def test_own_facts_about_counterfact_are_read_as_own(tmp_path):
     from mechunlearn.tasks import kind_of
     path = put(tmp_path / "mine.jsonl", lines([TOLD]))
     assert kind_of(str(path)) == "own" and read_own(path)[0].edit == " target_true"
+
+
+def test_a_file_is_read_once_for_each_state_of_it(tmp_path, monkeypatch):
+    from mechunlearn import sources
+    read, real = [], sources.read_rows
+    monkeypatch.setattr(sources, "read_rows", lambda *a: read.append(a) or real(*a))
+    good = rome_row
+    file = put(tmp_path / "f.json", json.dumps([good(7)]))
+    first = read_counterfact(file)
+    first.loc[0, "subject"] = "changed by whoever asked"
+    assert read_counterfact(file).subject[0] == "Osselmere" and len(read) == 1
+    put(file, json.dumps([good(7), good(8)]))
+    assert len(read_counterfact(file)) == 2 and len(read) == 2
