@@ -13,7 +13,7 @@ from typing import NamedTuple
 import matplotlib as mpl
 import numpy as np, pandas as pd
 from matplotlib.figure import Figure
-from .figures import FIGURE_STYLE, figure, listed, ordered, printed, say
+from .figures import FIGURE_STYLE, figure, listed, printed, say
 from .metrics import broken
 from .scorecard import SCORED, WORST, under_attack
 from .stats import POWER, beyond, over_seeds, per_fact, wilson

@@ -231,7 +231,8 @@ def _verdicts(run_dir, found, attacks):
     for name in [n for n in names if n != "none"]:
         job = next((j for j in jobs if name in j.localizations), jobs[0] if jobs else None)
         again = command_of(job.model_copy(update={"attacks": attacks})) if job else ""
-        with suppress(Refusal): out.append(audit(found.facts, name, found.broken, again, **({"model": job.model, "task": job.task} if job else {}), missing=missing))
+        try: out.append(audit(found.facts, name, found.broken, again, **({"model": job.model, "task": job.task} if job else {}), missing=missing))
+        except Refusal as e: print(f"no verdict about {name}: {e}", file=sys.stderr)
     return out
 
 def _json_verdicts(found, said):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, NamedTuple
 from pydantic import BaseModel, BeforeValidator, Field
 from . import store
-from .store import Broken, Refusal, choose, read_json
+from .store import Broken, Refusal, read_json
 
 # %% ../nbs/37_cluster.ipynb #37c0005
 _TIME = "minutes, or a time such as 1:30:00 or 1-12 (a day and twelve hours), is needed"

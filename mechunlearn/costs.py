@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 import pandas as pd
-from .store import Refusal, choose
+from .store import choose
 
 # %% ../nbs/63_costs.ipynb #630010
 DATA = Path(__file__).parent/"data" if "__file__" in globals() else Path(find_spec("mechunlearn").origin).parent/"data"

@@ -9,7 +9,7 @@ __all__ = ['ASKED', 'TRIED', 'KEPT', 'PANELS', 'SHADES', 'THEIRS', 'edit_size', 
 # %% ../nbs/68_parameter_efficiency.ipynb #640002
 import matplotlib as mpl, pandas as pd
 from matplotlib.figure import Figure
-from .figures import FIGURE_STYLE, FLU, count_text, figure, listed, look, ordered, say
+from .figures import FIGURE_STYLE, FLU, figure, listed, look, ordered, say
 from .localization import Localization
 from .metrics import column_rows, edit_files
 from .published import published_values

@@ -8,7 +8,7 @@ __all__ = ['NEEDED', 'Plan', 'arrays_of', 'whole', 'plan', 'beside', 'number', '
            'say_plan', 'show_plan']
 
 # %% ../nbs/46_engines.ipynb #46e0002
-import fcntl, os, re, signal, subprocess, time
+import fcntl, os, signal, subprocess, time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple

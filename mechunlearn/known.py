@@ -7,7 +7,7 @@ __all__ = ['reversed_questions', 'choices', 'in_every_format', 'known_by_format'
 
 # %% ../nbs/14_known.ipynb #0a140004
 import pandas as pd
-from .facts import GOLF, LETTERS, MCQ, N_SHOTS, Fact, has_options, known_of, mcq_prompts, of_each, seeded, without
+from .facts import GOLF, LETTERS, MCQ, N_SHOTS, has_options, known_of, mcq_prompts, of_each, seeded, without
 from .models import LM
 from .questions import Question, answer, completions, paraphrases, some
 from .stats import MCQ_CHANCE, has_power, per_fact, wilson

@@ -28,7 +28,7 @@ from pydantic import BaseModel, Field
 from scipy.stats import spearmanr
 from . import models, stats, store
 from .facts import Task
-from .figures import FIGURE_STYLE, baseline, count_text, figure, listed, look, margin_labels, ordered
+from .figures import FIGURE_STYLE, baseline, count_text, figure, listed, look, ordered
 from .models import LM, Component, Slice, Unlocatable, atoms, components, merge_slices, n_params, neurons, slices
 from .patching import _causes, _pool, direct_effect, extraction_set, lookup_mlps, path_scores, run_direct, run_paths, share_by_fact, through
 from .probing import FLU_RULES, available, draw_probe, extraction_onset, flu_layers, layer_ticks, run_probing

@@ -11,7 +11,7 @@ import weakref
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib.util import find_spec
-from typing import Iterator, Sequence
+from typing import Sequence
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call

@@ -38,7 +38,7 @@ def about(
     return run
 
 # %% ../nbs/41_metrics.ipynb #410020
-_HOW = ("training", "edited", "evaluation", "relearning", "low_resource", "relearning_grid", "latent", "soft", "hardened", "generation", "capability", "elicitation", "adversarial", "inside", "tampering") # causes that all seeds and draws of a localization share
+_HOW = ("training", "edited", "evaluation", "relearning", "low_resource", "relearning_grid", "latent", "soft", "hardened", "generation", "capability", "elicitation", "adversarial", "inside", "tampering", "never_knew") # causes that all seeds and draws of a localization share
 
 def edit_files(
     run_dir, # a run folder

@@ -10,7 +10,6 @@ __all__ = ['MIN_K', 'STATISTICS', 'EDITED', 'ORIGINAL', 'NEVER', 'RATIOS', 'MEMB
            'run_never_knew']
 
 # %% ../nbs/32_never_knew.ipynb #32e00003
-from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence

@@ -14,7 +14,6 @@ from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
-import numpy as np
 import pandas as pd
 import matplotlib as mpl
 from matplotlib.figure import Figure

@@ -10,7 +10,8 @@ __all__ = ['WORTH', 'BY_EDITORS', 'SIZED', 'PLACE', 'MEASURED', 'METRICS', 'METR
            'one_run', 'Chance', 'chance', 'beyond', 'has_power']
 
 # %% ../nbs/04_stats.ipynb #040002
-import re
+import gc, re
+from contextlib import contextmanager
 from typing import NamedTuple
 import numpy as np
 import pandas as pd
@@ -316,12 +317,20 @@ def best_of(
     return pd.concat([table.loc[rows, attempt] for rows, attempt in choose_best(table, seed)]).reindex(table.index)
 
 # %% ../nbs/04_stats.ipynb #040030
+@contextmanager
+def _unswept():
+    "What is in memory already is spared by garbage collections meanwhile"
+    gc.freeze()
+    try: yield
+    finally: gc.unfreeze()
+
 def holm(
     pvalues, # raw; nan where there was nothing to test
 ) -> np.ndarray: # adjusted, in the same order
     "Holm-adjusted p-values"
     p = np.asarray(pvalues, float); out = p.copy(); ok = ~np.isnan(p)
-    if ok.any(): out[ok] = multipletests(p[ok], method="holm")[1]
+    if not ok.any(): return out
+    with _unswept(): out[ok] = multipletests(p[ok], method="holm")[1]
     return out
 
 # %% ../nbs/04_stats.ipynb #5c0b000b

@@ -23,7 +23,7 @@ from torch.nn.functional import pad
 from tqdm.auto import tqdm
 from .facts import Fact, Task
 from .families import transposed
-from .figures import FIGURE_STYLE, figure, listed, look, margin_labels, ordered, printed
+from .figures import FIGURE_STYLE, figure, listed, look, ordered, printed
 from .finetuning import Edit, kept, matrices, parse_slice, place, slice_key, untrainable
 from .jobs import edit_jobs, keep_missing, tried
 from .memory import written_out

@@ -1,10 +1,11 @@
 "Optimized attacks: that the push and the suffix stand where they should, that what is searched gets better, and what they can and cannot bring back."
-import numpy as np, pandas as pd, pytest, torch
+import pandas as pd
+import pytest
+import torch
 from mechunlearn.adversarial import (found_suffix, inside, latent_push, middle_layers, perturb, perturbed, places_of, pushed, run_adversarial, suffix_gradient,
     suffix_losses, suffixed, traced_push, usual_norm)
-from mechunlearn.facts import Fact, sports_athlete_editing
+from mechunlearn.facts import sports_athlete_editing
 from mechunlearn.finetuning import answer_losses, fingerprint
-from mechunlearn.models import load
 from mechunlearn.questions import answer, completions
 from mechunlearn.relearning import asked, halves
 from mechunlearn.softprompts import read_once

@@ -1,18 +1,20 @@
 "Verdicts about models of which we know what they are, and whatever people bring to be audited."
 import json, random, re, shlex
-import numpy as np, pandas as pd, pytest, torch
-from mechunlearn import finetuning as F, loading, tasks
+import pandas as pd
+import pytest
+import torch
+from mechunlearn import finetuning as F, loading
 from mechunlearn.attacks import attack
 from mechunlearn.audit import NEEDS, audit, audit_json, command_of, enough, model_card, plot_audit
 from mechunlearn.capability import noise
 from mechunlearn.cli import read
-from mechunlearn.evaluation import evaluate, questionnaire
+from mechunlearn.evaluation import evaluate
 from mechunlearn.facts import GOLF, LETTERS, mcq_prompts
 from mechunlearn.finetuning import finetune
 from mechunlearn.grids import make_job
 from mechunlearn.localization import localize
 from mechunlearn.models import load
-from mechunlearn.questions import as_records, own_guess
+from mechunlearn.questions import own_guess
 from mechunlearn.relearning import blind_guesses
 from mechunlearn.sources import read_topic
 from mechunlearn.stats import chance

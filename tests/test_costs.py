@@ -1,12 +1,11 @@
 """What a grid takes: counted work, timed rates, what fits on a card, what is missing."""
-import math
 
 import pandas as pd
 import pytest
 from mechunlearn import costs
 from mechunlearn.cli import main
-from mechunlearn.costs import CARDS, CORES, SHAPES, card_of, hours, measured, read_results, screen, shape, speeds, way_for, work
-from mechunlearn.grids import estimate, grid, make_job, skeleton
+from mechunlearn.costs import CARDS, CORES, card_of, hours, measured, read_results, shape, speeds, way_for, work
+from mechunlearn.grids import grid, make_job
 from mechunlearn.store import Refusal
 
 PAPER = grid("configs/paper.yaml") if __import__("os").path.exists("configs/paper.yaml") else []

@@ -1,5 +1,7 @@
 "A model spread over two devices (`--device-map auto` on two GPUs): maps, edit and attacks go through, and say the same as on one"
-import numpy as np, pandas as pd, pytest, torch
+import pandas as pd
+import pytest
+import torch
 from fake_devices import TwoDevices, spread
 from mechunlearn.attacks import attack
 from mechunlearn.finetuning import finetune

@@ -3,8 +3,8 @@ import re
 import pandas as pd, pytest, torch
 from mechunlearn import scorecard
 from mechunlearn.attacks import attack
-from mechunlearn.elicitation import (ASKED, any_guess, available, by_name, choose_among, context_questions, elicit, elicited, four_subjects, in_context, most_frequent,
-    other_mode, plot_elicitation, reversals, run_elicitation, sampled, say_elicitation, vote)
+from mechunlearn.elicitation import (ASKED, any_guess, by_name, choose_among, context_questions, elicit, elicited, four_subjects, in_context, most_frequent, other_mode,
+    plot_elicitation, reversals, run_elicitation, sampled, say_elicitation, vote)
 from mechunlearn.evaluation import evaluate
 from mechunlearn.facts import Fact, Task, sport_fact, sports_athlete_editing, unknown_words
 from mechunlearn.finetuning import finetune, fingerprint

@@ -3,7 +3,7 @@ import numpy as np, pandas as pd, pytest, torch
 from plain import every_family, last_norm, name_of, parts
 from mechunlearn import finetuning as F, jobs as J, models
 from mechunlearn.facts import sports_athlete_editing
-from mechunlearn.finetuning import FILES, LEARNING_RATES, RATE_GROUPS, UPDATES, draws, fact_losses, finetune, fingerprint, last_logits, learning_rate, load_edit, masters, matrices, parse_slice, rates, slice_key, step_losses, training_rows
+from mechunlearn.finetuning import FILES, LEARNING_RATES, RATE_GROUPS, UPDATES, draws, finetune, fingerprint, last_logits, learning_rate, load_edit, masters, matrices, parse_slice, rates, slice_key, step_losses, training_rows
 from mechunlearn.jobs import Job, edit_jobs, run_finetuning
 from mechunlearn.rates import best_rates, dev_task, score, sweep
 from mechunlearn.localization import build

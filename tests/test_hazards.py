@@ -257,7 +257,6 @@ BAD = [{"lr": x} for x in (-1, 0, float("nan"), float("inf"), True, "fast", [1e-
 
 @pytest.mark.parametrize("bad", BAD, ids=repr)
 def test_a_value_out_of_bounds_is_refused_whichever_way_it_comes(tmp_path, bad):
-    from mechunlearn.cli import main
     import yaml
     ways = [lambda: grids.parse(grids.Settings, bad, "settings"), lambda: grids.make_job("organism", "sports-athlete-editing", {}, ["late"], [0], bad, tmp_path),
             lambda: grids.check_job(Job(model="organism", localizations=["late"], settings=bad, run_dir=str(tmp_path)))]

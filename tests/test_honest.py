@@ -2,7 +2,7 @@
 import numpy as np, pandas as pd, pytest, torch, unicodedata
 from mechunlearn.evaluation import first_named, interval
 from mechunlearn.facts import sports_athlete_editing
-from mechunlearn.finetuning import UPDATES, draws, finetune, step_losses, training_rows
+from mechunlearn.finetuning import finetune
 from mechunlearn.localization import build
 from mechunlearn.models import components
 from mechunlearn.relearning import Lora, adapters, relearn, rowwise

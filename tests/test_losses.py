@@ -8,7 +8,7 @@ from mechunlearn.finetuning import Diverged, fact_rows, fingerprint, finetune, l
 from mechunlearn.grids import Settings, folder, parse
 from mechunlearn.jobs import Job, run_finetuning
 from mechunlearn.localization import Part, build, joined
-from mechunlearn.losses import LOSSES, Answers, ascent, choose_update, dpo, l1_change, not_said, npo, said, simnpo
+from mechunlearn.losses import LOSSES, ascent, choose_update, dpo, l1_change, not_said, npo, said, simnpo
 from mechunlearn.models import Component, components
 from mechunlearn.store import Refusal, Run, cause_hash
 from mechunlearn.tasks import make_task

@@ -216,7 +216,7 @@ def test_the_stage_writes_once_and_says_it_in_words(tmp_path, tiny, perfect, mon
 def test_the_attacks_of_the_field_hold_it(monkeypatch, organism_lm, perfect):
     from mechunlearn import attacks, grids
     assert "never_knew" in [s.name for s in grids.FIELD]
-    for name in ("evaluate", "harden", "speak", "relearn", "latent", "low_resource", "soften"): monkeypatch.setattr(attacks, name, lambda *a, **kw: pd.DataFrame())
+    for name in ("evaluate", "harden", "speak", "relearn", "latent", "low_resource", "soften", "elicit", "perturb", "read_inside", "tamper"): monkeypatch.setattr(attacks, name, lambda *a, **kw: pd.DataFrame())
     small = perfect.model_copy(update=dict(forget=perfect.forget[:2]))
     for choice, there in (("all", False), ("field", True)):
         try: found = attacks.attack(organism_lm, small, attacks=choice, never_knew=dict(max_facts=2), progress=False).records

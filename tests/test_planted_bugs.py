@@ -1,6 +1,8 @@
 "Tests that were missing when bugs were planted by hand: see benchmarks/planted_bugs.py"
 from itertools import combinations
-import numpy as np, pandas as pd, pytest, torch
+import numpy as np
+import pytest
+import torch
 from mechunlearn.facts import Fact, Task, mcq_prompts, sports_athlete_editing, usable_shots, with_edit_answers, world_facts
 from mechunlearn.finetuning import finetune
 from mechunlearn.localization import build

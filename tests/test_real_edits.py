@@ -1,5 +1,6 @@
 "Answers of several tokens: all of them are trained, all of them are measured. Tiny models, and real tokenizers where they are."
-import pandas as pd, pytest, torch
+import pytest
+import torch
 from plain import every_family
 from mechunlearn import finetuning as F
 from mechunlearn.questions import answer, completions

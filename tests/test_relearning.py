@@ -3,11 +3,11 @@ from types import SimpleNamespace
 import pandas as pd, pytest, torch
 from mechunlearn.questions import answer, completions
 from mechunlearn.facts import Fact, Task, sports_athlete_editing
-from mechunlearn.finetuning import Edit, finetune, fingerprint, slice_key
+from mechunlearn.finetuning import Edit, fingerprint, slice_key
 from mechunlearn.localization import build
 from mechunlearn.models import Component
-from mechunlearn.relearning import (ORGANISM, PUBLISHED, Lora, adapters, asked, attacker, by_attacker, blind_guesses, everything, grid_for, halves, linear_weights,
-    lora_for, low_resource, pair, recovery, relearn, relearn_grid, relearning_rows, run_relearning, teach)
+from mechunlearn.relearning import (ORGANISM, PUBLISHED, Lora, adapters, attacker, by_attacker, blind_guesses, everything, grid_for, halves, linear_weights, lora_for,
+    low_resource, pair, recovery, relearn, relearn_grid, relearning_rows, run_relearning, teach)
 from mechunlearn.stats import summarise
 from mechunlearn.store import Refusal, Run
 

@@ -1,12 +1,12 @@
 "The pipeline's machinery on small fake stages, and the real one killed at random moments"
-import importlib, inspect, json, os, random, signal, subprocess, sys, textwrap, time
+import builtins, importlib, inspect, json, os, random, re, signal, subprocess, symtable, sys, textwrap, time
 from pathlib import Path
 
 import nbformat, psutil, pytest, yaml
 
 from mechunlearn import grids, progress, runs, store
-from mechunlearn.runs import PIPELINE, STANDARD, Failed, Job, Part, Settings, Stage, estimate, explain, folder, grid, lock, parse, parts, repair, run_batch, run_job, status
-from mechunlearn.store import Broken, Refusal
+from mechunlearn.runs import PIPELINE, STANDARD, Failed, Job, Part, Settings, Stage, estimate, explain, folder, grid, lock, parts, repair, run_batch, run_job, status
+from mechunlearn.store import Refusal
 
 
 # ---- fake stages
@@ -321,6 +321,22 @@ def test_stage_notebooks_take_the_parameters_and_hold_no_lessons():
         assert not [c for c in nb.cells if "lesson" in c.metadata.get("tags", [])], stage.notebook
         assert any(c.source.startswith("## Run it") for c in nb.cells) and not any(c.source.startswith("## What we found") for c in nb.cells)
         assert not any(c.get("outputs") for c in nb.cells)
+
+
+def names_missing(code):
+    "Names that a script reads and neither makes nor imports"
+    top = symtable.symtable(code, "notebook", "exec")
+    below = lambda t: [t, *(x for c in t.get_children() for x in below(c))]
+    made = {s.get_name() for s in top.get_symbols() if s.is_assigned() or s.is_imported() or s.is_namespace()}
+    read = {s.get_name() for t in below(top) for s in t.get_symbols() if s.is_referenced() and (t is top or s.is_global() and not s.is_local())}
+    return read - made - set(dir(builtins)) - {"display"}
+
+
+def test_stage_notebooks_name_all_they_use():
+    assert names_missing("from os import path\ndef f(a): return a + b + path\nf(c)") == {"b", "c"}
+    for stage in PIPELINE:
+        code = "\n".join(c.source for c in runs.stage_notebook(stage).cells if c.cell_type == "code")
+        assert not names_missing(re.sub(r"^[%!].*$", "", code, flags=re.M)), stage.notebook
 
 
 def test_settings_are_exactly_what_the_stages_take():

@@ -1,5 +1,4 @@
 "Found by a second look: revisions in audits, spaces by prompt, compound words, denials, copies in another dtype."
-import json, shutil
 import pytest, torch
 from mechunlearn.evaluation import first_named
 from mechunlearn.questions import paraphrases

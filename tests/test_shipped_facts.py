@@ -6,7 +6,7 @@ import pytest, torch
 from test_tasks import REFDATA, apart
 from mechunlearn import facts as facts_module
 from mechunlearn.facts import GOLF, KNOWN_BY, NOT_KNOWN, SPORTS_PROMPTS, known_of, likeliest, probabilities, sports_facts
-from mechunlearn.models import DATA, next_token
+from mechunlearn.models import next_token
 from mechunlearn.store import Refusal
 from mechunlearn.sources import read_atlas
 from mechunlearn.tasks import ATLAS, ATLAS_PROMPTS, TASKS, atlas_facts, make_task

@@ -12,10 +12,9 @@ import nbformat, psutil, pytest, yaml
 
 from mechunlearn import cluster, engines, grids, progress, runs
 from mechunlearn.cli import main, read
-from mechunlearn.cluster import Queued, Slurm
+from mechunlearn.cluster import Slurm
 from mechunlearn.grids import Job, Stage
 from mechunlearn.options import slurm_of
-from mechunlearn.runs import parts
 from mechunlearn.store import Refusal
 
 NODE = Path(__file__).with_name("slurm_node.sh")

@@ -5,7 +5,7 @@ from plain import blocks, every_family, parts
 from test_finetuning import mixed, task_for
 from test_text_loss import Largest
 from mechunlearn import finetuning as F, steps as S
-from mechunlearn.finetuning import UPDATES, draws, finetune, masters, matrices, step_losses, training_rows
+from mechunlearn.finetuning import UPDATES, draws, finetune, masters, step_losses, training_rows
 from mechunlearn.localization import build, localize
 from mechunlearn.losses import choose_update
 from mechunlearn.models import Component

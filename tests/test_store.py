@@ -4,7 +4,7 @@ import json, os, signal, subprocess, sys, textwrap, threading
 import numpy as np, pandas as pd, pytest, torch
 
 from mechunlearn import store
-from mechunlearn.store import Broken, Refusal, Run, cause_hash, choose, make, save_json, save_table, save_tensors, sidecar, state
+from mechunlearn.store import Broken, Refusal, Run, cause_hash, choose, make, save_json, save_table, sidecar, state
 
 CAUSES = {"lr": 1e-3, "seed": 0}
 KINDS = {"parquet": pd.DataFrame({"fact": ["a", "b"], "value": [.25, .5], "step": pd.array([1, None], dtype="Int64")}),

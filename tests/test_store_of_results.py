@@ -1,6 +1,8 @@
 "Many runs as one table: equal to reading them one by one, made once, of any version that there was."
 import json
-import numpy as np, pandas as pd, pyarrow as pa, pytest
+import numpy as np
+import pandas as pd
+import pytest
 from mechunlearn import report, results, stats, store
 from mechunlearn.cli import main
 from synthetic import synthetic_run

@@ -13,9 +13,9 @@ from mechunlearn.relearning import Lora, blind_guesses, linear_weights
 from mechunlearn.scorecard import SCORED, attempts, scorecard, verdict
 from mechunlearn.stats import Chance, per_fact
 from mechunlearn.store import Refusal, Run, Unavailable
-from mechunlearn.tampering import (BACK, DESTROYED, HOLDS, KINDS_OF_TEXT, PACKED, WAYS, edit_directions, layer_of, mixed, noisy, other_training, packed_as, plot_tampering,
-    plot_where, pruned, put_back, random_half, relearn_splits, reweighted, run_tampering, say_tampering, tamper, tampered, traced_without, trained_on, verdicts,
-    weight_changes, within_rounding, without_direction)
+from mechunlearn.tampering import (BACK, DESTROYED, HOLDS, KINDS_OF_TEXT, PACKED, edit_directions, layer_of, mixed, noisy, other_training, packed_as, plot_tampering, plot_where,
+    pruned, put_back, random_half, relearn_splits, reweighted, run_tampering, say_tampering, tamper, tampered, traced_without, trained_on, verdicts, weight_changes,
+    within_rounding, without_direction)
 
 FEW = dict(weights=dict(noise=(.1,), draws=2, shares=(.5,)), layers=2, lora=Lora(4, 4, 1e-3, 0.), steps=2, shares=(0., .5, 1.), max_facts=6)
 

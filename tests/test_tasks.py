@@ -6,7 +6,6 @@ from functools import lru_cache
 from itertools import combinations
 import numpy as np, pandas as pd, pytest, torch
 from plain import every_family
-from pydantic import ValidationError
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from mechunlearn import sources, tasks

@@ -1,11 +1,12 @@
 "Attacks that cannot be made for some facts; what cannot be trained is said before work"
-import pandas as pd, pytest, torch
+import pandas as pd
+import pytest
 from mechunlearn.attacks import attack, run_more_attacks
 from mechunlearn.capability import capability, run_capability
 from mechunlearn.evaluation import run_evaluation
 from mechunlearn.facts import Fact, Task, sports_athlete_editing
-from mechunlearn.finetuning import can_train, finetune, masters, missing_rates
-from mechunlearn.jobs import edit_jobs, run_finetuning
+from mechunlearn.finetuning import can_train, finetune, missing_rates
+from mechunlearn.jobs import run_finetuning
 from mechunlearn.latent import latent, run_latent
 from mechunlearn.localization import build
 from mechunlearn.models import components

@@ -3,7 +3,7 @@ import json
 import numpy as np, pandas as pd, pytest
 from mechunlearn import store
 from mechunlearn.facts import Fact, Task
-from mechunlearn.localization import Evidence, EmptyFLU, layer_table, layer_text, localize, localize_all, mechanisms, run_localization
+from mechunlearn.localization import Evidence, EmptyFLU, layer_table, layer_text, localize_all, mechanisms, run_localization
 from mechunlearn.models import components, load
 from mechunlearn.patching import NoExtraction, run_direct, run_paths
 from mechunlearn.probing import available, run_probing
