@@ -3,7 +3,7 @@
     python tests/add_recorded.py RUN_FOLDER...                of `mechunlearn batch`
     python tests/add_recorded.py --sweep sweep.parquet...     of `mechunlearn sweep`
 
-Of each run the localizations and evaluations are added that the tables lack for its model, task and number of facts; what is there stays.
+Of each run the maps, localizations and evaluations are added that the tables lack for its model, task and number of facts; what is there stays.
 Refused if the tables were recorded with other sources: then `make record`, or tests/recheck_recorded.py, comes first. `make record`
 forgets what was added here, unless configs/ has it too.
 """
@@ -16,7 +16,8 @@ import pandas as pd
 from mechunlearn import recorded_tables as R, scorecard
 
 RECORDED = Path(__file__).resolve().parents[1] / "nbs" / "recorded"
-KEYS = {"metrics": ["localization", "evaluation"], "localizations": ["localization"], "training": ["localization"]}
+KEYS = {"metrics": ["localization", "evaluation"], "records_small": ["localization", "evaluation"], "scorecard": ["localization"], "localizations": ["localization"],
+        "training": ["localization"], "probing": [], "removal": []}
 SWEPT = ["localization", "draw", "seed", "lr", "inject"]
 
 
@@ -31,7 +32,10 @@ def add(name, new, keys, folder):
     file = folder / f"{name}.parquet"
     old = pd.read_parquet(file)
     more = lacking(old, new, keys)
-    if len(more): pd.concat([old, more.reindex(columns=old.columns).astype(old.dtypes.drop(R.WHICH))], ignore_index=True).to_parquet(file, index=False, compression="zstd")
+    if len(more):
+        more = more.reindex(columns=old.columns)
+        kinds = {c: t for c, t in old.dtypes.drop(R.WHICH).items() if t.kind not in "iub" or more[c].notna().all()} # whole numbers have no gaps
+        pd.concat([old, more.astype(kinds)], ignore_index=True).to_parquet(file, index=False, compression="zstd")
     return len(more)
 
 

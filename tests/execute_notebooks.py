@@ -15,6 +15,7 @@ import nbformat
 import numpy as np
 from nbclient import NotebookClient
 from PIL import Image
+from zopfli.png import optimize
 
 NBS = Path(__file__).resolve().parents[1] / "nbs"
 SKIP = {"#| slow", "#| gpu", "#| notest", "#| eval: false"}
@@ -25,12 +26,12 @@ def runs(cell) -> bool:
     return not (cell.cell_type == "code" and SKIP & {line.strip() for line in cell.source.splitlines()[:6]})
 
 
-def with_palette(png: str) -> str:
+def with_palette(data: bytes) -> bytes:
     """A picture in the fewest colours in which no pixel is off by more than ERROR, and the background not at all."""
-    picture, out = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB"), io.BytesIO()
+    picture, out = Image.open(io.BytesIO(data)).convert("RGB"), io.BytesIO()
     there = picture.getcolors(picture.width * picture.height)
     if len(there) <= max(COLOURS):
-        return png
+        return data
     ground, pixels = max(there)[1], np.asarray(picture, int)
     for n in COLOURS:
         small = picture.quantize(n, Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
@@ -38,14 +39,20 @@ def with_palette(png: str) -> str:
         if off.max() <= ERROR and not off[(pixels == ground).all(-1)].any():
             break
     small.save(out, "PNG", optimize=True)
-    return min(png, base64.b64encode(out.getvalue()).decode(), key=len)
+    return min(data, out.getvalue(), key=len)
+
+
+def small_picture(png: str) -> str:
+    """A picture with a palette, packed as tightly as it goes."""
+    data = with_palette(base64.b64decode(png))
+    return base64.b64encode(min(data, optimize(data), key=len)).decode()
 
 
 def make_small(notebook) -> None:
     for output in (o for cell in notebook.cells for o in cell.get("outputs", [])):
         data = output.get("data", {})
         if png := data.get("image/png"):
-            data["image/png"] = with_palette(png)
+            data["image/png"] = small_picture(png)
         if "text/html" in data and len(data.get("text/plain", "")) > TEXT:
             del data["text/plain"]
 

@@ -25,7 +25,7 @@ def test_a_run_is_added_as_it_would_be_recorded(tmp_path, monkeypatch, capsys):
     run = synthetic_run(tmp_path / "runs", ("flu", "nonlocalized"), seeds=(0, 1), n=16, stages=("localizations", "standard", "relearning"), model="invented")
     for name in A.KEYS:
         recorded(name, forget_size=64).to_parquet(tmp_path / f"{name}.parquet")
-    monkeypatch.setattr(A.R, "check_recorded", lambda folder: ["scorecard"])
+    monkeypatch.setattr(A.R, "check_recorded", lambda folder: ["frontier"])
     A.main([str(run)], tmp_path)
     assert "metrics: 0 rows" not in capsys.readouterr().out
     table = pd.read_parquet(tmp_path / "metrics.parquet")

@@ -147,8 +147,8 @@ def test_pictures_become_small_and_stay_what_they_show():
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, "PNG", compress_level=0)
     png = base64.b64encode(out.getvalue()).decode()
-    small = execute_notebooks.with_palette(png)
+    small = execute_notebooks.small_picture(png)
     seen = np.asarray(Image.open(io.BytesIO(base64.b64decode(small))).convert("RGB"), int)
-    assert len(small) < len(png) / 2 and execute_notebooks.with_palette(small) == small
+    assert len(small) < len(png) / 2 and execute_notebooks.small_picture(small) == small
     assert np.abs(seen - pixels).max() <= execute_notebooks.ERROR and (seen[:20, :240] == 255).all()
     assert len({tuple(seen[60, 20 + 30 * k]) for k in range(5)}) == 5
