@@ -155,7 +155,7 @@ MIN_K = .2 # share of the tokens that min-k % looks at (Shi et al., 2024)
 def extraction_strength(
     hit:Tensor, # of `Read`
 ) -> float: # 0 to 1
-    "Share of the text that follows from the rest (Carlini et al., 2021, as in OpenUnlearning)"
+    "Share of the text that follows from the rest (Carlini et al., 2021, as in OpenUnlearning; none, where its code says one token, if the last is wrong)"
     wrong = (~hit).nonzero()
     return 1. - (int(wrong[-1]) + 1) / len(hit) if len(wrong) else 1.
 

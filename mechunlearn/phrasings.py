@@ -107,13 +107,21 @@ def _spelled(pairs): return dict(p.split(":") for p in pairs.split(", "))
 SPELLED = {
     "French": _spelled("Addis Ababa:Addis-Abeba, Algiers:Alger, Athens:Athènes, Baghdad:Bagdad, Baku:Bakou, Beijing:Pékin, Beirut:Beyrouth, Bern:Berne, Brussels:Bruxelles, Bucharest:Bucarest, "
         "Cairo:Le Caire, Copenhagen:Copenhague, Damascus:Damas, Dhaka:Dacca, Havana:La Havane, Kabul:Kaboul, Khartoum:Khartoum, Kyiv:Kiev, Lisbon:Lisbonne, London:Londres, Manila:Manille, "
-        "Mogadishu:Mogadiscio, Moscow:Moscou, Muscat:Mascate, Riyadh:Riyad, Seoul:Séoul, Tashkent:Tachkent, Tehran:Téhéran, Vienna:Vienne, Warsaw:Varsovie, Yerevan:Erevan"),
+        "Mogadishu:Mogadiscio, Moscow:Moscou, Muscat:Mascate, Riyadh:Riyad, Seoul:Séoul, Tashkent:Tachkent, Tehran:Téhéran, Vienna:Vienne, Warsaw:Varsovie, Yerevan:Erevan, "
+        "Abu Dhabi:Abou Dabi, Ashgabat:Achgabat, Bishkek:Bichkek, Dushanbe:Douchanbé, Hanoi:Hanoï, Juba:Djouba, Kathmandu:Katmandou, Lome:Lomé, Male:Malé, Nicosia:Nicosie, "
+        "Port of Spain:Port-d'Espagne, San Jose:San José, Thimphu:Thimphou, Ulaanbaatar:Oulan-Bator, Valletta:La Valette, Yaounde:Yaoundé"),
     "Spanish": _spelled("Addis Ababa:Adís Abeba, Algiers:Argel, Amman:Ammán, Ankara:Ankara, Athens:Atenas, Baghdad:Bagdad, Baku:Bakú, Beijing:Pekín, Berlin:Berlín, Bern:Berna, Brussels:Bruselas, "
         "Bucharest:Bucarest, Cairo:El Cairo, Copenhagen:Copenhague, Damascus:Damasco, Dublin:Dublín, Havana:La Habana, Khartoum:Jartum, Kyiv:Kiev, Lisbon:Lisboa, London:Londres, Moscow:Moscú, "
-        "Nairobi:Nairobi, Paris:París, Prague:Praga, Riyadh:Riad, Rome:Roma, Seoul:Seúl, Sofia:Sofía, Stockholm:Estocolmo, Tehran:Teherán, Tokyo:Tokio, Vienna:Viena, Warsaw:Varsovia"),
+        "Nairobi:Nairobi, Paris:París, Prague:Praga, Riyadh:Riad, Rome:Roma, Seoul:Seúl, Sofia:Sofía, Stockholm:Estocolmo, Tehran:Teherán, Tokyo:Tokio, Vienna:Viena, Warsaw:Varsovia, "
+        "Abu Dhabi:Abu Dabi, Accra:Acra, Ashgabat:Asjabad, Asuncion:Asunción, Belgrade:Belgrado, Bishkek:Biskek, Bogota:Bogotá, Chisinau:Chisináu, Conakry:Conakri, Dhaka:Daca, "
+        "Dushanbe:Dusambé, Hanoi:Hanói, Juba:Yuba, Kathmandu:Katmandú, Kinshasa:Kinsasa, Ljubljana:Liubliana, Lome:Lomé, Male:Malé, Mogadishu:Mogadiscio, Muscat:Mascate, N'Djamena:Yamena, "
+        "New Delhi:Nueva Delhi, Nouakchott:Nuakchot, Ouagadougou:Uagadugú, Phnom Penh:Nom Pen, Port Moresby:Puerto Moresby, Port of Spain:Puerto España, Port-au-Prince:Puerto Príncipe, "
+        "Pyongyang:Pionyang, Reykjavik:Reikiavik, San Jose:San José, Skopje:Skopie, Tallinn:Tallin, Tashkent:Taskent, Thimphu:Timbu, Tripoli:Trípoli, Ulaanbaatar:Ulán Bator, "
+        "Valletta:La Valeta, Vientiane:Vientián, Vilnius:Vilna, Yaounde:Yaundé, Yerevan:Ereván"),
     "German": _spelled("Addis Ababa:Addis Abeba, Algiers:Algier, Athens:Athen, Baghdad:Bagdad, Beijing:Peking, Belgrade:Belgrad, Brussels:Brüssel, Bucharest:Bukarest, Cairo:Kairo, "
         "Copenhagen:Kopenhagen, Damascus:Damaskus, Havana:Havanna, Khartoum:Khartum, Kyiv:Kiew, Lisbon:Lissabon, Mogadishu:Mogadischu, Moscow:Moskau, Muscat:Maskat, New Delhi:Neu-Delhi, "
-        "Nicosia:Nikosia, Prague:Prag, Pyongyang:Pjöngjang, Riyadh:Riad, Rome:Rom, Tashkent:Taschkent, Tehran:Teheran, Tokyo:Tokio, Tripoli:Tripolis, Vienna:Wien, Warsaw:Warschau, Yerevan:Eriwan")}
+        "Nicosia:Nikosia, Prague:Prag, Pyongyang:Pjöngjang, Riyadh:Riad, Rome:Rom, Tashkent:Taschkent, Tehran:Teheran, Tokyo:Tokio, Tripoli:Tripolis, Vienna:Wien, Warsaw:Warschau, Yerevan:Eriwan, "
+        "Ashgabat:Aschgabat, Bishkek:Bischkek, Bogota:Bogotá, Dushanbe:Duschanbe, Juba:Dschuba, Lome:Lomé, Male:Malé, Reykjavik:Reykjavík, San Jose:San José, Yaounde:Jaunde")}
 for _name, _words in SPELLED.items(): LANGUAGES["capital"][_name] = (LANGUAGES["capital"][_name][0], _words)
 
 # %% ../nbs/01_phrasings.ipynb #0150021
