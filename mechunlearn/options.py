@@ -90,6 +90,7 @@ def what(p):
                    help="world, sports, athletes, counterfact, atlas, or your own FILE.csv or FILE.jsonl; of unlearned-topic, questions (default: world for an organism)")
     p.add_argument("--known", metavar="RULE", help="which facts count as known: all, prob (P of the answer at least .5) or top1 (likeliest of the candidates)")
     p.add_argument("--prompt", metavar="P", help="wording of the athletes' facts (published, plain, others) or of the atlas (plain, question, other)")
+    p.add_argument("--strangers", type=whole, metavar="N", help="with real athletes: people who do not exist, as a control (default: 24)")
     p.add_argument("--paper-split", action="store_true", default=None, help="the authors' split of their data")
     p.add_argument("--target", metavar="T",
                    help="of open facts: all tokens of an answer, or the first alone as published (default: all)")
@@ -182,7 +183,7 @@ def task_options_of(
     args, # parsed options
 ) -> dict: # those that were given
     "What is said about the task"
-    known = ("forget_size", "inject", "sport", "parts", "facts", "known", "prompt", "paper_split", "target", "text")
+    known = ("forget_size", "inject", "sport", "parts", "facts", "known", "prompt", "paper_split", "target", "text", "strangers")
     return {k: v for k in known if (v := getattr(args, k)) is not None}
 
 # %% ../nbs/48_options.ipynb #500011a

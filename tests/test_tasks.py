@@ -12,7 +12,7 @@ from mechunlearn import sources, tasks
 from mechunlearn.evaluation import FORMATS, HELD_OUT, MAX_FACTS, OPEN, asked_of, questionnaire
 from mechunlearn.questions import answer, completions
 from mechunlearn import facts as facts_module
-from mechunlearn.facts import EDITED, GOLF, KNOWN, UNKNOWN, probabilities, Fact, askable, load_world, mcq_options, mcq_prompts, seeded, world_facts
+from mechunlearn.facts import EDITED, GOLF, KNOWN, UNKNOWN, probabilities, Fact, askable, load_world, mcq_options, mcq_prompts, seeded, sports_facts, world_facts
 from mechunlearn.finetuning import UPDATES, draws, finetune, fingerprint, heard, load_edit, masters, not_said, own_slices, step_losses, training_rows
 from mechunlearn.localization import Evidence, Part, atoms, build, joined, localize
 from mechunlearn.models import Component, Slice, components, load, wrap
@@ -531,3 +531,25 @@ def test_a_whole_sport_is_swapped_with_another(name, monkeypatch):
     with pytest.raises(Refusal, match="no two of these facts"): tracing.trace_grid(lm, task.localize_on[:4], progress=False)
     grid = tracing.token_map(lm, lambda seed: task, progress=False)
     assert set(grid.kind) == {"resid", "attn", "mlp"} and grid.n.min() > 0 and grid.score.max() > .5
+
+
+def test_strangers_are_nobody_and_answer_as_the_edited_do():
+    options = dict(facts="athletes", known="all", forget_size=32)
+    one, other = (make_task("sports-athlete-editing", seed=s, **options) for s in (0, 1))
+    assert len(one.ghosts) == 24 and [f.subject for f in one.ghosts] == [f.subject for f in other.ghosts]
+    assert not {f.subject for f in one.ghosts} & {f.subject for f in sports_facts("athletes")}
+    shares = lambda facts: pd.Series([f.answer for f in facts]).value_counts(normalize=True)
+    assert (shares(one.ghosts) - shares(one.forget)).abs().max() < 1 / 24
+    assert all(f.subject in f.prompt and f.subject in f.question and f.edit is None and not f.taught and all(f.subject in p for p in f.paraphrases) for f in one.ghosts)
+    assert not make_task("sports-athlete-editing", strangers=0, **options).ghosts and len(make_task("sports-athlete-editing", strangers=3, **options).ghosts) == 3
+
+
+def test_strangers_play_the_sport_that_is_forgotten():
+    task = make_task("sports-unlearning", facts="athletes", known="all", sport="football")
+    assert {f.answer for f in task.ghosts} == {" football"} and task.groups()["ghost"] == task.ghosts
+
+
+@pytest.mark.parametrize("n,why", [(-1, "whole number"), ("3", "whole number"), (True, "whole number"), (4, "athletes' names")])
+def test_strangers_that_cannot_be_are_refused(n, why):
+    with pytest.raises(Refusal, match=why): make_task("sports-athlete-editing", strangers=n, facts="world" if n == 4 else "athletes", known=None if n == 4 else "all")
+    with pytest.raises(Refusal, match="strangers"): make_task("counterfact-editing", strangers=2)
