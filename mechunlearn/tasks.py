@@ -156,15 +156,14 @@ def with_strangers(
     n:int|None=None, # how many; none: 24 with real athletes, unless the split is the authors', and none else
 ) -> Task: # with ghosts
     "Add people who do not exist to a task on a real model"
-    real = task.source in ("athletes", "sports")
+    real, said = task.source in ("athletes", "sports"), {} if n is None else {"strangers": n}
     if n is None: n = N_STRANGERS if real and not task.options.get("paper_split") else 0
     elif type(n) is not int or n < 0: raise Refusal(f"strangers is a whole number of people, not {n!r}")
     elif n and not real: raise Refusal("strangers are made of athletes' names: they go with facts='athletes' or 'sports'")
-    else: task = task.model_copy(update={"options": task.options | {"strangers": n}})
     if not n: return task
     people = [f for s in SPLITS for f in getattr(task, s) if f.relation == "sport"]
     ghosts, _ = fitting(lm, strangers(people, [f.answer for f in task.forget], n))
-    return task.model_copy(update={"ghosts": tuple(ghosts)})
+    return task.model_copy(update={"ghosts": tuple(ghosts), "options": task.options | said})
 
 # %% ../nbs/06_tasks.ipynb #822e8a2f
 OPEN_RELATIONS = ("city", "company", "country", "instrument", "language")

@@ -541,7 +541,7 @@ def test_strangers_are_nobody_and_answer_as_the_edited_do():
     shares = lambda facts: pd.Series([f.answer for f in facts]).value_counts(normalize=True)
     assert (shares(one.ghosts) - shares(one.forget)).abs().max() < 1 / 24
     assert all(f.subject in f.prompt and f.subject in f.question and f.edit is None and not f.taught and all(f.subject in p for p in f.paraphrases) for f in one.ghosts)
-    assert not make_task("sports-athlete-editing", strangers=0, **options).ghosts and len(make_task("sports-athlete-editing", strangers=3, **options).ghosts) == 3
+    assert make_task("sports-athlete-editing", strangers=0, **options) == facts_module.sports_athlete_editing(**options) and len(make_task("sports-athlete-editing", strangers=3, **options).ghosts) == 3
 
 
 def test_strangers_play_the_sport_that_is_forgotten():
