@@ -163,7 +163,8 @@ def say_tally(
     said = [_say_paper(tests, t)] if len(t) else []
     if len(late):
         told = late.verdict.isin(["appears", "reversed"]).sum()
-        said.append(f"{CONTROL}, which is not in the paper and only hides the answers, shows that the tests can see a difference: it differs from FLU in {told} of {len(late)}.")
+        said.append(f"{CONTROL}, which is not in the paper and only hides the answers, " + (f"shows that the tests can see a difference: it differs from FLU in {told} of {len(late)}."
+                    if told else f"is not told apart from FLU in any of {len(late)}: that no difference is seen means little here."))
     return " ".join(said)
 
 # %% ../nbs/43_claims.ipynb #5c3a0006

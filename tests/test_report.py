@@ -153,6 +153,7 @@ def test_verdicts(flu, late, verdict):
     got = tests.set_index("column").verdict
     assert got["MCQ truth"] == got["MCQ edit"] == verdict
     assert ("REVERSED" in " ".join(r.say_orderings(tests))) == (verdict == "reversed")
+    assert ("means little here" in r.say_tally(tests)) == (verdict == "no difference seen") != ("can see a difference" in r.say_tally(tests))
 
 def test_the_tally_is_the_papers_comparison():
     edits = [("flu", .0), ("causal-tracing", .9), ("all-mlps", .0), ("random#0", .6), ("random#1", .6), ("late", .9), ("mine", .9)]
