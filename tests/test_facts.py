@@ -266,7 +266,7 @@ def test_table_splits(table, monkeypatch):
             task = make_task(EDITING, forget_size=size, seed=seed, facts="sports")
             subjects = [f.subject for s in EDITED for f in getattr(task, s)] + [f.subject for f in task.shots]
             assert len(set(subjects)) == len(subjects) and task.source == "sports" and task.retain and task.retain_test
-            assert list(task.groups()) == ["forget", "retain"]
+            assert list(task.groups()) == ["forget", "retain", "ghost"] and not {f.subject for f in task.ghosts} & {f.subject for f in sports_facts(table)}
             assert len(mcq_prompts(task, task.forget[0])) == 4
     assert make_task(EDITING, forget_size=16, seed=0, facts="sports").dev_forget == make_task(EDITING, forget_size=16, seed=1, facts=str(table)).dev_forget
 
