@@ -39,8 +39,7 @@ from .models import LM, Slice, components, load, read_model, slices, wrap
 from .questions import answer, completions, hidden_states, some, token_loss
 from .steps import Frozen, answers_said, at_end, chain, chains, come_back, large, own_lengths, pack, said_in_chunks, without_unembedding
 from .stats import edited_by
-from .store import (Refusal, Run, cause_hash, choose, load_json, load_table, load_tensors, save_json,
-    save_table, save_tensors)
+from .store import Refusal, Run, cause_hash, choose, load_json, load_table, load_tensors, save_json, save_table, save_tensors
 
 # %% ../nbs/20_finetuning.ipynb #200008
 def place(

@@ -6,7 +6,7 @@
 __all__ = ['SPORT_NAMES', 'N_STRANGERS', 'OPEN_RELATIONS', 'N_NEIGHBORS', 'N_OPEN_DEV', 'SAME', 'BEGINS', 'TWICE', 'N_ASIDE',
            'ATLAS_PROMPTS', 'ATLAS', 'N_EXAMPLES', 'MIN_RETAIN', 'N_WRONG', 'FACTS', 'TARGETS', 'TRIMMED', 'TOPIC',
            'N_TOPIC_SHOTS', 'TASKS', 'EVERY', 'one_sport_sets', 'paper_sport_sets', 'athletes_of',
-           'full_sports_editing', 'sports_unlearning', 'strangers', 'with_strangers', 'open_fact', 'with_neighbors',
+           'full_sports_editing', 'sports_unlearning', 'invent', 'with_strangers', 'open_fact', 'with_neighbors',
            'by_turns', 'open_fixed', 'open_seeded', 'open_world_sets', 'told_apart', 'editable', 'fit_for',
            'counterfact_facts', 'counterfact_sets', 'AtlasRelation', 'atlas_facts', 'distinct', 'atlas_sets',
            'own_facts', 'own_sets', 'kind_of', 'aimed', 'counterfact_editing', 'sequential_counterfact_editing',
@@ -135,14 +135,15 @@ def _renamed(fact, name, answer):
     return fact.model_copy(update=dict(id=f"stranger/{name}", subject=name, answer=answer, edit=None, taught=False, prompt=other(fact.prompt),
                                        question=other(fact.question), paraphrases=tuple(map(other, fact.paraphrases))))
 
-def strangers(
+def invent(
     people, # facts about people of two names
     answers, # of the edited facts
     n:int, # how many; there are fewer if there are few names
+    real=(), # names that are somebody's, besides
 ) -> tuple[Fact, ...]: # the same for every seed, but for their answers
     "Facts about people who do not exist"
     named = sorted({f.subject: f for f in people if len(f.subject.split()) == 2}.values(), key=lambda f: f.subject)
-    draw, taken = seeded("strangers"), {f.subject: None for f in people}
+    draw, taken = seeded("strangers"), dict.fromkeys([*real, *(f.subject for f in people)])
     for f in draw.sample(named, len(named)): taken.setdefault(f"{f.subject.split()[0]} {draw.choice(named).subject.split()[1]}", f)
     made, of = [(name, f) for name, f in taken.items() if f][:n], sorted(answers)
     return tuple(_renamed(f, name, of[k * len(of) // len(made)]) for k, (name, f) in enumerate(made))
@@ -156,13 +157,14 @@ def with_strangers(
     n:int|None=None, # how many; none: 24 with real athletes, unless the split is the authors', and none else
 ) -> Task: # with ghosts
     "Add people who do not exist to a task on a real model"
-    real, said = task.source in ("athletes", "sports"), {} if n is None else {"strangers": n}
-    if n is None: n = N_STRANGERS if real and not task.options.get("paper_split") else 0
+    athletes, said = task.source in ("athletes", "sports"), {} if n is None else {"strangers": n}
+    if n is None: n = N_STRANGERS if athletes and not task.options.get("paper_split") else 0
     elif type(n) is not int or n < 0: raise Refusal(f"strangers is a whole number of people, not {n!r}")
-    elif n and not real: raise Refusal("strangers are made of athletes' names: they go with facts='athletes' or 'sports'")
+    elif n and not athletes: raise Refusal("strangers are made of athletes' names: they go with facts='athletes' or 'sports'")
     if not n: return task
     people = [f for s in SPLITS for f in getattr(task, s) if f.relation == "sport"]
-    ghosts, _ = fitting(lm, strangers(people, [f.answer for f in task.forget], n))
+    real = [f.subject for f in sports_facts(task.options["facts"])] # those, too, whom the model does not know
+    ghosts, _ = fitting(lm, invent(people, [f.answer for f in task.forget], n, real))
     return task.model_copy(update={"ghosts": tuple(ghosts), "options": task.options | said})
 
 # %% ../nbs/06_tasks.ipynb #822e8a2f

@@ -544,6 +544,14 @@ def test_strangers_are_nobody_and_answer_as_the_edited_do():
     assert make_task("sports-athlete-editing", strangers=0, **options) == facts_module.sports_athlete_editing(**options) and len(make_task("sports-athlete-editing", strangers=3, **options).ghosts) == 3
 
 
+def test_nobody_real_is_invented_though_the_model_knows_him_not(monkeypatch):
+    make = lambda: {f.subject for f in make_task("sports-athlete-editing", facts="athletes", known="all", forget_size=16).ghosts}
+    somebody, real = sorted(make())[0], tasks.sports_facts
+    unknown = real("athletes")[0].model_copy(update=dict(subject=somebody))
+    monkeypatch.setattr(tasks, "sports_facts", lambda *a, **kw: (*real(*a, **kw), unknown)) # in the table, in no split
+    assert len(make()) == 24 and somebody not in make()
+
+
 def test_strangers_play_the_sport_that_is_forgotten():
     task = make_task("sports-unlearning", facts="athletes", known="all", sport="football")
     assert {f.answer for f in task.ghosts} == {" football"} and task.groups()["ghost"] == task.ghosts
