@@ -43,7 +43,7 @@ test: .venv/.peers docs-check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -n 2 --dist loadfile --no-loadscope-reorder --durations 20 -m "not slow and not gpu"
 
 test-all: .venv/.peers docs-check
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --flags slow
 	$(BIN)/python -m pytest tests -q
 
 # built again each time: what is newest changes

@@ -367,7 +367,7 @@ def hours_table(
     card:Card|None, # where
 ) -> pd.DataFrame: # model, jobs, edits, hours of one edit, of the maps of a job, of all; a range each
     "How long jobs take, by model"
-    rows = []
+    rows, amount = [], lambda h: f"{h:,.0f}" if h >= 10 else f"{h:.2g}"
     for model in dict.fromkeys(j.model for j in jobs):
         mine, total, edits, each = [j for j in jobs if j.model == model], [0, 0, 0], 0, None
         for job in mine:
@@ -376,7 +376,7 @@ def hours_table(
             table, k = hours(job, lm, on), n_edits(job)
             edits, each = edits + k, each if each is not None else table
             total = [t + float(table[c]["maps"] + k*table[c]["edit"]) for t, c in zip(total, ("low", "hours", "high"))]
-        else: rows.append((model, len(mine), edits, *(f"{each.hours[p]:.2g} ({each.low[p]:.2g} to {each.high[p]:.2g})" for p in ("edit", "maps")), f"{total[1]:,.0f} ({total[0]:,.0f} to {total[2]:,.0f})"))
+        else: rows.append((model, len(mine), edits, *(f"{each.hours[p]:.2g} ({each.low[p]:.2g} to {each.high[p]:.2g})" for p in ("edit", "maps")), f"{amount(total[1])} ({amount(total[0])} to {amount(total[2])})"))
     return pd.DataFrame(rows, columns=["model", "jobs", "edits", "an edit, h", "maps of a job, h", "all, h"])
 
 # %% ../nbs/63_costs.ipynb #630065
