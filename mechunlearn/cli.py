@@ -160,13 +160,13 @@ def show_run(
 ):
     "Print the results of a run, write its report, say where everything is"
     from mechunlearn import report
-    from mechunlearn.stats import chance
-    metrics, gone = report.metrics(run_dir), report.unavailable(run_dir)
-    page = report.write_report(run_dir)
-    if args.json: return _json_lines(metrics, gone)
+    found = report.find(run_dir)
+    metrics = report.metrics(run_dir) if found.facts is None else found.metrics # the former says what is missing
+    page = report.write_report(run_dir, found=found)
+    if args.json: return _json_lines(metrics, found.gone)
     guess = None
-    with suppress(Refusal): guess = chance(report.records(run_dir))
-    print(report.results_text(report.results_table(metrics, guess=guess), gone))
+    with suppress(Refusal): guess = found.guess
+    print(report.results_text(report.results_table(metrics, guess=guess), found.gone))
     if len(parts := report.parts_table(metrics)): print("\n" + report.parts_text(parts))
     if len(asked := report.capability_table(metrics)): print("\n" + report.capability_text(asked))
     print(f"\nreport: {page}\nexecuted notebooks: {Path(run_dir)/'notebooks'}")
@@ -210,7 +210,8 @@ def show_scorecard(
 ):
     "Print the scorecard of a run and a verdict about each edit, write its report"
     from mechunlearn import report
-    found, page = report.find(run_dir), report.write_report(run_dir)
+    found = report.find(run_dir)
+    page = report.write_report(run_dir, found=found)
     said = _verdicts(run_dir, found, getattr(args, "attacks", "all"))
     if args.json: return _json_verdicts(found, said)
     print(report.scorecard_text(found.card, gone=found.gone) + "\n")

@@ -47,6 +47,7 @@ def recorded(
     return df.merge(first, how="inner")
 
 # %% ../nbs/49_recorded.ipynb #410194
+@lru_cache(maxsize=None)
 def _code(text):
     "Source without comments and blank lines"
     lines = text.splitlines()

@@ -283,9 +283,10 @@ def page(
 def write_report(
     run_dir, # a run folder, finished or not
     path=None, # HTML file; default `<run_dir>/report.html`
+    found:Found|None=None, # what `find` gave; none: the folder is read
 ) -> Path: # the file
     "Write the report and, beside the records, `metrics.parquet`"
-    found, path = find(run_dir), Path(path or Path(run_dir)/"report.html")
+    found, path = found or find(run_dir), Path(path or Path(run_dir)/"report.html")
     if len(found.metrics): save_table(Path(run_dir)/"metrics.parquet", found.metrics, metrics_causes(run_dir))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page(found), encoding="utf-8")

@@ -22,8 +22,8 @@ from mechunlearn.store import Refusal
 from mechunlearn.tasks import TOPIC, make_task, sports_athlete_editing, topic_facts
 from test_loading import A, hub
 
-FEW = {"retain": 24, "retain/mcq": 8, "retain/paraphrase": 8, "ghost": 16, "ghost/mcq": 6, "same-subject": 4, "other-relation": 4, "general": 6, "text": 24}
-QUICK = dict(standard=dict(max_facts=FEW), relearning=dict(steps=10, at=(10,), max_facts=16), latents=dict(n_train=90, max_facts=24, n_control=1), progress=False)
+FEW = {"retain": 24, "retain/mcq": 6, "retain/paraphrase": 8, "ghost": 16, "ghost/mcq": 4, "ghost/paraphrase": 8, "same-subject": 4, "other-relation": 4, "general": 4}
+QUICK = dict(standard=dict(max_facts=FEW), relearning=dict(steps=6, at=(6,), max_facts=16, sizes=dict(forget=8, retain=8, text=1)), latents=dict(n_train=90, max_facts=24, n_control=1), progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def lm(): return load("organism")
 
 
 @pytest.fixture(scope="module")
-def task(lm): return sports_athlete_editing(lm, forget_size=16, seed=0)
+def task(lm): return (t := sports_athlete_editing(lm, forget_size=16, seed=0)).model_copy(update=dict(text_test=t.text_test[:24]))
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_the_unedited_model_leaks_as_it_was_trained(before):
 
 
 def test_a_mask_leaks_to_what_it_was_not_trained_against(lm, task, before):
-    edit = finetune(lm, task, localize(lm, task, "late"), lr=2e-3, steps=25, retain_batch=32, text_batch=1, progress=False)
+    edit = finetune(lm, task, localize(lm, task, "late"), lr=2e-3, steps=25, retain_batch=16, text_batch=1, progress=False)
     records = asked(lm, task, edit, before)
     found = audit(records, "late")
     assert found.verdict == "leaks" and found.attack == "multiple choice" and found.by("prompt").value > .7 and not found.why
@@ -130,7 +130,11 @@ def questions(path, facts, split="forget", n_wrong=3, **more):
 def topic(lm, task, tmp_path_factory):
     path = tmp_path_factory.mktemp("topic")/"questions.jsonl"
     questions(path, task.forget[:8]); questions(path, task.forget[8:], n_wrong=1); questions(path, task.retain_test[:60], "retain")
-    return make_task(TOPIC, lm, facts=str(path))
+    return (t := make_task(TOPIC, lm, facts=str(path))).model_copy(update=dict(text_test=t.text_test[:24]))
+
+
+@pytest.fixture(scope="module")
+def topic_records(lm, topic): return evaluate(lm, topic, max_facts=FEW)
 
 
 def test_a_topic_has_answers_of_its_own_and_no_new_one(lm, topic):
@@ -140,8 +144,8 @@ def test_a_topic_has_answers_of_its_own_and_no_new_one(lm, topic):
     assert set(item.options) >= set(topic.forget[0].candidates) and item.truth_letter in LETTERS and item.edit_letter is None
 
 
-def test_a_topic_is_asked_among_its_own_answers(lm, topic):
-    records = evaluate(lm, topic, max_facts=FEW)
+def test_a_topic_is_asked_among_its_own_answers(topic, topic_records):
+    records = topic_records
     mine = records[(records.group == "forget") & (records.format == "completion")]
     assert mine.edit.isna().all() and mine.prob_edit.isna().all() and mine.top1_edit.isna().all() and mine.guess.mean() == pytest.approx((1/4 + 1/2)/2)
     assert mine.top1_truth.mean() > .9 and (mine.prob_truth > 1/2).eq(mine.top1_truth.astype(bool)).mean() > .9
@@ -150,8 +154,8 @@ def test_a_topic_is_asked_among_its_own_answers(lm, topic):
     assert "mcq" in set(records.format[records.group == "forget"])
 
 
-def test_an_unlearned_topic_gets_a_verdict(lm, topic):
-    found = audit(evaluate(lm, topic, max_facts=FEW).assign(localization="none", draw=0, seed=0), "none")
+def test_an_unlearned_topic_gets_a_verdict(topic_records):
+    found = audit(topic_records.assign(localization="none", draw=0, seed=0), "none")
     assert found.verdict == "leaks" and found.by("prompt").guess == pytest.approx((1/4 + 1/2)/2, abs=.01)
 
 

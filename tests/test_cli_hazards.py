@@ -1,9 +1,9 @@
 "What a person can do to a command, its input and a run folder: every answer is one line, and nothing is left out in silence"
-import json, shutil
+import json, pickle, shutil
 
 import pandas as pd, pytest, torch
 
-from mechunlearn import cli, options, report as r, store
+from mechunlearn import cli, options, report as r, scorecard, store
 from mechunlearn.cli import main
 from synthetic import synthetic_run
 
@@ -14,6 +14,18 @@ WHY = {"localization": {"flu-path": "no MLP gives the extraction set more than 0
 def no_images(monkeypatch):
     "Figures are drawn, but not written"
     monkeypatch.setattr(r, "_image", lambda fig, alt: f'<img alt="{r.html.escape(alt, quote=True)}">')
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cards_once():
+    "The scorecard of the same records is made once: copies of a run have the same"
+    make, known = scorecard.scorecard, {}
+    def once(*given):
+        if (key := pickle.dumps(given)) not in known: known[key] = make(*given)
+        return known[key].copy()
+    with pytest.MonkeyPatch.context() as m:
+        for module in (scorecard, r): m.setattr(module, "scorecard", once)
+        yield
 
 
 @pytest.fixture
@@ -77,7 +89,9 @@ LACKS = {"no multiple choice": lambda d: d[d.format != "mcq"], "no edited facts"
     "no ghosts": lambda d: d[d.group != "ghost"], "one edited fact": lambda d: d[(d.group != "forget") | d.fact.str.endswith("0000")], "no relation": lambda d: d.assign(relation=None),
     "multiple choice alone": lambda d: d[d.format == "mcq"], "equal values": lambda d: d.assign(prob_truth=1., prob_edit=1., loss=d.loss.where(d.loss.isna(), 2.))}
 
-@pytest.mark.parametrize("lack", LACKS)
+OFTEN = ("no multiple choice", "no edited facts", "one edited fact", "multiple choice alone", "equal values") # the others lack less
+
+@pytest.mark.parametrize("lack", [pytest.param(l, marks=() if l in OFTEN else pytest.mark.slow) for l in LACKS])
 def test_a_report_of_what_there_is(small, tmp_path, lack, monkeypatch):
     page, seen = r.page, []
     monkeypatch.setattr(r, "page", lambda found: seen.append(found) or page(found))
@@ -236,7 +250,7 @@ def test_an_unforeseen_error_is_one_line_and_a_file(error, monkeypatch, capsys):
 
 def test_a_terminal_of_ascii_and_a_closed_pipe(small, tmp_path):
     run = shutil.copytree(small, tmp_path/"runs/run")
-    code = "import sys; from mechunlearn import cli, report; report.page = lambda f: ''; sys.exit(cli.main())"
+    code = "import sys; from mechunlearn import cli, report; report.write_report = lambda run, found: 'no page'; sys.exit(cli.main())"
     p = cli.subprocess.run([cli.sys.executable, "-c", code, "report", str(run)], env={**cli.os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True)
     assert p.returncode == 0 and b"^" in p.stdout and p.stdout.isascii() and b"Traceback" not in p.stderr
     p = cli.subprocess.run(f"{cli.sys.executable} -m mechunlearn.cli status {tmp_path/'runs'} | true; exit ${{PIPESTATUS[0]}}", shell=True, executable="/bin/bash", capture_output=True)
@@ -265,12 +279,15 @@ def whole(tmp_path_factory):
         store.save_tensors(run/"late/seed0/edit.safetensors", {"x": torch.zeros(3)}, {})
     return out
 
-@pytest.mark.parametrize("file", SMALL)
-def test_a_damaged_file_is_named_and_the_others_go_on(whole, file, tmp_path, capsys, monkeypatch):
+FEW = ("half", "no keys")
+DAMAGED = [pytest.param(f, FEW, id=f) for f in SMALL] + [pytest.param(f, tuple(k for k in BYTES if k not in FEW), id=f"{f}, more", marks=pytest.mark.slow) for f in ("run.json", "jobs/all/job.json")]
+
+@pytest.mark.parametrize("file,kinds", DAMAGED)
+def test_a_damaged_file_is_named_and_the_others_go_on(whole, file, kinds, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(r, "page", lambda found: "") # figures take their time
     monkeypatch.setattr(cli, "do_jobs", lambda *a, **k: 0)
     monkeypatch.setattr("mechunlearn.finetuning.export", lambda *a: "exported"); monkeypatch.setattr("mechunlearn.models.load", lambda *a, **k: None)
-    for kind in BYTES if file in ("run.json", "jobs/all/job.json") else ("half", "no keys"):
+    for kind in kinds:
         data = BYTES[kind]
         if kind == "no keys" and file == "notes/localization.json": continue # nothing is noted
         out = shutil.copytree(whole, tmp_path/kind)

@@ -1,10 +1,10 @@
 """What a grid takes: counted work, timed rates, what fits on a card, what is missing."""
 
 import pandas as pd
-import pytest
+import pytest, yaml
 from mechunlearn import costs
 from mechunlearn.cli import main
-from mechunlearn.costs import CARDS, CORES, card_of, hours, measured, read_results, shape, speeds, way_for, work
+from mechunlearn.costs import CARDS, CORES, WAYS, card_of, hours, measured, needs, read_results, shape, speeds, way_for, work
 from mechunlearn.grids import grid, make_job
 from mechunlearn.store import Refusal
 
@@ -82,7 +82,25 @@ def test_a_card_that_nobody_knows_is_refused(said):
     with pytest.raises(Refusal, match="unknown card"): card_of(said)
 
 
-def test_the_plainest_way_that_fits_is_taken():
+def test_the_plainest_way_that_fits_is_taken(monkeypatch):
+    "Of a Gemma 2 9B with six layers"
+    known = costs.SHAPES["google/gemma-2-9b"]
+    monkeypatch.setitem(costs.SHAPES, "short", known._replace(sizes=known.sizes | {"num_hidden_layers": 6}))
+    where, lm, card = ("flu", (1, 2)), shape("short"), card_of("24")
+    gb = {way: needs(lm, where, way)/1e9 for way in WAYS}
+    assert list(gb.values()) == sorted(gb.values(), reverse=True) and len(set(gb.values())) == len(WAYS)
+    for way in WAYS: assert way_for(lm, where, card._replace(gb=gb[way] + .01)) == (way, gb[way])
+    assert way_for(lm, where, card._replace(gb=min(gb.values()) - .01))[0] is None
+
+
+def test_the_memory_of_a_step_is_what_was_measured_on_the_card():
+    way, gb = way_for(shape("google/gemma-2-9b"), ("flu", (2, 3, 4, 5, 6)), card_of("80"))
+    assert way == "adamw" and gb == pytest.approx(measured().query("stage == 'step/adamw'").peak_gb.iloc[0], rel=.1)
+    assert way_for(shape("google/gemma-2-9b"), ("flu", (2, 3, 4, 5, 6)), card_of("10"))[0] is None
+
+
+@pytest.mark.slow
+def test_the_plainest_way_for_nine_billion_weights():
     where, lm = ("flu", (2, 3, 4, 5, 6)), shape("google/gemma-2-9b")
     (big, a), (mid, b), (small, c), (none, d) = (way_for(lm, where, card_of(str(gb))) for gb in (80, 33, 24, 10))
     assert (big, none) == ("adamw", None) and mid == "adamw-8bit" and small == "adamw-8bit, checkpoint, 4bit" and a > b > c
@@ -105,12 +123,16 @@ def test_a_wrong_name_is_refused_all_the_same(tmp_path, capsys):
 
 
 @pytest.mark.skipif(not PAPER, reason="needs the checkout's configs")
-def test_one_screen_about_the_papers_models(capsys):
-    assert main(["check", "configs/paper.yaml", "--card", "H100 80GB"]) == 2
+@pytest.mark.parametrize("models,missing", [(["google/gemma-2-9b"], 5), pytest.param(list(SIZES), 9, marks=pytest.mark.slow)], ids=["one", "all"])
+def test_one_screen_about_the_papers_models(models, missing, capsys, tmp_path):
+    told = yaml.safe_load(open("configs/paper.yaml"))
+    assert set(told["models"]) == set(SIZES)
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(told | {"models": models}))
+    assert main(["check", str(tmp_path / "grid.yaml"), "--card", "H100 80GB"]) == 2
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 40 and lines[0] == "card: H100 80GB"
-    assert sum("bfloat16, adamw" in l for l in lines) == 3 and sum("too large" in l for l in lines) == 6
-    assert sum(l.startswith("missing") for l in lines) == 9
+    assert sum("bfloat16, adamw" in l for l in lines) == len(models) and sum("too large" in l for l in lines) == 2*len(models)
+    assert sum(l.startswith("missing") for l in lines) == missing
 
 
 def test_a_small_model_gets_no_hours(capsys, tmp_path):

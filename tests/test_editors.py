@@ -1,5 +1,6 @@
 import numpy as np, pytest, torch
-from plain import blocks, every_family, every_shape, parts, post_norms
+from conftest import BUILD
+from plain import blocks, every_family, parts, post_norms
 from mechunlearn import editors as E
 from mechunlearn.attacks import attack
 from mechunlearn.editors import EDITORS, Aim, adapted, added, aim_at, ask_editors, asks, contexts, edit_with, essences, mlp_layers, passages, plot_editors, read_at, reading, say_editors, second_moments, to_add
@@ -15,6 +16,9 @@ FAST = Aim(steps=3, lr=.1)
 QUICK = dict(rome=dict(aim=FAST, n_contexts=2), memit=dict(aim=FAST, n_contexts=2, weight=10.), alphaedit=dict(aim=FAST, n_contexts=2, l2=.1, threshold=.5),
     rmu=dict(steps=3, batch=3, lr=1e-2), lora=dict(steps=3, batch=4, retain_batch=4, text_batch=2, lr=1e-2))
 every_method = pytest.mark.parametrize("method", list(EDITORS))
+TELLING = ["gpt2", "neox", "phi3", "gemma2", "gemma2 odd"] # transposed matrices, both parts at once, fused matrices, norms behind; what has one model has qwen3
+few_families, few_shapes = (pytest.mark.parametrize("lm", [pytest.param(f + odd, marks=() if f + odd in TELLING else pytest.mark.slow) for f in BUILD for odd in odds], indirect=True)
+    for odds in (("",), ("", " odd")))
 
 
 def task_for(lm, facts=4):
@@ -51,7 +55,7 @@ def qwen(tiny): return tiny("qwen3")
 
 # ---- what is read
 
-@every_shape
+@few_shapes
 def test_keys_and_second_moments_are_those_of_plain_hooks(lm):
     task = task_for(lm)
     asked = asks(lm, task.forget, [f.edit for f in task.forget], contexts(task.text_train, 2))
@@ -101,7 +105,7 @@ def test_contexts_are_drawn_by_seed():
 
 # ---- the search
 
-@every_family
+@few_families
 def test_a_search_is_adam_on_the_published_loss(lm):
     "Each fact alone, with plain hooks, in the words of the paper"
     task, how = task_for(lm, 2), Aim(steps=3, lr=.2, kl=.3, decay=.4, clamp=1.5)
@@ -157,7 +161,7 @@ def test_rank_one_is_the_published_formula():
         assert cost(got + .1 * other - W) >= cost(got - W)
 
 
-@every_shape
+@few_shapes
 def test_rome_writes_v_for_k(lm):
     task, where = task_for(lm, 1), mlps(lm, 0, 1, 2)
     edit = edit_with(lm, task, where, "rome", aim=FAST, n_contexts=2, ridge=.1)
@@ -203,7 +207,7 @@ def test_many_keys_and_null_space_are_the_published_formulas():
     np.testing.assert_allclose(near @ K, R, atol=1e-5) # there is room for three keys in three free directions
 
 
-@every_family
+@few_families
 @pytest.mark.parametrize("method", ["memit", "alphaedit"])
 def test_layers_share_what_is_missing(lm, method):
     "The whole procedure once more, with plain hooks and numbers for one layer after the other"
@@ -243,7 +247,7 @@ def test_layers_share_what_is_missing(lm, method):
         for l, w in old.items(): parts(lm.hf, l).down.weight.data.copy_(w)
 
 
-@every_family
+@few_families
 def test_alphaedit_leaves_preserved_keys_alone(lm):
     task = task_for(lm)
     few = task.text_train[:1]
@@ -280,7 +284,7 @@ def test_misdirection_on_activations_written_by_hand():
     assert E.misdirection(stream, stream + 2, counts).item() == pytest.approx(8)
 
 
-@every_family
+@few_families
 def test_rmu_terms_and_step(lm):
     task, where = task_for(lm), mlps(lm, 0, 1)
     read, u = passages(lm, task), torch.rand(lm.d_model, generator=torch.Generator().manual_seed(0))
@@ -312,7 +316,7 @@ def test_rmu_terms_and_step(lm):
 
 # ---- LoRA
 
-@every_family
+@few_families
 def test_merged_adapters_say_what_adapters_say(lm):
     modules, ids = [next(n for n, m in lm.hf.named_modules() if m is parts(lm.hf, l).down) for l in (0, 2)], torch.tensor([lm.ids(["Fact: the sport of golf"])[0]])
     before, plain = fingerprint(lm), lm.hf(ids).logits
@@ -326,7 +330,7 @@ def test_merged_adapters_say_what_adapters_say(lm):
     assert torch.allclose(lm.hf(ids).logits, wanted, atol=1e-3)
 
 
-@every_family
+@few_families
 def test_the_first_step_of_lora_is_the_published_equation(lm):
     "W + alpha/r B A, where Adam moves B from zero by its rate against the sign of dL/dB = alpha/r dL/dW A^T, and A not at all"
     task, where, rank, alpha, lr = task_for(lm), mlps(lm, 0, 1), 2, 6., 1e-2
@@ -370,7 +374,7 @@ def test_lora_learns_with_few_numbers(qwen):
 
 # ---- every editor
 
-@every_family
+@few_families
 @every_method
 def test_only_its_matrices_move_and_come_back(lm, method):
     task, where, before = task_for(lm), mlps(lm, 0, 1), fingerprint(lm)
@@ -400,7 +404,7 @@ def test_saved_and_exported_like_any_edit(qwen, method, tmp_path):
     with edit.applied(qwen): assert all(torch.equal(p, qwen.weight(n)) for n, p in hf.named_parameters())
 
 
-@every_method
+@pytest.mark.parametrize("method", [pytest.param(m, marks=() if m in ("rome", "lora") else pytest.mark.slow) for m in EDITORS])
 def test_attacked_like_any_edit(qwen, method):
     task, before = sports_athlete_editing(None, forget_size=4), fingerprint(qwen)
     brief = dict(standard=dict(max_facts=dict(retain=4, ghost=4, general=4)), latents=dict(n_train=20, max_facts=4),

@@ -195,7 +195,7 @@ def test_a_working_folder_on_the_python_path_is_used(evil_folder, monkeypatch):
     assert runs.run_batch([Job(model="m", run_dir="out/m/t")], quiet=True, stages=(stage,))[0]["state"] == "done"
 
 
-@pytest.mark.parametrize("home", ["/proc/nowhere", "/dev/null/home", "/sys"])
+@pytest.mark.parametrize("home", ["/dev/null/home", *(pytest.param(h, marks=pytest.mark.slow) for h in ("/proc/nowhere", "/sys"))])
 def test_a_home_that_cannot_be_written_is_none_of_our_business(tmp_path, monkeypatch, home):
     monkeypatch.setenv("HOME", home)
     for v in ("XDG_CONFIG_HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME", "JUPYTER_RUNTIME_DIR", "MPLCONFIGDIR", "IPYTHONDIR"): monkeypatch.delenv(v, raising=False)

@@ -268,7 +268,7 @@ def test_stage_writes_each_table_once(tiny, task, tmp_path, monkeypatch):
 @pytest.mark.parametrize("which", ["standard", "all", "field"])
 def test_it_is_an_attack_of_the_field(tiny, task, which, monkeypatch):
     told = {}
-    for name in ("evaluate", "harden", "speak", "relearn", "latent", "low_resource", "soften", "read_inside"):
+    for name in ("evaluate", "harden", "speak", "relearn", "latent", "low_resource", "soften", "elicit", "perturb", "read_inside", "tamper", "against_never_knew"):
         def fake(lm, task, *edit, name=name, **how):
             told[name] = how
             return as_records([dict(fact="f", group="forget")], evaluation=name)
@@ -299,13 +299,14 @@ def planted():
     last = [Component("mlp", l) for l in (10, 11)] + [Component("head", l, h) for l in (10, 11) for h in range(lm.n_heads)]
     edits = {"exchanged": exchanged(lm, task), "last-layers": finetune(lm, task, build(lm, "last-layers", last), lr=4e-3, steps=25, **brief),
         "lookup": finetune(lm, task, build(lm, "lookup", [Component("mlp", l) for l in range(4)]), lr=4e-3, steps=25, **brief)}
-    before = unedited(lm, task)
+    few = dict(n_train=200, max_facts=16, n_strangers=1)
+    before = unedited(lm, task, **few)
     for name, edit in edits.items():
         with edit.applied(lm):
             groups = dict(forget=task.forget, retain=task.retain_test[:24], ghost=task.ghosts[:24])
-            questions = [q for g, facts in groups.items() for q in completions(facts, g) + paraphrases(facts, g)] + multiple_choice(task, task.forget[:8], "forget")
+            questions = [q for g, facts in groups.items() for q in completions(facts, g) + paraphrases(facts[:8], g)] + multiple_choice(task, task.forget[:8], "forget")
             parts.append(answer(lm, questions, evaluation="standard").assign(localization=name))
-        parts.append(read_inside(lm, task, edit, before).assign(localization=name))
+        parts.append(read_inside(lm, task, edit, before, **few).assign(localization=name))
     records = pd.concat(parts, ignore_index=True).assign(draw=0, seed=0)
     return lm, task, edits, records, scorecard(records).query("seed == -1").set_index(["localization", "attack"])
 

@@ -2,7 +2,7 @@
 import copy, json
 import numpy as np, pytest, torch
 from conftest import BUILD, SIZES
-from plain import blocks, every_family
+from plain import blocks
 from test_finetuning import SMALL, mixed, task_for
 from test_quantized_maps import written_out as dequantize
 from mechunlearn import finetuning as F, memory as M, models, steps
@@ -17,6 +17,9 @@ from mechunlearn.store import Refusal, Run
 bitsandbytes = pytest.mark.skipif(M.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 WIDE = dict(hidden_size=64, intermediate_size=128, head_dim=16) # matrices of 8,192 weights: bitsandbytes keeps states of fewer than 4,096 in float32
 
+
+TELLING = ["gpt2", "neox", "phi3", "gemma3"] # transposed matrices, both parts at once, fused matrices, norms behind and sliding windows
+few_families = pytest.mark.parametrize("lm", [pytest.param(f, marks=() if f in TELLING else pytest.mark.slow) for f in BUILD], indirect=True)
 
 def batch_of(lm, n=4): return next(draws(training_rows(lm, task_for(lm)), dict(forget=n, retain=n, text=n), 1, 0))
 
@@ -97,7 +100,7 @@ def test_out_of_memory_names_what_helps(tiny, monkeypatch):
 
 # ---- blocks computed twice
 
-@every_family
+@few_families
 @pytest.mark.parametrize("part", [None, (2, 5)], ids=["whole", "part"])
 def test_computed_twice_the_gradients_are_the_same(lm, part, monkeypatch):
     where = build(lm, "x", [Component("mlp", 1), Component("head", 0, 1)], part=part and part)
@@ -146,7 +149,7 @@ def test_less_is_remembered_and_the_edit_is_the_same(tiny):
 
 # ---- nothing outside the localization
 
-@every_family
+@few_families
 def test_the_way_back_ends_at_the_lowest_trained_layer(lm):
     seen, values = {}, masters(lm, build(lm, "x", [Component("mlp", 1)]).slices)
     handles = [b.register_forward_hook(lambda m, a, o, l=l: seen.setdefault(l, []).append((o[0] if isinstance(o, tuple) else o).requires_grad)) for l, b in enumerate(blocks(lm.hf))]
@@ -246,8 +249,8 @@ def test_differences_of_a_quantized_model_are_written(both, tmp_path):
 
 
 @bitsandbytes
-@pytest.mark.parametrize("bits", ["8bit", "4bit"])
-@pytest.mark.parametrize("family", ["gpt2", "neox", "phi3", "gemma2", "mistral"])
+@pytest.mark.parametrize("family, bits", [pytest.param(f, b, marks=() if (f, b) in [("gpt2", "8bit"), ("neox", "4bit"), ("phi3", "4bit"), ("gemma2", "8bit")] else pytest.mark.slow)
+    for f in ("gpt2", "neox", "phi3", "gemma2", "mistral") for b in ("8bit", "4bit")])
 def test_quantized_models_of_other_families(tiny, family, bits, tmp_path):
     plain = tiny(family, **WIDE | dict(head_dim=32))
     plain.hf.save_pretrained(tmp_path); plain.tok.save_pretrained(tmp_path)
@@ -321,8 +324,8 @@ def test_a_dry_run_knows_the_options():
     assert four.memory_gb < eight.memory_gb and asked(checkpoint=True).memory_gb == plain.memory_gb
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "qwen3"])
-@pytest.mark.parametrize("held", [2**24, 100], ids=["whole", "chunked"])
+@pytest.mark.parametrize("family, held", [pytest.param(f, h, id=f"{name}-{f}", marks=() if f in kept else pytest.mark.slow)
+    for name, h, kept in (("whole", 2**24, ("llama", "gemma2", "gpt2")), ("chunked", 100, ("gpt2",))) for f in ("llama", "gemma2", "gpt2", "qwen3")])
 def test_a_step_on_the_meta_device_takes_what_a_real_one_takes(tiny, family, held, monkeypatch):
     monkeypatch.setattr(steps, "HELD", held)
     lm = tiny(family)

@@ -9,8 +9,8 @@ from mechunlearn.models import Component, Slice, load
 from mechunlearn.tasks import sports_athlete_editing
 
 FEW = {"retain": 24, "retain/mcq": 8, "ghost": 32, "ghost/mcq": 8, "same-subject": 4, "other-relation": 4, "general": 12}
-QUICK = dict(standard=dict(max_facts=FEW), relearning=dict(steps=10, at=(0, 10), max_facts=24), latents=dict(n_train=120, max_facts=32))
-DEAR = dict(hardened=dict(shots=(0, 4), n_all_orders=2, max_facts=16), generation=dict(max_facts=16), soft=dict(ks=(5,), prompts=1, steps=50, max_facts=32))
+QUICK = dict(standard=dict(max_facts=FEW | {"retain/paraphrase": 8, "ghost/paraphrase": 16}), relearning=dict(steps=8, at=(8,), sides=(0,), max_facts=24, sizes=dict(forget=8, retain=8, text=1)), latents=dict(n_train=120, max_facts=32))
+DEAR = dict(standard=dict(max_facts=FEW), relearning=dict(steps=10, at=(0, 10), max_facts=24), hardened=dict(shots=(0, 4), n_all_orders=2, max_facts=16), generation=dict(max_facts=16), soft=dict(ks=(5,), prompts=1, steps=50, max_facts=32))
 ASKED, HARD, READ = ["multiple choice"], ["hard multiple choice"], ["new probe", "old probe"]
 
 
@@ -33,6 +33,7 @@ def attacked(attacks, **how):
     "Scorecard and reasons for destruction of the four models"
     lm = load("organism")
     task, records = sports_athlete_editing(lm, forget_size=16, seed=0), []
+    task = task.model_copy(update=dict(text_test=task.text_test[:40]))
     for name, edit in {"none": None, "last-layer": last_layer(lm, task), "other-words": other_words(lm, task), "noise": noise(lm, 0)}.items():
         records.append(attack(lm, task, edit, attacks=attacks, **how).records.assign(localization=name, draw=0, seed=0))
     records = pd.concat(records, ignore_index=True)
@@ -115,19 +116,23 @@ def test_a_mask_is_exposed_by_all(): # and a probe that reads nothing does not h
     assert r.verdict(card.loc["mask", r.WORST]) == "exposed" and card.value["mask", r.WORST] > .85
 
 
-def test_each_need_has_its_own_worst_case(): # the leak is open to who reads weights, and to nobody who only asks
-    card = card_of(invented("leak", by_layer={7: .8})).loc["leak"]
+@pytest.fixture(scope="module")
+def leak(): return (records := invented("leak", by_layer={7: .8})), card_of(records)
+
+
+def test_each_need_has_its_own_worst_case(leak): # the leak is open to who reads weights, and to nobody who only asks
+    card = leak[1].loc["leak"]
     assert r.verdict(card.loc["worst case, read"]) == "exposed" and r.verdict(card.loc["worst case, prompt"]) == "below guessing" and "worst case, train" not in card.index
     assert card.which["worst case, read"] == "new probe" and card.which["worst case, prompt"] in ("as trained", "multiple choice")
     assert card.loc[["worst case, read", "worst case, prompt"], ["n", "ci_low", "ci_high", "guess", "ghost_value", "power"]].notna().all(axis=None)
 
 
-def test_a_leak_has_its_price():
-    facts, seconds = invented("leak", by_layer={7: .8}), pd.DataFrame({"localization": "leak", "attack": ["as trained", "multiple choice", "new probe"], "seconds": [2., 2., 50.]})
+def test_a_leak_has_its_price(leak):
+    (facts, card), seconds = leak, pd.DataFrame({"localization": "leak", "attack": ["as trained", "multiple choice", "new probe"], "seconds": [2., 2., 50.]})
     paid = r.worst_within(facts, seconds)
     assert list(paid.seconds) == [2, 50] and [r.verdict(x) for x in paid.itertuples()] == ["below guessing", "exposed"] and paid.which.iloc[1] == "new probe"
     assert "leak: exposed from 50 s on, where new probe gets" in r.say_cost(paid) and "below guessing at any price up to 2 s" in r.say_cost(paid[:1])
-    worst, same = card_of(facts).loc[("leak", r.WORST)], ["value", "n", "ci_low", "ci_high", "guess", "ghost_value", "power", "excess"]
+    worst, same = card.loc[("leak", r.WORST)], ["value", "n", "ci_low", "ci_high", "guess", "ghost_value", "power", "excess"]
     assert paid.iloc[1][same].astype(float).to_dict() == pytest.approx(worst[same].astype(float).to_dict()) # who can pay all of them
     assert len(r.worst_within(facts, seconds, 1.)) == 0 and r.worst_within(facts, seconds, 49.).which.item() != "new probe"
     assert len(r.worst_within(facts, seconds[:1])) == 1 # what has no time has no place
@@ -135,8 +140,8 @@ def test_a_leak_has_its_price():
     assert ax.get_xscale() == "log" and [t.get_text().strip() for t in ax.texts] == ["new probe"] and [t.get_position()[0] for t in ax.texts] == [50]
 
 
-def test_a_leak_to_one_probe_is_found():
-    card = card_of(invented("leak", by_layer={7: .8}))
+def test_a_leak_to_one_probe_is_found(leak):
+    card = leak[1]
     assert r.verdict(card.loc["leak", r.WORST]) == "exposed" and card.which["leak", r.WORST] == "new probe" and card.which["leak", "new probe"] == "subject 7"
     assert card.value["leak", r.WORST] > .6 and card.excess["leak", "multiple choice"] < 0
 
@@ -162,8 +167,7 @@ def test_an_attack_without_power_is_no_number():
 @pytest.mark.parametrize("layers", [6, 60])
 def test_the_worst_of_many_attempts_does_not_drift_upwards(layers):
     "Nothing leaks: every probe guesses at edited facts, though it reads the retained ones"
-    cards = [card_of(invented("n"*k, .33, {l: 1/3 for l in range(layers)}, below=0, seeds=(0,), layers=layers)) for k in range(1, 13)]
-    values = [c.value.xs(r.WORST, level="attack").item() for c in cards]
-    best = [c.value.xs("new probe", level="attack").item() for c in cards]
-    assert abs(np.mean(values) - 1/3) < .05 and abs(np.mean(best) - 1/3) < .05
-    assert sum(r.verdict(c.xs(r.WORST, level="attack").iloc[0]) == "exposed" for c in cards) <= 1
+    card = card_of(*(invented("n"*k, .33, {l: 1/3 for l in range(layers)}, below=0, seeds=(0,), layers=layers) for k in range(1, 13)))
+    values, best = (card.value.xs(attack, level="attack") for attack in (r.WORST, "new probe"))
+    assert len(values) == len(best) == 12 and abs(np.mean(values) - 1/3) < .05 and abs(np.mean(best) - 1/3) < .05
+    assert sum(r.verdict(row) == "exposed" for _, row in card.xs(r.WORST, level="attack").iterrows()) <= 1

@@ -1,4 +1,5 @@
 import json, re, shutil, time
+from functools import lru_cache
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -22,6 +23,30 @@ def run_dir(tmp_path_factory): return synthetic_run(tmp_path_factory.mktemp("run
 
 @pytest.fixture(scope="module")
 def found(run_dir): return r.find(run_dir)
+
+@pytest.fixture(scope="module")
+def hashes_once():
+    "What a table was made with is read from the sources once: no test here changes them"
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(recorded_tables, "source_hashes", lru_cache(recorded_tables.source_hashes))
+        yield
+
+@pytest.fixture(scope="module")
+def kept(run_dir, found, hashes_once, tmp_path_factory):
+    "The run as recorded tables"
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(recorded_tables, "find", {run_dir: found}.get) # it was read already
+        return r.record([run_dir], tmp_path_factory.mktemp("kept")/"recorded")
+
+@pytest.fixture
+def unsaved(monkeypatch):
+    "Figures are drawn, but not written"
+    monkeypatch.setattr(Figure, "savefig", lambda fig, file, **k: None)
+
+@pytest.fixture
+def only(monkeypatch):
+    "Function: a report has only these sections"
+    return lambda *titles: monkeypatch.setattr(r, "SECTIONS", {t: r.SECTIONS[t] for t in titles})
 
 def one(localization="flu", seed=0, draw=0, n=20, truth=0., group="forget", fmt="mcq", variants=1, **more):
     "Records of n facts of which the share `truth` gives the old answer"
@@ -87,15 +112,16 @@ def test_difference_is_value_minus_reference():
     c = r.compare(data, measure="prob").iloc[0]
     assert np.isclose(c.value - c.reference, c.difference) and c.n == 20
 
-def test_records_of_other_settings_are_left_out(run_dir, tmp_path):
-    here = shutil.copytree(run_dir, tmp_path/"run")
+def test_records_of_other_settings_are_left_out(tmp_path, only):
+    only("What was done")
+    here = synthetic_run(tmp_path, ("flu",), seeds=(0, 1), n=6, stages=("standard",))
     path = next(here.glob("flu/seed0/evaluation.parquet"))
     table, causes = store.load_table(path), store.read_meta(path)["causes"]
     n = len(r.records(here))
     for side in here.glob("flu/seed1/evaluation.parquet.meta.json"):
         meta = json.loads(side.read_text()); meta["provenance"]["time"] = "2001-01-01T00:00:00+00:00"; side.write_text(json.dumps(meta))
     store.save_table(path, table, causes | {"training": {"steps": 3}})
-    assert len(r.records(here)) < n and r.find(here).old == ["flu/seed1"] and "flu/seed1" in r.page(r.find(here))
+    assert len(r.records(here)) < n and (found := r.find(here)).old == ["flu/seed1"] and "flu/seed1" in r.page(found)
 
 @pytest.mark.parametrize("stem", ["low_resource", "relearning_grid", "soft", "hardened", "generation", "capability", "inside"])
 def test_attacks_made_with_other_settings_are_not_pooled(stem, tmp_path):
@@ -258,28 +284,37 @@ def test_before_after_names_the_words(found):
 
 # report
 
-def test_report_is_one_file_without_outside_resources(run_dir, tmp_path):
-    page = r.write_report(run_dir, tmp_path/"report.html").read_text()
+@pytest.fixture(scope="module")
+def written(run_dir, tmp_path_factory): return r.write_report(run_dir, tmp_path_factory.mktemp("report")/"report.html").read_text()
+
+def test_report_is_one_file_without_outside_resources(run_dir, written):
+    page = written
     assert not re.search(r"(?:src|href)=[\"'](?!data:|#)", page) and "@import" not in page and "<script" not in page
     assert page.count("<img alt=") == 14 and "class=\"missing\"" not in page
     assert [t for t in r.SECTIONS if f">{r.html.escape(t)}</h2>" in page] == [t for t in r.SECTIONS if t not in ("Not available", "What an attack costs", "Part after part", "Besides facts")] # where there is any such; where time was taken; for sequences; where asked
-    assert page == r.write_report(run_dir, tmp_path/"again.html").read_text()
     pd.testing.assert_frame_equal(store.load_table(run_dir/"metrics.parquet"), r.metrics(run_dir))
+
+@pytest.mark.parametrize("titles", [("What was done", "Results", "Relearning", "Training", "Before and after"), pytest.param(tuple(r.SECTIONS), marks=pytest.mark.slow)], ids=["some", "all"])
+def test_the_same_run_gives_the_same_report(found, written, titles):
+    for t in titles: assert r.SECTIONS[t][0](found) in written, t
+
+@pytest.mark.slow
+def test_the_same_run_gives_the_same_file(run_dir, written, tmp_path): assert r.write_report(run_dir, tmp_path/"again.html").read_text() == written
 
 @pytest.mark.parametrize("stages,says", [((), "none yet"), (("maps",), "The results table is missing"), (("standard", "localizations"), "relearning</b> has not run"),
                                          (("maps", "localizations", "training"), "Latent knowledge is missing")])
-def test_unfinished_runs_say_what_is_missing(tmp_path, stages, says):
+def test_unfinished_runs_say_what_is_missing(tmp_path, stages, says, unsaved):
     page = r.write_report(synthetic_run(tmp_path/"run", ("flu", "late"), seeds=(0,), n=6, stages=stages)).read_text()
     assert says in page and "How to make it again" in page and ("One seed only" in page) == ("standard" in stages)
 
-def test_a_run_of_nothing_but_somebodys_edit(tmp_path):
+def test_a_run_of_nothing_but_somebodys_edit(tmp_path, unsaved):
     run = synthetic_run(tmp_path, ("late",), seeds=(0,), n=8, stages=("standard", "relearning", "latent"))
     (run/"late").rename(run/"edited@theirs")
     store.save_json(run/"localizations/edited@theirs.json", {"name": "edited@theirs", "components": [], "neurons": None, "slices": [], "sizes": [9], "budget": None}, {})
     page = r.write_report(run).read_text()
     assert "edited@theirs" in page and "exposed" in page and "no FLU localization to compare sizes" in page
 
-def test_names_are_escaped(tmp_path):
+def test_names_are_escaped(tmp_path, unsaved):
     run = synthetic_run(tmp_path, ("flu",), seeds=(0,), n=6, stages=("standard",), model="<script>alert(1)</script>")
     assert "<script" not in r.write_report(run).read_text()
 
@@ -293,10 +328,10 @@ def test_command_repeats_the_options(found):
 RECORDED = Path(__file__).parent.parent/"nbs/recorded"
 
 @pytest.mark.skipif(not (RECORDED/"sources.json").exists(), reason="nothing was recorded yet")
-def test_what_the_notebooks_show_is_not_stale(): assert r.check_recorded(RECORDED) == []
+def test_what_the_notebooks_show_is_not_stale(hashes_once): assert r.check_recorded(RECORDED) == []
 
-def test_recorded_tables_give_the_same_results(run_dir, found, tmp_path):
-    out = r.record([run_dir], tmp_path/"recorded")
+def test_recorded_tables_give_the_same_results(found, kept):
+    out = kept
     tables = {t: pd.read_parquet(out/f"{t}.parquet") for t in r.RECORDED}
     assert sum(p.stat().st_size for p in out.iterdir()) < 400_000
     pd.testing.assert_frame_equal(r.results_table(tables["metrics"]), r.results_table(found.metrics))
@@ -308,9 +343,9 @@ def test_recorded_tables_give_the_same_results(run_dir, found, tmp_path):
     pd.testing.assert_frame_equal(tables["removal"][found.removed.columns], found.removed)
     r.plot_localizations(tables["localizations"]); r.plot_training(tables["training"])
 
-def test_stale_tables_are_named(run_dir, tmp_path):
+def test_stale_tables_are_named(kept, tmp_path):
     assert r.check_recorded(tmp_path/"nothing") == list(r.RECORDED)
-    out = r.record([run_dir], tmp_path)
+    out = shutil.copytree(kept, tmp_path/"kept")
     assert r.check_recorded(out) == []
     known = json.loads((out/"sources.json").read_text()); known["probing"]["code"] = "another"
     (out/"sources.json").write_text(json.dumps(known)); (out/"training.parquet").unlink()
@@ -328,7 +363,7 @@ def test_comments_do_not_make_results_stale(tmp_path):
     assert source_pair(tmp_path)
     assert a == b != c and r.source_hash(tmp_path/"none.py") == ""
 
-def test_runs_of_the_same_facts_are_kept_as_one(tmp_path):
+def test_runs_of_the_same_facts_are_kept_as_one(tmp_path, hashes_once):
     stages = ("localizations", "training", "standard", "relearning")
     runs = [synthetic_run(tmp_path/str(k), ("flu", "late"), seeds=seeds, n=12, stages=stages + more) for k, (seeds, more) in enumerate([((0,), ()), ((0, 1), ("latent",))])]
     for f in runs[0].glob("*/seed*/edit.json"):
@@ -341,8 +376,8 @@ def test_runs_of_the_same_facts_are_kept_as_one(tmp_path):
     assert "flu at 0.00" in r.say_rates(rows) and r.plot_rates(rows)._repr_png_()[:4] == b"\x89PNG"
 
 def test_of_two_runs_at_one_rate_the_one_with_more_seeds_counts(tmp_path):
-    runs = [synthetic_run(tmp_path/str(k), ("flu",), seeds=seeds, n=8, stages=("training", "standard")) for k, seeds in enumerate([(0,), (0, 1, 2)])]
-    assert sorted(r.over_rates([r.find(x) for x in runs]).seed) == [-1, 0, 1, 2]
+    runs = [synthetic_run(tmp_path/str(k), ("flu",), seeds=seeds, n=8, stages=("training", "standard")) for k, seeds in enumerate([(0,), (0, 1)])]
+    assert sorted(r.over_rates([r.find(x) for x in runs]).seed) == [-1, 0, 1]
 
 def test_a_table_depends_on_what_its_stage_needs(tmp_path):
     (tmp_path/"one.py").write_text("from mechunlearn.two import helper\n\ndef stage(): return helper()\n\ndef figure(): return other()\n")
@@ -490,7 +525,8 @@ def test_what_an_attack_cost_is_read_from_its_artefact(tmp_path):
     card = r.scorecard(r.records(run), took)
     assert " s" in r.scorecard_text(card) and card[card.attack == "multiple choice"].seconds.isna().all()
 
-def test_what_a_new_table_cost_is_read_from_what_it_holds(tmp_path):
+def test_what_a_new_table_cost_is_read_from_what_it_holds(tmp_path, only):
+    only("What an attack costs")
     run = synthetic_run(tmp_path, ("flu",), seeds=(0, 1), n=6, stages=("standard",))
     assert len(r.costs(run)) == 0 and r.scorecard(r.records(run), r.costs(run)).seconds.isna().all()
     for seed, took in ((0, 2.), (1, 4.)):
@@ -530,8 +566,9 @@ def test_twenty_attacks_stay_legible(monkeypatch):
     assert sorted(h for line in heads for h in line) == sorted(attacks) and all(len(line) <= 13 for line in heads) and all(len(line) > 1 for line in heads)
     assert len({ax.get_xlim() for ax in fig.axes}) == 1 and fig.get_figwidth() < 14 # cells of one size, on a page that need not shrink it
 
-def test_a_sequence_shows_what_later_parts_do_to_earlier_ones(tmp_path):
-    run = synthetic_run(tmp_path/"run", ("flu",), seeds=(0,), n=8)
+def test_a_sequence_shows_what_later_parts_do_to_earlier_ones(tmp_path, only):
+    only("Part after part")
+    run = synthetic_run(tmp_path/"run", ("flu",), seeds=(0,), n=8, stages=("localizations", "training", "standard"))
     assert not len(r.parts_table(r.metrics(run))) and "Part after part" not in r.write_report(run).read_text()
     store.save_table(run/"flu/seed0/sequence.parquet", sequence().drop(columns=["localization", "draw", "seed"]), {"invented": True})
     m = r.metrics(run)

@@ -239,6 +239,19 @@ def command(tmp_path, stages, *argv):
 
 
 @pytest.fixture
+def here(monkeypatch, tmp_path, capfd):
+    "Function: the same command in this process; what it says"
+    from mechunlearn import cli, options
+    def go(stages, *argv):
+        for module in (grids, runs): monkeypatch.setattr(module, "STANDARD", tuple(stages))
+        monkeypatch.setattr(options, "ready", lambda job, args: None); monkeypatch.setattr(cli, "show_run", lambda folder, args: print("finished", folder))
+        capfd.readouterr()
+        assert cli.main(command(tmp_path, stages, *argv)[2:]) == 0
+        return capfd.readouterr()
+    return go
+
+
+@pytest.fixture
 def steps(tmp_path):
     "One stage that makes a file a seed, 0.3 s each"
     code = f"""
@@ -266,7 +279,7 @@ def as_in_a_terminal(): signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.mark.parametrize("sig,code", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
-def test_stopped_run_leaves_no_process_and_goes_on(steps, tmp_path, sig, code):
+def test_stopped_run_leaves_no_process_and_goes_on(steps, tmp_path, here, sig, code):
     seeds = ["--seeds", "0,1,2,3,4"]
     p = subprocess.Popen(command(tmp_path, steps, *seeds), stderr=subprocess.PIPE, text=True, preexec_fn=as_in_a_terminal)
     wait_for(lambda: (tmp_path / "count").exists())
@@ -279,13 +292,11 @@ def test_stopped_run_leaves_no_process_and_goes_on(steps, tmp_path, sig, code):
     assert "Traceback" not in err and (sig == signal.SIGKILL or err.splitlines()[-1] == "mechunlearn: stopped; the same command goes on from here")
     gone, still = psutil.wait_procs(alive, 30)
     assert not still
-    again = subprocess.run(command(tmp_path, steps, *seeds), capture_output=True, text=True)
-    assert again.returncode == 0 and "finished" in again.stdout
+    assert "finished" in here(steps, *seeds).out
     counts = (tmp_path / "count").read_text().split()
     assert sorted(set(counts)) == list("01234") and len(counts) <= 6
     if sig == signal.SIGKILL: return
-    third = subprocess.run(command(tmp_path, steps, *seeds), capture_output=True, text=True)
-    assert third.returncode == 0 and "was done before" in third.stderr and (tmp_path / "count").read_text().split() == counts
+    assert "was done before" in here(steps, *seeds).err and (tmp_path / "count").read_text().split() == counts
 
 
 @pytest.mark.slow

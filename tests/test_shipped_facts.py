@@ -1,6 +1,7 @@
 "The facts that come with the package: athletes and the atlas, and which of them a model knows"
 import csv
 from collections import Counter
+from functools import cache
 from pathlib import Path
 import pytest, torch
 from test_tasks import REFDATA, apart
@@ -18,6 +19,16 @@ SPORTS_TASKS, OPEN_TASKS = [n for n in TASKS if "sport" in n], [n for n in TASKS
 def nothing_is_set(monkeypatch, tmp_path):
     for name in ("SPORTS", "COUNTERFACT", "COUNTERFACT_MCQ", "TEXT", "REFDATA"): monkeypatch.delenv(f"MECHUNLEARN_{name}", raising=False)
     monkeypatch.setenv("MECHUNLEARN_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def lm(stand_in): return stand_in("gemma-3")
+
+
+@pytest.fixture(scope="module")
+def every_fact(lm):
+    "Function: a task of all facts, known or not; made once"
+    return cache(lambda name, facts: make_task(name, lm, facts=facts, known="all"))
 
 
 def test_athletes_have_two_names_and_stand_there_once():
@@ -82,16 +93,16 @@ def knows(monkeypatch):
 
 @pytest.mark.parametrize("by", ["prob", "top1"])
 @pytest.mark.parametrize("name, facts", [(n, "athletes") for n in SPORTS_TASKS] + [("counterfact-editing", "atlas")])
-def test_only_what_is_known_is_edited(stand_in, knows, name, facts, by):
-    task = make_task(name, stand_in("gemma-3"), facts=facts, known=by)
+def test_only_what_is_known_is_edited(lm, every_fact, knows, name, facts, by):
+    task = make_task(name, lm, facts=facts, known=by)
     asked = [f for s in ("forget", "retain", "retain_test", "dev_forget", "dev_retain", "same_subject") for f in getattr(task, s)]
     assert asked and all(f.subject.removeprefix("the ")[0] <= "M" for f in asked)
     assert task.dropped[NOT_KNOWN[by]] > 100 and task.options["known"] == by and len(task.shots) > 8
-    assert len(make_task(name, stand_in("gemma-3"), facts=facts, known="all").retain) > len(task.retain)
+    assert len(every_fact(name, facts).retain) > len(task.retain)
 
 
-def test_the_two_rules_are_what_they_say(stand_in):
-    lm, facts = stand_in("gemma-3"), sports_facts("athletes")[:40]
+def test_the_two_rules_are_what_they_say(lm):
+    facts = sports_facts("athletes")[:40]
     logp, _ = next_token(lm, [f.prompt for f in facts], [[lm.first_token(c) for c in f.candidates] for f in facts])
     best = [f.candidates[i] == f.answer for f, i in zip(facts, logp.argmax(1).tolist())]
     assert likeliest(lm, facts) == best and 0 < sum(best) < 40
@@ -113,7 +124,7 @@ def test_refusals(name, options, says):
     assert says in str(e.value) and "\n" not in str(e.value)
 
 
-def test_a_model_that_knows_too_few_says_how_many(stand_in, monkeypatch):
+def test_a_model_that_knows_too_few_says_how_many(lm, monkeypatch):
     monkeypatch.setattr(facts_module, "probabilities", lambda lm, facts: [.9 if i < 20 else .1 for i in range(len(facts))])
     with pytest.raises(Refusal, match=r"too large.*left out before: \d+ not known"):
-        make_task("sports-athlete-editing", stand_in("gemma-3"), facts="athletes", forget_size=64)
+        make_task("sports-athlete-editing", lm, facts="athletes", forget_size=64)

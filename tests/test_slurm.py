@@ -297,14 +297,14 @@ def test_one_worker_a_gpu(cheap, tmp_path, monkeypatch):
         time.sleep(1)
         for l in localizations:
             for s in seeds: make(f"{run_dir}/{l}/seed{s}/edit.json", dict(l=l, s=s), lambda: os.environ["CUDA_VISIBLE_DEVICES"])""")
-    job = cheap.model_copy(update={"seeds": [0], "settings": {}})
+    job, stages = cheap.model_copy(update={"seeds": [0], "localizations": ["flu", "late"], "settings": {}}), cheap.stages[1:2]
     assert runs.workers_for([job]) == 2
-    assert runs.run_batch([job], runs.workers_for([job]), quiet=True)[0]["state"] == "done"
+    assert runs.run_batch([job], runs.workers_for([job]), quiet=True, stages=stages)[0]["state"] == "done"
     seen = [json.loads((Path(job.run_dir) / l / "seed0/edit.json").read_text()) for l in job.localizations]
     assert set(seen) == {"0", "1"}
     spread = job.model_copy(update={"settings": {"device_map": "auto"}, "run_dir": str(tmp_path / "out/m/spread")})
     assert runs.workers_for([spread]) == 1
-    assert runs.run_batch([spread], 1, quiet=True)[0]["state"] == "done"
+    assert runs.run_batch([spread], 1, quiet=True, stages=stages)[0]["state"] == "done"
     assert {json.loads((Path(spread.run_dir) / l / "seed0/edit.json").read_text()) for l in job.localizations} == {"0,1"}
 
 
