@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from typing import Callable, Iterator, NamedTuple, Sequence
 import matplotlib as mpl, pandas as pd, torch
 from matplotlib.figure import Figure
-from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.func import functional_call
 from tqdm.auto import tqdm
@@ -596,6 +595,7 @@ def adapted(
     seed:int=0, # of their random start
 ) -> Iterator[Callable]: # gives, by module, what its adapter adds to its weight
     "LoRA on some layers, for the length of a `with` block; at first it adds exactly nothing"
+    from peft import LoraConfig, get_peft_model # a second of every start
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(modules))
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -74,13 +74,14 @@ def evaluate(
     lm:LM, # as it is now, edited or not
     task:Task, # groups and texts
     formats:Mapping[str, Sequence[str]]|None=None, # as of `questionnaire`; "text" for the held-out texts
-    max_facts:Mapping[str, int]|None=None, # as of `questionnaire`
+    max_facts:Mapping[str, int]|None=None, # as of `questionnaire`; of "text": how many texts, default: all
     batch_size:int=64, # prompts a forward
 ) -> pd.DataFrame: # records, `evaluation` = "standard"
     "Ask everything once; one forward a prompt. On the organism, with 64 facts to forget, 2 300 short prompts and 860 multiple-choice ones."
     asked = answer(lm, questionnaire(task, formats, max_facts), batch_size, evaluation="standard")
     if "text" not in (asked_of(task)[0] if formats is None else formats): return asked
-    return pd.concat([asked, text_loss(lm, task.text_test, max(1, batch_size // 4), evaluation="standard")], ignore_index=True)
+    texts = task.text_test[:(max_facts or {}).get("text")]
+    return pd.concat([asked, text_loss(lm, texts, max(1, batch_size // 4), evaluation="standard")], ignore_index=True)
 
 # %% ../nbs/25_evaluation.ipynb #150034
 def interval(

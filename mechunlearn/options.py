@@ -107,7 +107,7 @@ def where(p):
     p.add_argument("--draws", type=whole, metavar="N", help="draws of each random localization (default: 1)")
     p.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
     p.add_argument("--device-map", metavar="M", help="spread the model over the GPUs: auto, balanced or sequential")
-    p.add_argument("--dtype", help="float32, bfloat16 or float16 (default: float32 for small models, else bfloat16)")
+    p.add_argument("--dtype", help="float32, bfloat16 or float16 (default: float32 up to 1e8 parameters, or 1e9 on a processor without bfloat16; else bfloat16)")
     p.add_argument("--quantize", help="8bit or 4bit")
     p.add_argument("--batch-size", type=whole, metavar="N", help="prompts a forward")
     p.add_argument("--benchmarks", type=names, metavar="A,B",

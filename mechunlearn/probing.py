@@ -226,8 +226,11 @@ def say_probe(
     first, top = subject.iloc[0], subject[subject.accuracy >= .98*subject.accuracy.max()].iloc[0]
     start = f"{say(first.accuracy, first.ci_low, first.ci_high)} {_place(first.layer)}"
     end = f"{say(top.accuracy, top.ci_low, top.ci_high)} {_place(top.layer)}, where it levels off"
+    floor = curve[curve.control].accuracy.mean()
     text = (f"A linear probe at the subject's last token reads the answer with accuracy {start} and {end} "
-            f"(n={int(top.n_test)}; shuffled labels: {curve[curve.control].accuracy.mean():.2f}). ")
+            f"(n={int(top.n_test)}; shuffled labels: {floor:.2f}). ")
+    if first.layer < 0 and first.accuracy - floor > (top.accuracy - floor) / 2:
+        text += "Most of it is read from the embeddings, before any layer: these curves say little about where the answer is looked up. "
     if onset is not None: text += f"The answer begins to arrive at the last token in layer {onset}. "
     span = f"{min(flu)}–{max(flu)}" if len(flu) > 1 else f"{min(flu)}" if len(flu) else ""
     return text + (f"FLU trains the MLPs of layers {span}." if span else "No layer rises enough for FLU.")

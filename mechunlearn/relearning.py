@@ -15,7 +15,6 @@ from contextlib import contextmanager, nullcontext
 from typing import Callable, Iterator, NamedTuple, Sequence
 import matplotlib as mpl, numpy as np, pandas as pd, torch
 from matplotlib.figure import Figure
-from peft import LoraConfig, get_peft_model
 from tqdm.auto import tqdm
 from .facts import Fact, Task
 from .figures import FIGURE_STYLE, baseline, extremes, figure, listed, look, margin_labels, ordered, printed
@@ -94,6 +93,7 @@ def adapters(
     seed:int=0, # of their random start and of the dropout
 ) -> Iterator[list[torch.nn.Parameter]]: # what to train
     "LoRA on all linear layers, for the length of a `with` block; at first it adds exactly nothing"
+    from peft import LoraConfig, get_peft_model # a second of every start
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules="all-linear")
     with torch.random.fork_rng():
         torch.manual_seed(seed)

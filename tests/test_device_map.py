@@ -25,7 +25,7 @@ def test_what_meets_on_two_devices_is_noticed():
         assert (a + b.to(a.device)).device == torch.device("cuda:0") and (a + 1).cpu().device == torch.device("cpu")
 
 
-def made(lm):
+def made(lm, attacks):
     "Everything that is drawn, trained and asked of a model"
     task = sports_athlete_editing(lm, forget_size=4, seed=0)
     task = task.model_copy(update=dict(retain=task.retain[::3], retain_test=task.retain_test[::3], text_test=task.text_test[:8]))
@@ -33,17 +33,18 @@ def made(lm):
     found = {name: localize(lm, task, name, evidence=evidence) for name in MAPS}
     found["residual"] = localize(lm, task, "flu-path", evidence=Evidence(lm, task, progress=False, receiver="residual"))
     edit = finetune(lm, task, localize(lm, task, "all-mlps", evidence=evidence), steps=2, lr=1e-3, inject=1., progress=False)
-    records = attack(lm, task, edit, attacks="all", **BRIEF).records
+    records = attack(lm, task, edit, attacks=attacks, **BRIEF).records
     return {n: (w.components, w.n_params) for n, w in found.items()}, edit.curve, records
 
 
-def test_maps_edit_and_attacks_of_a_spread_model(monkeypatch):
+@pytest.mark.parametrize("attacks", ["standard", pytest.param("all", marks=pytest.mark.slow)])
+def test_maps_edit_and_attacks_of_a_spread_model(monkeypatch, attacks):
     monkeypatch.setattr(relearning, "LOW", {name: (split, (0,), 2) for name, (split, *_) in relearning.LOW.items()}) # one side, two steps
-    here = made(load("organism"))
+    here = made(load("organism"), attacks)
     with TwoDevices():
         lm = spread(load("organism"))
         assert {p.device.index for p in lm.hf.parameters()} == {0, 1}
-        there = made(lm)
+        there = made(lm, attacks)
     assert here[0] == there[0]
     for one, other in zip(here[1:], there[1:]):
         pd.testing.assert_frame_equal(*(t.select_dtypes("number").drop(columns=["seconds"], errors="ignore").reset_index(drop=True) for t in (one, other)), rtol=1e-4, atol=1e-5)

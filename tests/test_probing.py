@@ -48,6 +48,14 @@ def test_curve_finds_what_was_planted(planted):
     assert (c.ci_low <= c.accuracy).all() and (c.accuracy <= c.ci_high).all() and (c.n_test == 80).all()
     assert plot_probe(c, [1]).axes[0].get_xlabel() == "after layer" and "layers 1." in say_probe(c, [1])
 
+@pytest.mark.parametrize("first, said", [(.3, False), (.6, False), (.7, True), (.95, True)])
+def test_what_is_read_before_any_layer_is_said(first, said):
+    "Of the way from the control, .33, to the top, 1, more than half"
+    rows = [(l, "subject", k, a, a - .05, a + .05, 100) for k, line in ((False, (first, .95, 1.)), (True, (.33,) * 3)) for l, a in zip((-1, 0, 1), line)]
+    c = pd.DataFrame(rows + [(l, "last", False, .33, .28, .38, 100) for l in (-1, 0, 1)], columns=["layer", "position", "control", "accuracy", "ci_low", "ci_high", "n_test"])
+    assert ("before any layer" in say_probe(c)) == said and "before any layer" not in say_probe(c[c.layer >= 0])
+
+
 def test_train_and_test_are_disjoint_and_without_the_forget_set(planted):
     t = task()
     probe_curve(None, t)
