@@ -10,10 +10,10 @@ __all__ = ['SPORTS', 'GOLF', 'SPORTS_PROMPT', 'SPORTS_PROMPTS', 'SPORTS_SYSTEM',
            'world_facts', 'sport_fact', 'sports_path', 'Athlete', 'read_sports', 'sports_facts', 'Task', 'McqFormat',
            'mcq_block', 'seeded', 'mcq_options', 'has_options', 'usable_shots', 'mcq_shots', 'askable', 'McqItem',
            'mcq_example', 'mcq_prompts', 'every_order', 'with_edit_answers', 'of_each', 'without', 'in_proportion',
-           'quarter_of_each', 'fixed_sets', 'check_size', 'split_retain', 'seeded_sets', 'world_groups', 'paper_sets',
-           'probabilities', 'likeliest', 'known_of', 'asked_as', 'left_out', 'texts', 'world_sets', 'table_sets',
-           'check_numbers', 'check_options', 'sports_athlete_editing', 'unknown_words', 'check_words',
-           'check_candidates', 'check_boundary', 'unfit', 'fitting', 'check_facts', 'check_task']
+           'by_lot', 'by_place', 'quarter_of_each', 'fixed_sets', 'check_size', 'split_retain', 'seeded_sets',
+           'world_groups', 'paper_sets', 'probabilities', 'likeliest', 'known_of', 'asked_as', 'left_out', 'texts',
+           'world_sets', 'table_sets', 'check_numbers', 'check_options', 'sports_athlete_editing', 'unknown_words',
+           'check_words', 'check_candidates', 'check_boundary', 'unfit', 'fitting', 'check_facts', 'check_task']
 
 # %% ../nbs/01_facts.ipynb #010003
 import hashlib, json, random
@@ -511,6 +511,15 @@ def in_proportion(
     for f in facts: seen[f.answer] += 1; place[f.id] = (seen[f.answer] - .5) / total[f.answer]
     return sorted(facts, key=lambda f: place[f.id])
 
+# %% ../nbs/01_facts.ipynb #4f6d1b02
+def by_lot(facts, n, *purpose):
+    "Draw `n` facts of a list that is the same for everybody, as a world's is"
+    return seeded(*purpose).sample(facts, n)
+
+def by_place(facts, n, *purpose):
+    "Draw `n` facts, each with a place of its own: that one more or less is known, on another machine or in another dtype, moves no other"
+    return sorted(facts, key=lambda f: hashlib.sha256("/".join(map(str, (*purpose, f.id))).encode()).digest())[:n]
+
 # %% ../nbs/01_facts.ipynb #7c89acab
 def quarter_of_each(facts, n):
     "The first `n` facts of every answer, or a quarter of them"
@@ -524,10 +533,11 @@ def fixed_sets(
     forget_size:int, # how many will be edited
     inject:str="other", # edit answers
     aside=(), # facts that are not edited, and can be examples all the same
+    draw=by_lot, # or `by_place`
 ) -> dict: # shots, dev_retain, dev_forget
     "Draw the sets that are the same for every seed"
-    order = sorted(seeded("fixed").sample(facts, len(facts)), key=lambda f: not f.mcq_trained)
-    shots = of_each([*seeded("aside").sample(aside, len(aside)), *order], N_SHOTS)
+    order = sorted(draw(facts, len(facts), "fixed"), key=lambda f: not f.mcq_trained)
+    shots = of_each([*draw(aside, len(aside), "aside"), *order], N_SHOTS)
     free = [f for f in without(order, shots) if f.answer != GOLF]
     dev_retain = quarter_of_each(free, N_DEV_RETAIN)
     held = [f for f in without(free, dev_retain) if not f.mcq_trained]
@@ -553,12 +563,13 @@ def split_retain(
     seed:int, # draws
     train:float=.6, # share that is trained on
     key=lambda f: (f.answer, f.mcq_trained), # what both halves have the same mix of
+    draw=by_lot, # or `by_place`
 ) -> dict: # retain, retain_test
     "Split facts into those trained to stay and those that only must"
     retain, test, parts = [], [], {}
     for f in rest: parts.setdefault(key(f), []).append(f)
     for kind in sorted(parts):
-        part = seeded("retain", seed, *kind).sample(parts[kind], len(parts[kind]))
+        part = draw(parts[kind], len(parts[kind]), "retain", seed, *kind)
         k = round(train * len(part))
         retain.extend(part[:k]); test.extend(part[k:])
     return dict(retain=tuple(retain), retain_test=tuple(test))
@@ -571,14 +582,15 @@ def seeded_sets(
     seed:int, # draws
     inject:str="other", # edit answers
     train:float=.6, # share of the rest that is trained on
+    draw=by_lot, # or `by_place`
 ) -> dict: # forget, retain, retain_test
     "Draw the sets that depend on the seed"
     free = [f for f in without(facts, *fixed.values()) if f.answer != GOLF]
     held = [f for f in free if not f.mcq_trained]
     what = "facts to edit (outside the dev sets, not MCQ-trained, some left to retain)"
     check_size(forget_size, min(len(held), len(free) - 6), what)
-    forget = with_edit_answers(seeded("forget", seed).sample(held, forget_size), seed, inject)
-    return dict(forget=forget, **split_retain(without(free, forget), seed, train))
+    forget = with_edit_answers(draw(held, forget_size, "forget", seed), seed, inject)
+    return dict(forget=forget, **split_retain(without(free, forget), seed, train, draw=draw))
 
 # %% ../nbs/01_facts.ipynb #010071
 N_OTHER, N_OTHER_SHOTS = 160, 12 # facts in all; examples for each relation
@@ -743,8 +755,8 @@ def table_sets(
     try:
         if paper_split: sets = paper_sets(tuple(rows) if inject == "other" else with_edit_answers(rows, seed, inject), forget_size)
         else:
-            sets = fixed_sets(rows, forget_size, inject, aside)
-            sets |= seeded_sets(rows, sets, forget_size, seed, inject)
+            sets = fixed_sets(rows, forget_size, inject, aside, by_place)
+            sets |= seeded_sets(rows, sets, forget_size, seed, inject, draw=by_place)
     except Refusal as e: raise Refusal(f"{e}{left_out(dropped)}") from None
     shots = sets["shots"] + (sport_fact("Tiger Woods", "golf", "sport/shot"),)
     return {"dropped": dropped} | sets | texts("sports", place=text) | dict(shots=shots)

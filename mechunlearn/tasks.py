@@ -19,7 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 from . import sources, store
 from typing import NamedTuple
-from .facts import (GOLF, N_DEV_FORGET, N_DEV_RETAIN, N_OTHER_SHOTS, N_SHOTS, SPLITS, Fact, Task, asked_as, check_numbers,
+from .facts import (GOLF, N_DEV_FORGET, N_DEV_RETAIN, N_OTHER_SHOTS, N_SHOTS, SPLITS, Fact, Task, asked_as, by_lot, by_place, check_numbers,
     KNOWN_BY, check_size, check_task, fitting, known_of, left_out, load_world, of_each, quarter_of_each, seeded, sport_fact, sports_athlete_editing,
     sports_facts, split_retain, texts, with_edit_answers, without, world_facts, world_groups)
 from .models import LM
@@ -33,19 +33,20 @@ def one_sport_sets(
     sport:str, # the one that is edited
     seed:int, # draws the halves
     aside=(), # facts that are not edited, and can be examples all the same
+    draw=by_lot, # or `by_place`
 ) -> dict: # forget, forget_test, retain, retain_test, shots, dev_forget, dev_retain; without edit answers
     "Split a sport's athletes in halves, and the others into those trained to stay and those that only must"
-    order = sorted(seeded("fixed").sample(athletes, len(athletes)), key=lambda f: not f.mcq_trained)
-    shots = of_each([*seeded("aside").sample(aside, len(aside)), *order], N_SHOTS)
+    order = sorted(draw(athletes, len(athletes), "fixed"), key=lambda f: not f.mcq_trained)
+    shots = of_each([*draw(aside, len(aside), "aside"), *order], N_SHOTS)
     free = [f for f in without(order, shots) if f.answer != GOLF]
     theirs, others = ([f for f in free if (f.answer == f" {sport}") == own] for own in (True, False))
     dev_retain = quarter_of_each(others, N_DEV_RETAIN)
-    dev_forget = seeded("dev", sport).sample(theirs, min(N_DEV_FORGET, len(theirs) // 4))
+    dev_forget = draw(theirs, min(N_DEV_FORGET, len(theirs) // 4), "dev", sport)
     rest = without(theirs, dev_forget)
-    rest = seeded("forget", seed).sample(rest, len(rest))
+    rest = draw(rest, len(rest), "forget", seed)
     half = len(rest) // 2
     fixed = dict(forget=rest[:half], forget_test=rest[half:], shots=shots, dev_retain=dev_retain, dev_forget=dev_forget)
-    return {k: tuple(v) for k, v in fixed.items()} | split_retain(without(others, dev_retain), seed)
+    return {k: tuple(v) for k, v in fixed.items()} | split_retain(without(others, dev_retain), seed, draw=draw)
 
 # %% ../nbs/06_tasks.ipynb #e52b9149
 def paper_sport_sets(
@@ -88,7 +89,7 @@ def _whole_sport(name, update, edit, lm, sport, seed, facts, paper_split, text, 
         raise Refusal("paper_split is the order of the table of athletes: it needs facts='sports'")
     if sum(f.answer == f" {sport}" for f in athletes) < 2 or len({f.answer for f in athletes}) < 2:
         raise Refusal(f"{facts} has too few athletes who play {sport}, or none who play something else{left_out(dropped)}")
-    sets = paper_sport_sets(athletes, sport) if paper_split else one_sport_sets(athletes, sport, seed, aside)
+    sets = paper_sport_sets(athletes, sport) if paper_split else one_sport_sets(athletes, sport, seed, aside, by_lot if source == "world" else by_place)
     for k in sets.keys() & {"forget", "forget_test", "dev_forget"}:
         sets[k] = tuple(f.model_copy(update={"edit": edit}) for f in sets[k])
     if source == "world": more = world_groups(world_facts(path), sets["forget"] + sets["forget_test"], seed)
@@ -143,8 +144,10 @@ def invent(
 ) -> tuple[Fact, ...]: # the same for every seed, but for their answers
     "Facts about people who do not exist"
     named = sorted({f.subject: f for f in people if len(f.subject.split()) == 2}.values(), key=lambda f: f.subject)
-    draw, taken = seeded("strangers"), dict.fromkeys([*real, *(f.subject for f in people)])
-    for f in draw.sample(named, len(named)): taken.setdefault(f"{f.subject.split()[0]} {draw.choice(named).subject.split()[1]}", f)
+    taken = dict.fromkeys([*real, *(f.subject for f in people)])
+    for f in by_place(named, len(named), "strangers"):
+        other = by_place(named, 1, "strangers", f.id)[0]
+        taken.setdefault(f"{f.subject.split()[0]} {other.subject.split()[1]}", f)
     made, of = [(name, f) for name, f in taken.items() if f][:n], sorted(answers)
     return tuple(_renamed(f, name, of[k * len(of) // len(made)]) for k, (name, f) in enumerate(made))
 
@@ -214,9 +217,10 @@ def open_fixed(
     facts, # taught facts of open relations
     forget_size:int, # how many will be edited
     aside=(), # examples; none: some of the facts are set aside for it
+    draw=by_lot, # or `by_place`
 ) -> dict: # shots, dev_retain, dev_forget
     "Draw the sets that are the same for every seed"
-    order = seeded("fixed", "open").sample(facts, len(facts))
+    order = draw(facts, len(facts), "fixed", "open")
     subjects = list(dict.fromkeys(f.subject for f in order))
     many = Counter(f.subject for f in order)
     place = {s: i for i, s in enumerate(subjects)}
@@ -234,11 +238,12 @@ def open_seeded(
     fixed:dict, # from `open_fixed`
     forget_size:int, # how many are edited
     seed:int, # draws
+    draw=by_lot, # or `by_place`
 ) -> dict: # forget, retain, retain_test, same_subject
     "Draw the sets that depend on the seed"
     free = without(facts, *fixed.values())
     check_size(forget_size, int(.7 * len(free)), "facts to edit (outside the dev sets, some left to retain)")
-    order = sorted(seeded("forget", seed).sample(free, len(free)), key=lambda f: f.mcq_trained)
+    order = sorted(draw(free, len(free), "forget", seed), key=lambda f: f.mcq_trained)
     forget = by_turns(order, forget_size) if forget_size <= len({f.subject for f in free}) // 3 else []
     if not forget: # all facts of a subject, until there are enough
         of = {}
@@ -248,7 +253,7 @@ def open_seeded(
     about, edited = {f.subject for f in forget}, {f.id for f in forget}
     same = tuple(f for f in free if f.subject in about and f.id not in edited)
     subjects = {f.subject: f for f in rest}.values()
-    halves = split_retain(subjects, seed, key=lambda f: (f.relation, f.mcq_trained))
+    halves = split_retain(subjects, seed, key=lambda f: (f.relation, f.mcq_trained), draw=draw)
     who = {k: {f.subject for f in v} for k, v in halves.items()}
     kept = {k: tuple(f for f in rest if f.subject in w) for k, w in who.items()}
     return dict(forget=with_edit_answers(forget, seed), same_subject=same) | kept
@@ -362,8 +367,8 @@ def counterfact_sets(
     dev = []
     if not paper_split:
         body = _first_of_subject(without(body, aside))
-        dev = seeded("fixed").sample(sorted(body, key=lambda f: f.id), min(len(body) // 4, 2 * N_DEV_FORGET))
-        body = seeded("forget", seed).sample(body, len(body))
+        dev = by_place(body, min(len(body) // 4, 2 * N_DEV_FORGET), "fixed")
+        body = by_place(body, len(body), "forget", seed)
     if forget_size > (left := max(len(body) - len(dev) - 8, 0)):
         again = max(len(facts) - len(aside) - len(body), 0)
         raise Refusal(f"forget_size {forget_size} is too large: the model knows {len(facts)} facts; {len(aside)} are set aside as "
@@ -447,7 +452,7 @@ def atlas_sets(
     facts, alike = distinct(lm, facts, target)
     facts, unknown, why = known_of(lm, facts, known)
     dropped |= ({"no answers to tell it from": alike} if alike else {}) | why
-    drawn = [f for part in (without(unknown, facts), facts) for f in seeded("examples").sample(part, len(part))]
+    drawn = [f for part in (without(unknown, facts), facts) for f in by_place(part, len(part), "examples")]
     shots = [f for r in ATLAS for f in [f for f in drawn if f.relation == r][:N_EXAMPLES]]
     try: sets = _open_splits(without(facts, shots), forget_size, seed, tuple(shots))
     except Refusal as e: raise Refusal(f"{e}{left_out(dropped)}") from None
@@ -458,8 +463,8 @@ def atlas_sets(
 # %% ../nbs/06_tasks.ipynb #f21a626f
 def _open_splits(facts, forget_size, seed, shots):
     "The splits of open facts, the fixed ones and those that depend on the seed"
-    fixed = open_fixed(facts, forget_size, shots)
-    return fixed | open_seeded(facts, fixed, forget_size, seed)
+    fixed = open_fixed(facts, forget_size, shots, by_place)
+    return fixed | open_seeded(facts, fixed, forget_size, seed, by_place)
 
 # %% ../nbs/06_tasks.ipynb #daf9d6b5
 MIN_RETAIN = 20 # fewer own facts to keep are filled up

@@ -1,16 +1,16 @@
 "The facts that come with the package: athletes and the atlas, and which of them a model knows"
-import csv
+import csv, random
 from collections import Counter
 from functools import cache
 from pathlib import Path
 import pytest, torch
 from test_tasks import REFDATA, apart
-from mechunlearn import facts as facts_module
+from mechunlearn import facts as facts_module, tasks
 from mechunlearn.facts import GOLF, KNOWN_BY, NOT_KNOWN, SPORTS_PROMPTS, known_of, likeliest, probabilities, sports_facts
 from mechunlearn.models import next_token
 from mechunlearn.store import Refusal
 from mechunlearn.sources import read_atlas
-from mechunlearn.tasks import ATLAS, ATLAS_PROMPTS, TASKS, atlas_facts, make_task
+from mechunlearn.tasks import ATLAS, ATLAS_PROMPTS, TASKS, athletes_of, atlas_facts, make_task
 
 SPORTS_TASKS, OPEN_TASKS = [n for n in TASKS if "sport" in n], [n for n in TASKS if "counterfact" in n]
 
@@ -128,3 +128,22 @@ def test_a_model_that_knows_too_few_says_how_many(lm, monkeypatch):
     monkeypatch.setattr(facts_module, "probabilities", lambda lm, facts: [.9 if i < 20 else .1 for i in range(len(facts))])
     with pytest.raises(Refusal, match=r"too large.*left out before: \d+ not known"):
         make_task("sports-athlete-editing", lm, facts="athletes", forget_size=64)
+
+
+@pytest.mark.parametrize("kind, facts, options", [("sports-athlete-editing", "athletes", dict(forget_size=16)), ("counterfact-editing", "atlas", dict(forget_size=16)),
+    ("full-sports-editing", "athletes", dict(sport="basketball")), ("sports-unlearning", "athletes", dict(sport="football"))])
+def test_a_fact_more_or_less_that_is_known_moves_no_other(monkeypatch, kind, facts, options):
+    "Another machine, or dtype, finds another fact at the edge: the task is nearly the same one"
+    def drawn(gone):
+        def known_of(lm, facts, by="prob"): return [f for f in facts if f.id not in gone], [f for f in facts if f.id in gone], {}
+        for module in (tasks, facts_module): monkeypatch.setattr(module, "known_of", known_of)
+        t = make_task(kind, None, facts=facts, seed=0, **options)
+        return {s: {f.id for f in getattr(t, s)} for s in ("forget", "forget_test", "dev_forget", "retain", "retain_test", "dev_retain", "ghosts")}
+    every = {f.id for f in (atlas_facts() if facts == "atlas" else athletes_of(facts)[2])}
+    half = set(random.Random(0).sample(sorted(every), len(every) // 2)) # what a small model does not know
+    whole = drawn(half)
+    edge = random.Random(1).sample(sorted(whole["forget"]), 2) + random.Random(1).sample(sorted(whole["retain"]), 2)
+    for one in edge:
+        less = drawn(half | {one})
+        for s, ids in whole.items(): assert len(ids ^ less[s]) <= 6, (one, s, len(ids), len(ids ^ less[s]))
+        assert len(whole["forget"] - less["forget"]) <= 2
