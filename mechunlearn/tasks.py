@@ -145,10 +145,12 @@ def invent(
     "Facts about people who do not exist"
     named = sorted({f.subject: f for f in people if len(f.subject.split()) == 2}.values(), key=lambda f: f.subject)
     taken = dict.fromkeys([*real, *(f.subject for f in people)])
+    somebody, of = len(taken), sorted(answers)
     for f in by_place(named, len(named), "strangers"):
+        if len(taken) == somebody + n: break
         other = by_place(named, 1, "strangers", f.id)[0]
         taken.setdefault(f"{f.subject.split()[0]} {other.subject.split()[1]}", f)
-    made, of = [(name, f) for name, f in taken.items() if f][:n], sorted(answers)
+    made = [(name, f) for name, f in taken.items() if f]
     return tuple(_renamed(f, name, of[k * len(of) // len(made)]) for k, (name, f) in enumerate(made))
 
 # %% ../nbs/06_tasks.ipynb #5a710003
