@@ -512,11 +512,19 @@ def in_proportion(
     return sorted(facts, key=lambda f: place[f.id])
 
 # %% ../nbs/01_facts.ipynb #4f6d1b02
-def by_lot(facts, n, *purpose):
+def by_lot(
+    facts, # a list
+    n, # how many
+    *purpose, # as of `seeded`
+): # the facts drawn, in the order drawn
     "Draw `n` facts of a list that is the same for everybody, as a world's is"
     return seeded(*purpose).sample(facts, n)
 
-def by_place(facts, n, *purpose):
+def by_place(
+    facts, # in any order
+    n, # how many
+    *purpose, # as of `seeded`
+): # the facts drawn, in the order drawn
     "Draw `n` facts, each with a place of its own: that one more or less is known, on another machine or in another dtype, moves no other"
     return sorted(facts, key=lambda f: hashlib.sha256("/".join(map(str, (*purpose, f.id))).encode()).digest())[:n]
 
