@@ -18,7 +18,6 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import matplotlib as mpl
-from great_tables import GT, loc, style
 from matplotlib.figure import Figure
 from .figures import FIGURE_STYLE, baseline, cell_text, count_text, extremes, figure, look, ordered, printed
 from .progress import edits_in
@@ -362,8 +361,9 @@ def results_html(
     table:pd.DataFrame, # from `results_table`
     title:str|None=None, # heading
     gone:pd.DataFrame|None=None, # from `unavailable`
-) -> GT: # displays itself; `.as_raw_html()` for a page
+) -> object: # a `great_tables.GT`, which displays itself; `.as_raw_html()` for a page
     "The results table as HTML"
+    from great_tables import GT # takes half a second, and most runs show no such table
     names = [c for c in COLUMNS if c in table.columns.get_level_values(0)]
     small = "<br><span style='font-size:.78em;color:#666;white-space:nowrap'>"
     text = lambda value, lo, hi: "–" if pd.isna(value) else f"{value:.2f}{small}{'no interval' if pd.isna(lo) else f'{lo:.2f}–{hi:.2f}'}</span>"
@@ -386,6 +386,7 @@ def _label(table, name):
 
 def _dress(out, shown, title, *notes):
     "Type sizes, the FLU rows in bold, the notes"
+    from great_tables import loc, style
     flu = [i for i, n in enumerate(shown.localization) if n.startswith("flu")]
     out = out.tab_style(style.text(weight="bold"), [loc.body(rows=flu), loc.stub(rows=flu)]) if flu else out
     out = out.tab_options(table_font_size="12px", data_row_padding="3px", column_labels_font_size="11px", table_width="100%",
