@@ -1,9 +1,11 @@
 """Add runs to nbs/recorded without making everything again
 
     python tests/add_recorded.py RUN_FOLDER...                of `mechunlearn batch`
+    python tests/add_recorded.py --replace RUN_FOLDER...      the same, in place of all that is there of its model, task and number of facts
     python tests/add_recorded.py --sweep sweep.parquet...     of `mechunlearn sweep`
 
-Of each run the maps, localizations and evaluations are added that the tables lack for its model, task and number of facts; what is there stays.
+Of each run the maps, localizations and evaluations are added that the tables lack for its model, task and number of facts; what is there stays,
+unless it is replaced: runs of other draws are not mixed.
 Refused if the tables were recorded with other sources: then `make record`, or tests/recheck_recorded.py, comes first. `make record`
 forgets what was added here, unless configs/ has it too.
 """
@@ -21,16 +23,20 @@ KEYS = {"metrics": ["localization", "evaluation"], "records_small": ["localizati
 SWEPT = ["localization", "draw", "seed", "lr", "inject"]
 
 
-def lacking(old, new, keys):
-    "Rows of `new` whose model, task, number of facts and `keys` are nowhere in `old`"
+def known(new, old, keys):
+    "Which rows of `new` have a model, task, number of facts and `keys` that are somewhere in `old`"
     keys = [*R.WHICH, *keys]
     words = lambda t: t[keys].astype(object).where(t[keys].notna(), None).apply(tuple, axis=1)
-    return new[~words(new).isin(set(words(old)))]
+    return words(new).isin(set(words(old)))
 
 
-def add(name, new, keys, folder):
+def lacking(old, new, keys): return new[~known(new, old, keys)]
+
+
+def add(name, new, keys, folder, replace=False):
     file = folder / f"{name}.parquet"
     old = pd.read_parquet(file)
+    if replace and len(new): old = old[~known(old, new, [])]
     more = lacking(old, new, keys)
     if len(more):
         more = more.reindex(columns=old.columns)
@@ -43,6 +49,7 @@ def main(words=None, folder=RECORDED):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--replace", action="store_true")
     args = parser.parse_args(words)
     if args.sweep: return print(f"sweep: {sum(add('sweep', pd.read_parquet(f), SWEPT, folder) for f in args.runs)} rows added")
     if stale := set(R.check_recorded(folder)) & set(KEYS): sys.exit(f"recorded with other sources: {', '.join(sorted(stale))}")
@@ -50,7 +57,7 @@ def main(words=None, folder=RECORDED):
         tables, which = R.tables_of(scorecard.find(run)), dict(zip(R.WHICH, R._which(run)))
         for name, keys in KEYS.items():
             new = tables[name]
-            if len(new): print(f"{run}: {name}: {add(name, new.assign(**which), keys, folder)} rows added")
+            if len(new): print(f"{run}: {name}: {add(name, new.assign(**which), keys, folder, args.replace)} rows added")
 
 
 if __name__ == "__main__": main()

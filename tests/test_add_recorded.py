@@ -21,6 +21,14 @@ def test_only_what_is_lacking(tmp_path):
     assert A.add("metrics", rows(["flu"], 4., size=None), A.KEYS["metrics"], tmp_path) == 2 and A.add("metrics", rows(["flu"], 5., size=None), A.KEYS["metrics"], tmp_path) == 0
 
 
+def test_a_group_is_replaced_as_a_whole(tmp_path):
+    rows(["none", "flu"], 1.).to_parquet(tmp_path / "metrics.parquet")
+    A.add("metrics", rows(["flu"], 2., size=64), A.KEYS["metrics"], tmp_path)
+    assert A.add("metrics", rows(["random"], 3.), A.KEYS["metrics"], tmp_path, replace=True) == 2
+    now = pd.read_parquet(tmp_path / "metrics.parquet")
+    assert now.groupby(["forget_size", "localization"]).value.unique().map(list).to_dict() == {(64, "flu"): [2.], (16, "random"): [3.]}
+
+
 def test_a_run_is_added_as_it_would_be_recorded(tmp_path, monkeypatch, capsys):
     run = synthetic_run(tmp_path / "runs", ("flu", "nonlocalized"), seeds=(0, 1), n=16, stages=("localizations", "standard", "relearning"), model="invented")
     for name in A.KEYS:
