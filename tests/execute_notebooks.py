@@ -7,6 +7,7 @@ With --small nothing is executed: pictures and tables that are there are made sm
 import base64
 import copy
 import io
+import re
 import sys
 import time
 from pathlib import Path
@@ -53,8 +54,10 @@ def make_small(notebook) -> None:
         data = output.get("data", {})
         if png := data.get("image/png"):
             data["image/png"] = small_picture(png)
-        if "text/html" in data and len(data.get("text/plain", "")) > TEXT:
-            del data["text/plain"]
+        if html := data.get("text/html"):
+            data["text/html"] = re.sub(r">\s*\n\s*<", "><", html)
+            if len(data.get("text/plain", "")) > TEXT:
+                del data["text/plain"]
 
 
 def execute(path: Path) -> None:
