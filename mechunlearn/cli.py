@@ -98,7 +98,8 @@ def _dry_run(jobs, slurm=None, args=None):
     from mechunlearn.grids import as_published, estimate
     import pandas as pd
     outlines, card = {j.model: costs.outline(j) for j in jobs}, costs.card_of(getattr(args, "card", None))
-    table = pd.concat([estimate(j) for j in jobs])
+    gb = (card or costs.CARDS[costs.MEASURED_ON]).gb
+    table = pd.concat([estimate(j, gb*1e9) for j in jobs])
     expected = {j.run_dir: as_published(j, outlines[j.model]) for j in jobs}
     def said(r): 
         if r.exact: return f"{r.trained:,}"
@@ -109,7 +110,8 @@ def _dry_run(jobs, slurm=None, args=None):
     timed = {m: on for m, lm in outlines.items() if (on := costs.timed_on(lm, card))}
     if timed: table = _with_hours(table, jobs, outlines, timed)
     print(table.to_string(index=False, float_format="{:.3g}".format))
-    print(f"{len(jobs)} jobs, {table.edits.sum()} edits; memory without activations; "
+    short = f", without what it remembers where that is more than {gb:g} GB" if table.memory_gb.max() > gb else ""
+    print(f"{len(jobs)} jobs, {table.edits.sum()} edits; memory of a step{short}; "
           f"disk at most {table.disk_gb.sum():.3g} GB until edits are deleted")
     if timed: print("\n" + costs.hours_table(jobs, card).to_string(index=False) + "\n" + "\n".join(
         line for on in dict.fromkeys(timed.values()) for line in textwrap.wrap(f"On {on.name}. {costs.where_from(on)}", 140)))

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['DATA', 'SIZES', 'SHAPES', 'REFERENCE', 'GEMMA', 'ATHLETES', 'UNSPARED', 'ASKED', 'CARDS', 'MEASURED_ON', 'CORES',
-           'LOADING', 'WAYS', 'read_results', 'measured', 'keep_measured', 'Shape', 'shape', 'here', 'outline',
-           'block_weights', 'n_facts', 'reading', 'steps_of', 'work', 'Card', 'card_of', 'speeds', 'hours', 'timed_on',
-           'where_from', 'needs', 'way_for', 'lacks', 'fit_table', 'hours_table', 'n_edits', 'screen']
+           'LOADING', 'WAYS', 'STEP', 'LONG', 'read_results', 'measured', 'keep_measured', 'Shape', 'shape', 'here',
+           'outline', 'block_weights', 'n_facts', 'reading', 'steps_of', 'work', 'Card', 'card_of', 'speeds', 'hours',
+           'timed_on', 'where_from', 'activations', 'needs', 'way_for', 'lacks', 'fit_table', 'hours_table', 'n_edits',
+           'screen']
 
 # %% ../nbs/63_costs.ipynb #630002
 import json, math, textwrap
@@ -261,23 +262,39 @@ def where_from(
 WAYS = {"adamw": {}, "adamw-8bit": {"optimizer": "adamw-8bit"}, "adamw-8bit, checkpoint": {"optimizer": "adamw-8bit", "checkpoint": True},
     "adamw-8bit, checkpoint, 4bit": {"optimizer": "adamw-8bit", "checkpoint": True, "quantize": "4bit"}} # what to say with --set, and --quantize
 
+STEP = (("batch", 64), ("retain_batch", 48), ("text_batch", 8)) # facts, retained ones, texts
+LONG = 1e8 # weights from which on a model trains on real texts
+
 @lru_cache
-def _step():
-    "A step of facts in the organism's words"
-    from mechunlearn.finetuning import draws, training_rows
+def _step(sizes, real):
+    "A step of facts in the organism's words; a real model's texts are as long as texts may be"
+    from mechunlearn.finetuning import MAX_TOKENS, draws, training_rows
     from mechunlearn.models import load
     from mechunlearn.tasks import make_task
     lm = load("organism", device="cpu")
-    return lm.tok, next(draws(training_rows(lm, make_task("sports-athlete-editing", lm, forget_size=64)), dict(forget=64, retain=48, text=8), 1, 0))
+    rows = training_rows(lm, make_task("sports-athlete-editing", lm, forget_size=64))
+    rows["text"] = [r._replace(ids=(r.ids*MAX_TOKENS)[:MAX_TOKENS]) for r in rows["text"]] if real else rows["text"]
+    return lm.tok, next(draws(rows, dict(zip(("forget", "retain", "text"), sizes)), 1, 0))
 
 # %% ../nbs/63_costs.ipynb #630052
+def activations(
+    lm, # an LM in the dtype that it would have
+    place, # a Localization
+    settings:dict, # batch, retain_batch, text_batch, micro_batch, checkpoint
+) -> float: # bytes
+    "What a step remembers, beside weights and what belongs to the trained ones"
+    asked = {k: settings.get(k) or n for k, n in STEP}
+    return _remembered(lm, lm.hf.dtype, tuple(place.slices), tuple(asked.values()), bool(settings.get("checkpoint")), settings.get("micro_batch") or 128)
+
 @lru_cache
-def _activations(lm, where, checkpoint):
-    "Bytes that a step remembers, beside weights and what belongs to the trained ones"
+def _remembered(lm, dtype, slices, sizes, checkpoint, micro_batch):
     from mechunlearn.memory import step_memory
     from mechunlearn.models import wrap
-    tok, rows = _step()
-    return step_memory(wrap(lm.hf, tok), _place(lm, where).slices, rows, checkpoint=checkpoint)["activations"]
+    tok, rows = _step(sizes, lm.hf.num_parameters() >= LONG)
+    facts = [r for r in rows if r.term != "text"]
+    read, texts = min(len(facts), micro_batch)*max(len(r.ids) for r in facts), micro_batch//32*max((len(r.ids) for r in rows if r.term == "text"), default=0)
+    if lm.hf.num_parameters() > 1e9 and read > texts: rows = facts # what blocks remember goes with the tokens that they read: texts would only take time
+    return step_memory(wrap(lm.hf, tok), slices, rows, checkpoint=checkpoint, micro_batch=micro_batch)["activations"]
 
 def _place(lm, where):
     "The components that a kind of localization has"
@@ -297,7 +314,7 @@ def needs(
     from mechunlearn.memory import OPTIMIZERS, weight_bytes
     how, place = WAYS[way], _place(lm, where)
     held = weight_bytes(lm, [s.param for s in place.slices], how.get("quantize")) + (8 + OPTIMIZERS[how.get("optimizer", "adamw")])*place.n_params
-    return held if held > most else held + _activations(lm, where, how.get("checkpoint", False))
+    return held if held > most else held + activations(lm, place, how)
 
 # %% ../nbs/63_costs.ipynb #630054
 def way_for(

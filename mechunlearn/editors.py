@@ -12,6 +12,7 @@ __all__ = ['ROME', 'MEMIT', 'EDITORS', 'ASKED', 'mlp_layers', 'down', 'turned', 
 # %% ../nbs/22_editors.ipynb #220003
 import math
 from contextlib import contextmanager
+from inspect import signature
 from typing import Callable, Iterator, NamedTuple, Sequence
 import matplotlib as mpl, pandas as pd, torch
 from matplotlib.figure import Figure
@@ -20,10 +21,11 @@ from torch.func import functional_call
 from tqdm.auto import tqdm
 from .facts import Fact, Task, seeded
 from .figures import FIGURE_STYLE, figure, listed, look, ordered, printed
-from .finetuning import (MAX_TOKENS, Edit, draws, fact_losses, fact_rows, kept, masters, matrices, place, put, slice_key,
+from .finetuning import (MAX_TOKENS, Diverged, Edit, _guard, draws, fact_losses, fact_rows, kept, masters, matrices, place, put, slice_key,
     step_losses, text_losses, training_rows, untrainable)
 from .localization import Localization
 from .losses import UPDATES, answer_losses
+from .memory import out_of_memory
 from .models import LM, Component, Slice, cut, merge_slices, n_params, slices
 from .questions import answer, completions, paraphrases, some
 from .stats import wilson
@@ -576,14 +578,17 @@ def rmu(
     direction = torch.rand(lm.d_model, generator=torch.Generator().manual_seed(seed))
     target, opt, curve = (steering * direction / direction.norm()).to(lm.device), torch.optim.AdamW(values.values(), lr=lr, weight_decay=0.), []
     bar = tqdm(draws(read, dict(forget=batch, retain=batch), steps, seed), "steps", steps, leave=False, disable=None if progress else True)
+    made = lambda values: _edit(lm, task, where, "rmu", layers, values, pd.DataFrame(curve), seed, steering=steering, alpha=alpha, lr=lr, steps=steps, batch=batch)
+    good = {s: v.detach().to("cpu", copy=True) for s, v in values.items()}
     for step, some in enumerate(bar):
         cut_at = min(batch, len(read["forget"]))
         forget, retain = rmu_losses(lm, values, layers[-1], some[:cut_at], some[cut_at:], target)
         loss = forget + alpha * retain
-        if not loss.isfinite(): raise Refusal(f"rmu diverged at step {step} (loss {loss.item():.3g}): lower the learning rate (lr={lr:g})")
+        if why := _guard(step, {"forget": forget.item(), "retain": retain.item()}, 0., lr): raise Diverged(why, edit=made(good))
+        for s, v in values.items(): good[s].copy_(v.detach())
         opt.zero_grad(); loss.backward(); opt.step()
         curve.append(dict(step=step, lr=lr, loss=loss.item(), forget=forget.item(), retain=retain.item(), text=math.nan, grad_norm=math.nan))
-    return _edit(lm, task, where, "rmu", layers, values, pd.DataFrame(curve), seed, steering=steering, alpha=alpha, lr=lr, steps=steps, batch=batch)
+    return made(values)
 
 # %% ../nbs/22_editors.ipynb #220077
 @contextmanager
@@ -629,21 +634,27 @@ def lora(
     own, sizes = merge_slices([s for l in layers for s in slices(lm, Component("mlp", l))]), dict(forget=batch, retain=retain_batch, text=text_batch)
     values, rows, curve = masters(lm, own), training_rows(lm, task), []
     modules = list(dict.fromkeys(s.param.removesuffix(".weight") for s in own))
+    how, why = dict(rank=rank, alpha=alpha, lr=lr, steps=steps, inject=inject, clip=clip, **sizes), None
     with adapted(lm, modules, rank, alpha, seed) as deltas:
         params = [p for p in lm.hf.parameters() if p.requires_grad]
         opt = torch.optim.AdamW(params, lr=lr, weight_decay=0.)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
+        schedule, good = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps), [p.detach().clone() for p in params]
         for step, some in enumerate(tqdm(draws(rows, sizes, steps, seed), "steps", steps, leave=False, disable=None if progress else True)):
             terms = step_losses(lm, {}, some, UPDATES[task.update], inject, micro_batch)
             norm = float(torch.nn.utils.clip_grad_norm_(params, clip))
-            if not math.isfinite(norm): raise Refusal(f"lora diverged at step {step} (gradient norm {norm:.3g}): lower the learning rate (lr={lr:g})")
-            total = inject * terms["forget"] + terms["retain"] + (terms["text"] if math.isfinite(terms["text"]) else 0.)
+            there = {t: x for t, x in terms.items() if any(r.term == t for r in some)}
+            if why := _guard(step, there, norm, lr): break
+            for p, old in zip(params, good): old.copy_(p.detach())
+            total = sum(x * (inject if t == "forget" else 1.) for t, x in there.items())
             curve.append(dict(step=step, lr=schedule.get_last_lr()[0], loss=total, **terms, grad_norm=norm))
             opt.step(); schedule.step(); opt.zero_grad()
-        with torch.no_grad(): more = deltas()
+        with torch.no_grad():
+            for p, old in zip(params, good): p.copy_(old if why else p)
+            more = deltas()
     merged = {s: v.detach() + more[s.param.removesuffix(".weight")].to(v).narrow(s.dim, s.start, s.stop - s.start) for s, v in values.items()}
-    how = dict(rank=rank, alpha=alpha, lr=lr, steps=steps, inject=inject, clip=clip, **sizes)
-    return _edit(lm, task, where, "lora", layers, merged, pd.DataFrame(curve), seed, **how)
+    edit = _edit(lm, task, where, "lora", layers, merged, pd.DataFrame(curve), seed, **how)
+    if why: raise Diverged(why, edit=edit)
+    return edit
 
 # %% ../nbs/22_editors.ipynb #220081
 EDITORS = dict(rome=rome, memit=memit, alphaedit=alphaedit, rmu=rmu, lora=lora)
@@ -656,7 +667,12 @@ def edit_with(
     **settings, # of that method
 ) -> Edit:
     "An editor by name"
-    return EDITORS[choose(method, EDITORS, "editor")](lm, task, where, **settings)
+    editor = EDITORS[choose(method, EDITORS, "editor")]
+    try: return editor(lm, task, where, **settings)
+    except torch.OutOfMemoryError as e:
+        known = signature(editor).parameters
+        lower = next(n for n in ("micro_batch", "batch", "n_contexts") if n in known)
+        raise out_of_memory(lm, f"editing with {method} at {where.name}", {lower: settings.get(lower, known[lower].default)}) from e
 
 # %% ../nbs/22_editors.ipynb #220083
 ASKED = {"edit answer": ("top1_edit", lambda task: completions(task.forget)), "true answer": ("top1_truth", lambda task: completions(task.forget)),

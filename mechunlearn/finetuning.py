@@ -32,7 +32,7 @@ from .facts import Task
 from .figures import FIGURE_STYLE, cell_text, figure, listed, look, ordered, printed
 from .localization import Localization
 from .losses import UPDATES, Answers, Update, answer_losses, choose_update, l1_change, not_said, said
-from .memory import checkpointed, optimizer_class, unsteppable, written_out
+from .memory import checkpointed, optimizer_class, out_of_memory, unsteppable, written_out
 from .families import transposed
 from .loading import is_adapter, place_of, plain, snapshot
 from .models import LM, Slice, components, load, read_model, slices, wrap
@@ -536,9 +536,9 @@ def can_train(
 class Diverged(Refusal):
     "Training whose numbers are none any more; `edit` is its last good state"
     edit: "Edit|None" = None
-    def __init__(self, message, values=None, curve=None):
+    def __init__(self, message, values=None, curve=None, edit=None):
         super().__init__(message)
-        self.values, self.curve = values, curve
+        self.values, self.curve, self.edit = values, curve, edit
 
 def _guard(step, terms, norm, lr):
     "Why training cannot go on: a loss or gradient that is not a number"
@@ -668,8 +668,7 @@ def finetune(
         e.edit = made(e.values, e.curve)
         raise
     except torch.OutOfMemoryError as e:
-        more = [name for name, used in {"checkpoint": checkpoint, "optimizer adamw-8bit": optimizer not in (None, "adamw")}.items() if not used]
-        raise Refusal(f"out of memory on {lm.device} while training {where.name}: lower micro_batch (now {micro_batch}){', or set ' * bool(more)}{' and '.join(more)}") from e
+        raise out_of_memory(lm, f"training {where.name}", dict(micro_batch=micro_batch), {"checkpoint": checkpoint, "optimizer adamw-8bit": optimizer not in (None, "adamw")}) from e
 
 # %% ../nbs/20_finetuning.ipynb #200043
 @mpl.rc_context(FIGURE_STYLE)

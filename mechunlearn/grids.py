@@ -8,7 +8,7 @@ __all__ = ['PIPELINE', 'MAPS', 'ATTACKS', 'STANDARD', 'BENCHMARKS', 'FIELD', 'CH
            'folder', 'Lora', 'Attackers', 'Relearning', 'SoftPrompts', 'Adversarial', 'Hardened', 'Generation',
            'Elicitation', 'Capabilities', 'Latents', 'Weights', 'Tampering', 'NeverKnew', 'Inside', 'Settings', 'parse',
            'read_yaml', 'Grid', 'TaskOwn', 'make_job', 'grid', 'unwritable', 'writable', 'skeleton', 'Absent',
-           'check_job', 'as_published', 'trained', 'estimate']
+           'check_job', 'as_published', 'trained', 'place_of', 'estimate']
 
 # %% ../nbs/38_grids.ipynb #380002
 import itertools, math, os, re, reprlib, tempfile
@@ -628,11 +628,16 @@ def as_published(
     lm, # its model, with weights or without
 ) -> int|None: # parameters; none: nothing is published about this model
     "How many parameters FLU has in the authors' runs"
+    from mechunlearn.localization import build
+    return build(lm, "flu", found).n_params if (found := _published(job, lm)) else None
+
+def _published(job, lm):
+    "The components of FLU in the authors' runs of this model"
     from types import SimpleNamespace
-    from mechunlearn.localization import build, published
+    from mechunlearn.localization import published
     with suppress(store.Unavailable):
         found = published(lm, SimpleNamespace(name=job.task, forget=range(job.options.get("forget_size") or 64)))
-        return build(lm, "flu", found).n_params if max(c.layer for c in found) < lm.n_layers else None
+        return found if max(c.layer for c in found) < lm.n_layers else None
 
 def trained(
     job:Job, # a job
@@ -640,26 +645,37 @@ def trained(
     name:str, # a localization, with its draw
 ) -> tuple[int, bool]: # parameters; False if that is only expected, or an upper bound
     "How many parameters a localization trains, as far as it is known before a run"
-    from mechunlearn.localization import FIXED, Evidence, build, by_hand_in_part
-    from mechunlearn.stats import edited_by
-    budget = job.settings.get("budget")
     made = Path(job.run_dir)/"localizations"/f"{store.plain_name(name, 'localization')}.json"
     with suppress(Broken, KeyError, TypeError): return sum(read_json(made, dict)["sizes"]), True
+    place, exact = place_of(job, lm, name)
+    if place is None: return 0, True
+    budget = job.settings.get("budget")
+    return (budget, True) if budget and not exact and place.name in ("flu", "all-mlps") else (place.n_params, exact)
+
+def place_of(
+    job:Job, # a job
+    lm, # its `skeleton`
+    name:str, # a localization, with its draw
+) -> tuple: # a Localization, none if nothing is trained; False if that is only expected, or an upper bound
+    "Where an edit will train, as far as it is known before a run"
+    from mechunlearn.localization import FIXED, Evidence, build, by_hand_in_part
+    from mechunlearn.stats import edited_by
     name = edited_by(name)[1]
-    if name.startswith("edited@"): return 0, True
-    if name.startswith("hand@"): return build(lm, name, *by_hand_in_part(lm, name.removeprefix("hand@"))).n_params, True
-    size = lambda fixed: build(lm, name, FIXED[fixed](Evidence(lm, None))).n_params
-    if name in ("late", "all-mlps", "nonlocalized"): return size(name), True
-    if name in ("extraction", "flu-with-attention"): return size("nonlocalized"), False
-    return (budget, True) if budget else (as_published(job, lm) or size("all-mlps"), False)
+    if name.startswith("edited@"): return None, True
+    if name.startswith("hand@"): return build(lm, name, *by_hand_in_part(lm, name.removeprefix("hand@"))), True
+    fixed = lambda n: build(lm, n, FIXED[n](Evidence(lm, None)))
+    if name in ("late", "all-mlps", "nonlocalized"): return fixed(name), True
+    if name in ("extraction", "flu-with-attention"): return fixed("nonlocalized"), False
+    return (build(lm, "flu", found) if (found := _published(job, lm)) else fixed("all-mlps")), False
 
 # %% ../nbs/38_grids.ipynb #400091
 def estimate(
     job:Job, # a job
+    most:float=float("inf"), # bytes: where weights and states take more, what a step remembers is not counted
 ): # DataFrame: run_dir, localization, edits (seeds times draws), trained, exact, memory_gb, disk_gb
     "What each localization of a job will train and need"
     import pandas as pd
-    from mechunlearn.costs import outline
+    from mechunlearn.costs import activations, outline
     from mechunlearn.loading import as_dtype, usual_dtype
     from mechunlearn.localization import localizations_for
     from mechunlearn.memory import OPTIMIZERS, weight_bytes
@@ -669,7 +685,12 @@ def estimate(
     weights = weight_bytes(lm, quantize=quantize, dtype=dtype)
     each = 8 + OPTIMIZERS[asked.get("optimizer") or "adamw"] + (dtype.itemsize if quantize else 0) # master, gradient, states, and the weight written out
     every = localizations_for(job.localizations, job.settings.get("draws", 1))
-    rows = pd.DataFrame([(job.run_dir, name.split("#")[0], len(job.seeds), *trained(job, lm, name)) for name in every],
-                        columns=["run_dir", "localization", "edits", "trained", "exact"])
-    rows = rows.groupby(["run_dir", "localization"], sort=False, as_index=False).agg({"edits": "sum", "trained": "max", "exact": "all"})
-    return rows.assign(memory_gb=lambda d: (weights + each*d.trained)/1e9, disk_gb=lambda d: 4*d.trained*d.edits/1e9)
+    lm.hf.to(dtype)
+    def step(name, n):
+        held, (place, _) = weights + each*n, place_of(job, lm, name)
+        return held + (activations(lm, place, asked) if place and held <= most else 0)
+    rows = [(job.run_dir, name, len(job.seeds), *trained(job, lm, name)) for name in every]
+    rows = pd.DataFrame([(run, name.split("#")[0], k, n, exact, step(name, n)/1e9) for run, name, k, n, exact in rows],
+                        columns=["run_dir", "localization", "edits", "trained", "exact", "memory_gb"])
+    rows = rows.groupby(["run_dir", "localization"], sort=False, as_index=False).agg({"edits": "sum", "trained": "max", "exact": "all", "memory_gb": "max"})
+    return rows.assign(disk_gb=lambda d: 4*d.trained*d.edits/1e9)

@@ -73,7 +73,10 @@ def made_by(
     "An edit that is not a fine-tuning"
     if editor == "mask":
         if "k" not in how: raise Refusal("mask@... needs a number of weights: mask-8000@..., or --set editors.mask.k=8000")
-        edit = learn_mask(lm, task, where, **{n: v for n, v in how.items() if n != "k"}).edit(lm, how["k"])
+        try: edit = learn_mask(lm, task, where, **{n: v for n, v in how.items() if n != "k"}).edit(lm, how["k"])
+        except Diverged as e:
+            e.edit = e.edit.edit(lm, how["k"]) # the mask that is kept, as an edit
+            raise
     else:
         if "aim" in how: how["aim"] = (ROME if editor == "rome" else MEMIT)._replace(**how["aim"])
         edit = edit_with(lm, task, where, editor, **how)
@@ -82,12 +85,17 @@ def made_by(
 # %% ../nbs/24_jobs.ipynb #24e0003
 @patch
 def by_editor(self:Job) -> Edit:
-    "The edit of an editor, saved if there is a folder"
+    "The edit of an editor"
     where = self.where.model_copy(update=dict(name=edited_by(self.name)[1]))
     edit = made_by(self.editor, self.lm, self.task, where, **self.editing)
     edit.localization = edit.localization.model_copy(update=dict(name=self.name))
-    if self.folder: edit.save(self.folder, self.causes())
     return edit
+
+@patch
+def finetuned(self:Job) -> Edit:
+    "The edit of localized fine-tuning, at the rates of this job"
+    lr, inject = rates(self.lm, self.task, self.where, self.training.get("lr"), self.training.get("inject"), self.run, self.training.get("loss"))
+    return finetune(self.lm, self.task, self.where, **{k: v for k, v in self.training.items() if k != "editors"} | dict(lr=lr, inject=inject))
 
 # %% ../nbs/24_jobs.ipynb #200066
 @patch
@@ -100,9 +108,7 @@ def edit(self:Job,
     there = {state(self.path(f), self.causes()) for f in files} if self.folder else {"missing"}
     usable = {"done"} if self.repair else {"done", "broken"}  # reading a broken one says which file it is
     if there <= usable and not recompute: return load_edit(self.folder)
-    if self.editor: return self.by_editor()
-    lr, inject = rates(self.lm, self.task, self.where, self.training.get("lr"), self.training.get("inject"), self.run, self.training.get("loss"))
-    try: edit = finetune(self.lm, self.task, self.where, **{k: v for k, v in self.training.items() if k != "editors"} | dict(lr=lr, inject=inject))
+    try: edit = self.by_editor() if self.editor else self.finetuned()
     except Diverged as e:
         if not self.folder: raise
         e.edit.save(self.folder/"diverged", self.causes())

@@ -20,9 +20,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from .facts import Task
 from .figures import FIGURE_STYLE, figure, listed, look, ordered, say
-from mechunlearn.finetuning import (UPDATES, Edit, _guard, draws, masters, own_slices, parse_slice, place, slice_key, step_losses,
+from mechunlearn.finetuning import (UPDATES, Diverged, Edit, _guard, draws, masters, own_slices, parse_slice, place, slice_key, step_losses,
     training_rows)
 from .localization import Localization
+from .memory import out_of_memory
 from .models import LM, Slice
 from .questions import Question, answer, completions, multiple_choice, neighborhood, paraphrases, some, text_loss
 from .stats import summarise
@@ -145,6 +146,7 @@ class Mask:
 def _loop(lm, learner, batches, steps, update, inject, micro_batch, clip, lr, progress, own):
     "One row of the curve a step"
     schedule, curve, params = torch.optim.lr_scheduler.CosineAnnealingLR(learner.opt, steps), [], learner.opt.param_groups[0]["params"]
+    good = {s: x.to("cpu", copy=True) for s, x in learner.scores().items()}
     for step, rows in enumerate(tqdm(batches, "steps", steps, leave=False, disable=None if progress else True)):
         masked, price = learner.values(), learner.price()
         leaves = {s: v.detach().requires_grad_() for s, v in masked.items()}
@@ -152,7 +154,8 @@ def _loop(lm, learner, batches, steps, update, inject, micro_batch, clip, lr, pr
         torch.autograd.backward([*masked.values(), price], [*(v.grad for v in leaves.values()), torch.ones_like(price)])
         norm = float(torch.nn.utils.clip_grad_norm_(params, clip))
         there = {t: x for t, x in terms.items() if any(r.term == t for r in rows)}
-        if why := _guard(step, there, norm, lr): raise Refusal(why.removesuffix("; the last good state is kept"))
+        if why := _guard(step, there, norm, lr): raise Diverged(why, good, pd.DataFrame(curve))
+        for s, x in learner.scores().items(): good[s].copy_(x)
         total = sum(x * (inject if t == "forget" else 1.) for t, x in there.items()) + price.item()
         curve.append(dict(step=step, lr=schedule.get_last_lr()[0], loss=total, **terms, penalty=price.item(), grad_norm=norm))
         learner.opt.step(); learner.keep(); schedule.step(); learner.opt.zero_grad()
@@ -192,11 +195,14 @@ def learn_mask(
     weights, rows, sizes = masters(lm, where.slices), training_rows(lm, task), dict(forget=batch, retain=retain_batch, text=text_batch)
     learner = clamped(weights, lr, penalty) if method == "clamped" else gated(weights, GATES[method], lr, penalty, seed)
     own = own_slices(task, rows["forget"], where) if where.parts else None
-    try: curve = _loop(lm, learner, draws(rows, sizes, steps, seed), steps, UPDATES[task.update], inject, micro_batch, clip, lr, progress, own)
-    except torch.OutOfMemoryError as e:
-        raise Refusal(f"out of memory on {lm.device} while masking {where.name}: lower micro_batch (now {micro_batch})") from e
     config = dict(model=lm.name, revision=lm.revision, task=task.name, seed=seed, method=method, lr=lr, penalty=penalty, inject=inject, steps=steps, clip=clip, **sizes)
-    return Mask(where, {slice_key(s): v.cpu() for s, v in learner.scores().items()}, curve, config)
+    made = lambda scores, curve: Mask(where, {slice_key(s): v.cpu() for s, v in scores.items()}, curve, config)
+    try: curve = _loop(lm, learner, draws(rows, sizes, steps, seed), steps, UPDATES[task.update], inject, micro_batch, clip, lr, progress, own)
+    except Diverged as e:
+        e.edit = made(e.values, e.curve)
+        raise
+    except torch.OutOfMemoryError as e: raise out_of_memory(lm, f"masking {where.name}", dict(micro_batch=micro_batch)) from e
+    return made(learner.scores(), curve)
 
 # %% ../nbs/21_weight_masking.ipynb #3fc12fe4
 def most_masked(
@@ -234,9 +240,9 @@ def mask_questions(
     most:int=64, # facts of a group; a quarter of it in multiple choice
 ) -> list[Question]:
     "What is asked at every size"
-    groups = {g: some(facts, most) for g, facts in task.groups().items() if g in ("forget", "retain", "other-relation")}
-    asked = [q for g, facts in groups.items() for q in completions(facts, g)] + paraphrases(groups["forget"], "forget") + neighborhood(groups["forget"], "forget")
-    return asked + [q for g in ("forget", "retain") for q in multiple_choice(task, some(groups.get(g, []), max(16, most // 4)), g)]
+    groups = {g: some(facts, most) for g, facts in task.groups().items() if g in ("forget", "retain", "other-relation", "general")}
+    asked = [q for g, facts in groups.items() if g != "general" for q in completions(facts, g)] + paraphrases(groups["forget"], "forget") + neighborhood(groups["forget"], "forget")
+    return asked + [q for g in ("forget", "retain", "general") for q in multiple_choice(task, some(groups.get(g, []), max(16, most // 4)), g)]
 
 # %% ../nbs/21_weight_masking.ipynb #a29e5dfb
 def _record(lm, task, questions, batch_size, **common):
@@ -274,7 +280,7 @@ def ask_sizes(
 # %% ../nbs/21_weight_masking.ipynb #5c0b72ed
 MASK_PANELS = {"forget": ("completion", "forget"), "forget, in other words": ("paraphrase", "forget"), "forget, multiple choice": ("mcq", "forget"),
     "retain": ("completion", "retain"), "retain, multiple choice": ("mcq", "retain"), "other facts": ("completion", "other-relation"),
-    "neighbours": ("neighborhood", "forget")}
+    "neighbours": ("neighborhood", "forget"), "general knowledge, multiple choice": ("mcq", "general")}
 
 def mask_rows(
     records:pd.DataFrame, # from `ask_sizes`, of one seed or several

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'unsteppable', 'optimizer_class', 'checkpointed', 'quantized', 'numbers', 'written_out',
-           'rest_quantized', 'Live', 'weight_bytes', 'step_memory']
+           'rest_quantized', 'Live', 'weight_bytes', 'step_memory', 'out_of_memory']
 
 # %% ../nbs/23_memory.ipynb #230002
 import weakref
@@ -254,7 +254,22 @@ def step_memory(
     kinds = (lambda part: fact_losses(lm, values, part, said), facts, micro_batch), (lambda part: text_losses(lm, values, part), text, max(1, micro_batch // 32))
     with checkpointed(lm, checkpoint), Live() as live:
         for losses, those, size in kinds:
-            for k in range(0, len(those), size): losses(those[k:k + size]).sum().backward()
+            chunks = [those[k:k + size] for k in range(0, len(those), size)]
+            if those is text: chunks = sorted(chunks, key=lambda c: -sum(len(r.ids) for r in c))[:1] # the others take no more
+            for chunk in chunks: losses(chunk).sum().backward()
     n = sum(v.numel() for v in values.values())
     return dict(weights=weight_bytes(lm, [s.param for s in slices], quantize), masters=4. * n, gradients=4. * n, states=OPTIMIZERS[optimizer or "adamw"] * n,
         activations=float(live.most - 4 * n))
+
+# %% ../nbs/23_memory.ipynb #2300a0a0
+def out_of_memory(
+    lm:LM, # what was trained
+    doing:str, # "training flu"
+    lower:dict, # settings that can be lowered, with what they were
+    could:dict|None=None, # what else takes less -> whether it was used
+) -> Refusal: # to be raised
+    "What really helps, the cheapest first"
+    first = " and ".join(f"{name} (now {n})" for name, n in lower.items())
+    more = [name for name, used in (could or {}).items() if not used]
+    last = "" if any(map(quantized, lm.hf.modules())) else "; what then still takes most are the weights: load the model with quantize 4bit"
+    return Refusal(f"out of memory on {lm.device} while {doing}: lower {first}{', or set ' * bool(more)}{' and '.join(more)}{last}")

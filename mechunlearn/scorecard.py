@@ -40,6 +40,7 @@ SCORED = {a.name: a for a in [
     Attack("multiple choice", "standard", ("mcq",), guess="mcq"), Attack("hard multiple choice", "hardened", variants=("setting",), guess="mcq"),
     Attack("open answer", "generation"), Attack("two facts retaught", "low-resource", ("completion",), "two facts.*", last=True, guess="not_edit", needs="train"),
     Attack("half retaught", "relearning", ("completion",), last=True, guess="not_edit", needs="train"),
+    Attack("other halves retaught", "relearning-splits", ("completion",), last=True, guess="not_edit", needs="train"),
     Attack("strongest of a grid", "relearning-grid", variants=("setting",), guess="not_edit", needs="train"),
     Attack("soft prompt", "soft-prompt", setting=r"k[1-9]\d*", variants=("setting",), guess="not_edit", needs="read"),
     Attack("new probe", "latent", setting=f"{_W}(/binary)?", variants=("setting", "layer"), needs="read"),

@@ -105,8 +105,11 @@ def test_one_object_for_a_program_and_a_paragraph_for_a_card(before):
     said = json.loads(audit_json(found))
     assert said["verdict"] == "leaks" and said["headline"] == found.headline and said["command"].endswith("--edited b") and said["task"] == "sports-athlete-editing"
     assert {"value", "low", "high", "guess", "n", "needs", "tried", "level"} <= set(said["found"][0]) and "\n" not in audit_json(found)
+    assert "in context" in said["untried"] and "quantized" in said["untried"] and not set(said["untried"]) & {t for f in found.found for t in f.tried}
+    holds = str(found._replace(verdict="holds"))
+    assert "Attacks not tried: " in holds and "quantized" in holds and "`--attacks field`" in holds
     card = model_card(found)
-    assert card.startswith("## Unlearning audit: leaks to as trained\n") and "n = 16" in card and "Again: `mechunlearn attack" in card and "multiple choice" in card
+    assert "Not tried: " in card and card.startswith("## Unlearning audit: leaks to as trained\n") and "n = 16" in card and "Again: `mechunlearn attack" in card and "multiple choice" in card
     assert len(plot_audit([found]).axes) == len(NEEDS)
 
 

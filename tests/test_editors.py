@@ -1,3 +1,4 @@
+import functools, math
 import numpy as np, pytest, torch
 from conftest import BUILD
 from plain import blocks, every_family, parts, post_norms
@@ -5,7 +6,7 @@ from mechunlearn import editors as E
 from mechunlearn.attacks import attack
 from mechunlearn.editors import EDITORS, Aim, adapted, added, aim_at, ask_editors, asks, contexts, edit_with, essences, mlp_layers, passages, plot_editors, read_at, reading, say_editors, second_moments, to_add
 from mechunlearn.facts import sports_athlete_editing
-from mechunlearn.finetuning import export, fingerprint, load_edit, parse_slice, training_rows
+from mechunlearn.finetuning import Diverged, export, fingerprint, load_edit, parse_slice, training_rows
 from mechunlearn.localization import Part, build
 from mechunlearn.models import Component, components
 from mechunlearn.relearning import Lora
@@ -479,6 +480,30 @@ def test_bad_input_is_one_line(qwen, method):
         assert "\n" not in str(e.value) and fingerprint(qwen) == before
     qwen.hf.get_submodule("model.layers.0.mlp.up_proj").weight = torch.nn.Parameter(torch.zeros(8, dtype=torch.int8), requires_grad=False)
     with pytest.raises(Refusal, match="up_proj.weight is quantized"): go(mlps(qwen, 1))
+
+
+@every_method
+def test_memory_that_runs_out_is_one_line(qwen, method, monkeypatch):
+    def full(*a, **k): raise torch.OutOfMemoryError("no")
+    monkeypatch.setitem(EDITORS, method, functools.wraps(EDITORS[method])(full))
+    with pytest.raises(Refusal, match=rf"^out of memory on cpu while editing with {method} at .*: lower (micro_batch|batch|n_contexts) \(now \d+\); what then .* quantize 4bit$"): edit_with(qwen, task_for(qwen), mlps(qwen, 1), method)
+
+
+@pytest.mark.parametrize("method", ["rmu", "lora"])
+def test_training_that_diverges_keeps_its_last_good_state(qwen, method, monkeypatch):
+    task, where = sports_athlete_editing(qwen, forget_size=8), mlps(qwen, 1)
+    how, before, losses, calls = dict(steps=4, lr=1e-3, progress=False), fingerprint(qwen), E.rmu_losses if method == "rmu" else E.step_losses, []
+    two = EDITORS[method](qwen, task, where, **how | dict(steps=2)) if method == "rmu" else None
+    def breaks(*a, **k):
+        calls.append(1)
+        found = losses(*a, **k)
+        if len(calls) < 4: return found
+        return (found[0] * math.nan, found[1]) if method == "rmu" else found | dict(retain=math.nan)
+    monkeypatch.setattr(E, losses.__name__, breaks)
+    with pytest.raises(Diverged, match=r"^training diverged at step 3 \((forget|retain) loss nan\): lower the learning rate \(lr=0.001\); the last good state is kept$") as e: EDITORS[method](qwen, task, where, **how)
+    kept = e.value.edit
+    assert len(kept.curve) == 3 and fingerprint(qwen) == before and all(v.isfinite().all() for v in kept.values.values())
+    if two is not None: assert all(torch.equal(v, two.values[k]) for k, v in kept.values.items()) # what the step before last had left
 
 
 def test_the_last_layer_is_beyond_reach_unless_the_subject_ends_the_prompt(qwen):

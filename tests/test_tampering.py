@@ -181,6 +181,11 @@ def test_other_halves(tiny, task):
     assert random_half(task, 0, 1) == random_half(task, 1, 1)[::-1]
     r = relearn_splits(tiny(), task, splits=2, steps=1, lora=FEW["lora"], max_facts=4)
     assert set(r.setting) == {f"half{h}/seed{s}" for h in (0, 1) for s in (0, 1)} and set(r.step) == {1}
+    facts = per_fact(r.assign(localization="late", draw=0, seed=0))
+    found = attempts(facts, SCORED["other halves retaught"]) # each fact held back by several cuts, one attempt: their mean
+    held = facts[(facts.group == "forget") & (facts.format == "completion")]
+    assert found.shape == (held.fact.nunique(), 1) and len(held) > len(found)
+    assert found.iloc[:, 0].droplevel([0, 1, 2]).to_dict() == held.groupby("fact").top1_truth.mean().to_dict()
 
 
 def test_refusals(tiny, task):
