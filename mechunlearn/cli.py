@@ -112,7 +112,7 @@ def _dry_run(jobs, slurm=None, args=None):
     print(table.to_string(index=False, float_format="{:.3g}".format))
     short = f", without what it remembers where that is more than {gb:g} GB" if table.memory_gb.max() > gb else ""
     print(f"{len(jobs)} jobs, {table.edits.sum()} edits; memory of a step{short}; "
-          f"disk at most {table.disk_gb.sum():.3g} GB until edits are deleted")
+          f"disk at most {table.disk_gb.sum():.3g} GB of edits until they are deleted")
     if timed: print("\n" + costs.hours_table(jobs, card).to_string(index=False) + "\n" + "\n".join(
         line for on in dict.fromkeys(timed.values()) for line in textwrap.wrap(f"On {on.name}. {costs.where_from(on)}", 140)))
     for line in dict.fromkeys([*getattr(args, "lacking", ()), *(l for j in jobs if j.model in costs.SHAPES for l in costs.lacks(j))]): print(f"missing here: {line}")

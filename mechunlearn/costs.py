@@ -293,7 +293,7 @@ def _remembered(lm, dtype, slices, sizes, checkpoint, micro_batch):
     tok, rows = _step(sizes, lm.hf.num_parameters() >= LONG)
     facts = [r for r in rows if r.term != "text"]
     read, texts = min(len(facts), micro_batch)*max(len(r.ids) for r in facts), micro_batch//32*max((len(r.ids) for r in rows if r.term == "text"), default=0)
-    if lm.hf.num_parameters() > 1e9 and read > texts: rows = facts # what blocks remember goes with the tokens that they read: texts would only take time
+    if lm.hf.num_parameters() > 1e9 and read > texts and not checkpoint: rows = facts # what blocks remember goes with the tokens that they read: texts would only take time
     return step_memory(wrap(lm.hf, tok), slices, rows, checkpoint=checkpoint, micro_batch=micro_batch)["activations"]
 
 def _place(lm, where):

@@ -57,7 +57,7 @@ def _why(path):
     inside = next((p for p in path[::-1] if isinstance(p, ast.FunctionDef)), None)
     if not (isinstance(path[-1], ast.Return) and path[-1].value and inside and (ast.get_docstring(inside) or "").startswith("Why")): return None
     text = template(path[-1].value)
-    return ("Refusal", text) if len(text.split()) > 3 else None
+    return ("Refusal", text) if len(text.split()) > 3 and not text.startswith("<") else None # a sentence of a report is no error
 
 # %% ../nbs/64_errors.ipynb #640026
 DO = re.compile(r"(?:[:;,(] |^)((?:or )?(?:accept|add|ask|choose|delete|fill|find|fine-tune|give|install|keep|leave|load|lower|make|name|pip install|please|raise|read|reinstall|retrain|run|save|say|set|take|train|try|use|wait|widen|write)\b.{4,})", re.S)
@@ -69,7 +69,8 @@ KINDS = {"Broken": "delete the file, or run again with --recompute", "Unavailabl
 ROOMS = {"read what you have with `mechunlearn check --model M`: a whole download, another revision, or --family": "models families loading organism memory",
     "correct the row, the file or the option that the message names ([your own facts](66_your_own_facts.ipynb))": "facts phrasings sources tasks questions known",
     "other facts or more of them, or other localizations": "probing tracing patching localization latent",
-    "correct the option or the key that the message names ([the grid file](65_grid_file.ipynb), `mechunlearn COMMAND --help`)": "cli options grids jobs runs progress engines cluster costs store rates",
+    "correct the option or the key that the message names ([the grid file](65_grid_file.ipynb), `mechunlearn COMMAND --help`)": "cli options grids jobs runs progress costs store rates",
+    "correct the option of the cluster that the message names ([On a cluster](62_on_a_cluster.ipynb)); `sinfo` says what the cluster has": "engines cluster",
     "correct the setting that the message names (--set KEY=VALUE; [all of them](65_grid_file.ipynb))": "finetuning steps losses masking editors relearning softprompts never_knew tampering inside elicitation adversarial attacks capability evaluation",
     "finish the run (`mechunlearn status` says how far it is), or name a folder that holds one": "metrics results scorecard audit claims efficiency frontier report recorded_tables published stats figures pages"}
 

@@ -302,8 +302,11 @@ def plot_masking(
         for name, g in rows.groupby("localization"): _draw_sizes(ax, name, g)
         ax.set(title=title, xscale="log", ylim=(-.03, 1.03))
     for ax in axes[:, 0]: ax.set_ylabel("P(true answer)")
-    for ax in axes[-1]: ax.set_xlabel("weights set to zero")
     for ax in axes.flat[len(panels):]: ax.set_visible(False)
+    for column in axes.T[:len(panels)]:
+        last = [ax for ax in column if ax.get_visible()][-1]
+        last.set_xlabel("weights set to zero")
+        last.tick_params(labelbottom=True)
     handles = dict(zip(*reversed(axes[0, 0].get_legend_handles_labels())))
     fig.legend([handles[n] for n in ordered(handles)], ordered(handles), loc="outside lower center", ncols=5, frameon=False, fontsize=8)
     return fig
