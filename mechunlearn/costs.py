@@ -269,10 +269,10 @@ LONG = 1e8 # weights from which on a model trains on real texts
 def _step(sizes, real):
     "A step of facts in the organism's words; a real model's texts are as long as texts may be"
     from mechunlearn.finetuning import MAX_TOKENS, draws, training_rows
-    from mechunlearn.models import load
+    from mechunlearn.grids import make_job, skeleton
     from mechunlearn.tasks import make_task
-    lm = load("organism", device="cpu")
-    rows = training_rows(lm, make_task("sports-athlete-editing", lm, forget_size=64))
+    lm = skeleton(make_job("organism", "sports-athlete-editing", {}, ["flu"], [0], {}))
+    rows = training_rows(lm, make_task("sports-athlete-editing", None, forget_size=64))
     rows["text"] = [r._replace(ids=(r.ids*MAX_TOKENS)[:MAX_TOKENS]) for r in rows["text"]] if real else rows["text"]
     return lm.tok, next(draws(rows, dict(zip(("forget", "retain", "text"), sizes)), 1, 0))
 
@@ -283,17 +283,17 @@ def activations(
     settings:dict, # batch, retain_batch, text_batch, micro_batch, checkpoint
 ) -> float: # bytes
     "What a step remembers, beside weights and what belongs to the trained ones"
-    asked = {k: settings.get(k) or n for k, n in STEP}
-    return _remembered(lm, lm.hf.dtype, tuple(place.slices), tuple(asked.values()), bool(settings.get("checkpoint")), settings.get("micro_batch") or 128)
+    how = tuple(place.slices), tuple(settings.get(k) or n for k, n in STEP), bool(settings.get("checkpoint")), settings.get("micro_batch") or 128
+    key = lm.name, lm.revision, lm.hf.config.to_json_string(), lm.hf.dtype, LONG, how # every job has an outline of its own
+    if key not in _COUNTED: _COUNTED[key] = _remembered(lm, *how)
+    return _COUNTED[key]
 
-@lru_cache
-def _remembered(lm, dtype, slices, sizes, checkpoint, micro_batch):
+_COUNTED = {}
+
+def _remembered(lm, slices, sizes, checkpoint, micro_batch):
     from mechunlearn.memory import step_memory
     from mechunlearn.models import wrap
     tok, rows = _step(sizes, lm.hf.num_parameters() >= LONG)
-    facts = [r for r in rows if r.term != "text"]
-    read, texts = min(len(facts), micro_batch)*max(len(r.ids) for r in facts), micro_batch//32*max((len(r.ids) for r in rows if r.term == "text"), default=0)
-    if lm.hf.num_parameters() > 1e9 and read > texts and not checkpoint: rows = facts # what blocks remember goes with the tokens that they read: texts would only take time
     return step_memory(wrap(lm.hf, tok), slices, rows, checkpoint=checkpoint, micro_batch=micro_batch)["activations"]
 
 def _place(lm, where):

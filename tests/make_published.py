@@ -3,7 +3,7 @@
     MECHUNLEARN_REFDATA=FOLDER python tests/make_published.py          writes their lines, after those that were typed
     MECHUNLEARN_REFDATA=FOLDER python tests/make_published.py --check  says what differs, and changes nothing
 
-The authors' files hold some thirty thousand numbers. Listed is what each run ended with: of a run the last evaluation; of relearning the
+The authors' files hold nearly forty thousand numbers. Listed is what each run ended with: of a run the last evaluation; of relearning the
 last step of every metric, and the earlier steps of the one it is about; of soft prompts the mean over restarts; of probes the highest and
 the last layer of each run, and means over both set sizes at ten layers; of sweeps the four parts of the score; of masks the largest (and
 of the sport that is unlearned three smaller ones). A line holds all localizations for which the rest is the same: their names, or "all nine"
@@ -81,12 +81,15 @@ def asked_of(model, task, split, quantity):
     "How many facts, where it is known"
     if "MMLU" in quantity: return 100
     if unit_of(quantity) != "probability": return ""
-    if "maintain" in quantity or "retained" in quantity or "neighborhood" in quantity: return 160 # five batches of 32
+    if "maintain" in quantity or "retained" in quantity or "neighborhood" in quantity and not ("relearned" in quantity and split.isdigit()): return 160 # five batches of 32
     if not split.isdigit(): return ""
-    size = int(split)
-    if "relearned" in quantity: size //= 2
-    elif "MCQ" in quantity and "counterfact" in task: return QUESTIONS.get((model, size), "")
-    return min(160, 2*size) if "paraphrase" in quantity else size
+    size, again = int(split), "relearned" in quantity
+    asked = size // 2 if again else size # after relearning, the half that was not taught
+    if "neighborhood" in quantity: return min(160, 10*asked)
+    if "MCQ" in quantity and "counterfact" in task:
+        there = QUESTIONS.get((model, size), "")
+        return asked if there == size else "" if again else there # which facts of a half have a question is not known unless all have
+    return min(160, 2*asked) if "paraphrase" in quantity else asked
 
 
 def cells(table):
@@ -169,9 +172,9 @@ def masks(lines, folder):
         task, size, sport, figures = which[name]
         wide = rows.pivot(index="n_weights_masked", columns="localization", values="value")
         cite, quantity = "results/google_*-results-*.json" + (f", Figures {figures}" if figures else ""), f"masked {MASKED[metric]}"
-        n = 100 if metric == "MMLU" else size if size and "forget" in quantity else ""
+        n = 100 if metric == "MMLU" else size if size and "forget" in quantity and "paraphrase" not in quantity else ""
         also = ["older-set"] if "counterfact" in task else []
-        lines.add(model, task, size, f"{sport}unedited", quantity, {"none": wide.loc[0].mean()}, cite, n, also)
+        lines.add(model, task, size, f"{sport}unedited, mean of {wide.loc[0].count()} evaluations", quantity, {"none": wide.loc[0].mean()}, cite, n, also)
         for k in (wide.index.max(), *((500000, 900000, 1200000) if name == "basketball" else ())):
             lines.add(model, task, size, f"{sport}{k/1e6:g} million zeros", quantity, wide.loc[k].to_dict(), cite, n, also)
 

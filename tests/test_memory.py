@@ -95,8 +95,8 @@ def test_out_of_memory_names_what_helps(tiny, monkeypatch):
     lm = tiny()
     def full(*a, **k): raise torch.OutOfMemoryError("full")
     monkeypatch.setattr(F, "step_losses", full)
-    with pytest.raises(Refusal, match=r"micro_batch \(now 128\), or set checkpoint and optimizer adamw-8bit$"): finetune(lm, task_for(lm), mixed(lm), **SMALL)
-    with pytest.raises(Refusal, match=r"micro_batch \(now 128\), or set optimizer adamw-8bit$"): finetune(lm, task_for(lm), mixed(lm), **SMALL, checkpoint=True)
+    with pytest.raises(Refusal, match=r"micro_batch \(now 128\), or set checkpoint and optimizer adamw-8bit; what then .* quantize 4bit$"): finetune(lm, task_for(lm), mixed(lm), **SMALL)
+    with pytest.raises(Refusal, match=r"micro_batch \(now 128\), or set optimizer adamw-8bit; what then .* quantize 4bit$"): finetune(lm, task_for(lm), mixed(lm), **SMALL, checkpoint=True)
 
 
 # ---- blocks computed twice
