@@ -133,7 +133,7 @@ def say_audit(
     untried, more = [NEEDS[k] for k in NEEDS if not a.by(k)], untried_by(a) if a.verdict == HOLDS else []
     level = f" Intervals: {a.found[0].level:.1%} each, 95% together." if a.found else ""
     return (f"{printed(a.name)} {lead}. " + ". ".join(s[0].upper() + s[1:] for s in map(_say_finding, a.found)) + "." + level +
-            (f" Not tried: {listed(untried)}." if untried else "") + (f" Attacks not tried: {listed(more)} (`--attacks field` has all)." if more else "") + (f" Again: `{a.command}`" if a.command else ""))
+            (f" Not tried: {listed(untried)}." if untried else "") + (f" Attacks not tried: {listed(more)} (most come with `--attacks field`, the others with settings of relearning and tampering)." if more else "") + (f" Again: `{a.command}`" if a.command else ""))
 
 Audit.__str__ = say_audit
 Audit._repr_markdown_ = say_audit

@@ -649,7 +649,7 @@ def lora(
             curve.append(dict(step=step, lr=schedule.get_last_lr()[0], loss=total, **terms, grad_norm=norm))
             opt.step(); schedule.step(); opt.zero_grad()
         with torch.no_grad():
-            for p, old in zip(params, good): p.copy_(old if why else p)
+            for p, old in zip(params, good if why else ()): p.copy_(old)
             more = deltas()
     merged = {s: v.detach() + more[s.param.removesuffix(".weight")].to(v).narrow(s.dim, s.start, s.stop - s.start) for s, v in values.items()}
     edit = _edit(lm, task, where, "lora", layers, merged, pd.DataFrame(curve), seed, **how)
