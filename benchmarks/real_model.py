@@ -7,7 +7,8 @@ The notebooks of the pipeline run one after another, each in a process of its ow
 a line, for each stage and for all: seconds (without the start of Python and its imports), peak_mb (of the process), tflop (products of linear layers, forwards and backwards, counted
 as they happen), floor_s (tflop over the rate that this machine multiplies matrices of the model's own sizes at, in its dtype), over_floor.
 The first line is the machine: its rate, the model's dtype. `equal` repeats what is read once for several prompts (`models.parts`) without
-it: the largest difference of a log-probability in float32, and the seconds of both, for the whole questionnaire of an edit and for a step of fine-tuning.
+it: the largest difference of a log-probability in float32, and the seconds of both, for the whole questionnaire of an edit and for a step of fine-tuning; and ten steps of an
+edit of the last third with what lies below computed once (`remember`): the largest difference of a loss.
 With `--device cuda` the stages follow each other in one process, and peak_mb is the most memory allocated on the card. `--save NAME` also writes results/NAME.jsonl.
 """
 import argparse, json, os, subprocess, sys, tempfile, threading, time
@@ -79,7 +80,7 @@ def run_stage(shell, stage, job):
 
 
 def equal(args):
-    "With what prompts begin with read once, and without"
+    "What is computed once for several prompts or several steps, with and without"
     lm = load(args.model, device=args.device, dtype="float32")
     task = make_task("sports-athlete-editing", lm, forget_size=args.forget_size, **({"facts": args.facts} if args.facts else {}))
     asked = questionnaire(task)
@@ -96,6 +97,10 @@ def equal(args):
     g, h = step(True), step(False)
     yield dict(name="equal/questionnaire", prompts=len(prompts), max_abs_diff=(a - b)[~a.isnan()].abs().max().item(), ours_s=took[0], theirs_s=took[1])
     yield dict(name="equal/step", prompts=len(batch), max_abs_diff=((g - h).abs().max() / h.abs().max()).item(), ours_s=seconds(lambda: step(True), 2), theirs_s=seconds(lambda: step(False), 2))
+    where, edits = build(lm, "hand@last", [Component("mlp", l) for l in range(2*lm.n_layers // 3, lm.n_layers)]), []
+    train = lambda remember: edits.append(F.finetune(lm, task, where, lr=1e-5, steps=10, remember=remember, progress=False))
+    took = [seconds(lambda: train(r)) for r in (True, False)]
+    yield dict(name="equal/remember", steps=10, max_abs_diff=(edits[0].curve.loss - edits[1].curve.loss).abs().max(), ours_s=took[0], theirs_s=took[1])
 
 
 def job_of(args):

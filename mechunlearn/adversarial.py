@@ -26,7 +26,7 @@ from .questions import answer, some
 from .relearning import asked, draw_guesses, halves, of_job
 from .softprompts import MAX_RETAIN, logits_behind, read_once
 from .stats import METRICS, Chance, summarise
-from .store import Refusal, Run, choose
+from .store import Laps, Refusal, Run, choose
 
 # %% ../nbs/32_adversarial.ipynb #32ad0006
 PLACES = ("subject", "last")
@@ -304,7 +304,7 @@ def perturb(
     batch_size:int=64, # prompts a forward
 ) -> pd.DataFrame: # records: `evaluation` "adversarial", `setting` half0/latent/layer3/radius1/seed0, half0/suffix/tokens6/seed0, or half0/plain/seed0
     "Optimize against one half and ask the other. 2 x (`layers` x `radii` of `latent_push` and `tokens` of `found_suffix`)."
-    layers = middle_layers(lm) if layers is None else layers
+    laps, layers = Laps(), middle_layers(lm) if layers is None else layers
     _check(lm, layers, radii, places, steps, restarts, tokens, exchanges, candidates)
     drawn, parts = dict(seed=seed, batch=batch, retain_batch=retain_batch), []
     pushing = drawn | dict(places=places, steps=steps, restarts=restarts)
@@ -315,8 +315,8 @@ def perturb(
             questions = asked(task, taught, held, max_facts)
             for name, around in _variants(lm, task, taught, layers, radii, pushing, tokens, searching):
                 with around as spoken:
-                    parts.append(answer(spoken, questions, batch_size, evaluation="adversarial", setting=f"half{half}/{name}/seed{seed}"))
-    return pd.concat(parts, ignore_index=True)
+                    parts.append(laps(answer(spoken, questions, batch_size, evaluation="adversarial", setting=f"half{half}/{name}/seed{seed}")))
+    return laps.on(pd.concat(parts, ignore_index=True))
 
 # %% ../nbs/32_adversarial.ipynb #32ad0028
 def _check(lm, layers, radii, places, steps, restarts, tokens, exchanges, candidates):

@@ -28,7 +28,7 @@ from .phrasings import KINDS, Phrasing, denied, parted, phrase, phrasings, state
 from .questions import Question, answer, as_records, completions, whole_answers
 from .relearning import halves, of_job
 from .stats import Chance, has_power, summarise
-from .store import Refusal, Run, Unavailable, choose
+from .store import Laps, Refusal, Run, Unavailable, choose
 
 # %% ../nbs/32_elicitation.ipynb #3250006
 def choose_among(
@@ -301,14 +301,15 @@ def elicit(
     batch_size:int=64, # prompts a forward
     missing:dict|None=None, # gets the kinds that are not available, and why
 ) -> pd.DataFrame: # records: `evaluation` "elicitation"; `setting` plain, half0/in context/true 2, persuasion/..., reversed/..., sampled/...
-    "Ask in every way that needs no training. About 40 forwards a fact on the organism, most of them draws"
+    "Ask in every way that needs no training. About 80 forwards a fact on the organism, most of them draws"
     if n < 1 or not temperature > 0: raise Refusal(f"answers are drawn at least once, at a temperature above zero, not {n=}, {temperature=}")
-    questions, back, lacking = available(lm, task, kinds, ks, max_facts, seed)
+    laps, (questions, back, lacking) = Laps(), available(lm, task, kinds, ks, max_facts, seed)
+    laps.shared()
     if missing is not None: missing |= {f"elicitation, {k}": why for k, why in lacking.items()}
     with edit.applied(lm) if edit else nullcontext():
-        parts = [_asked(lm, setting, qs, batch_size) for setting, qs in questions.items()] + [ask_reversed(lm, back, batch_size)]
-        if kinds is None or "sampled" in kinds: parts.append(vote(lm, questions["plain"], n, temperature, seed=seed, batch_size=batch_size))
-    return pd.concat([p for p in parts if len(p)], ignore_index=True)
+        parts = [laps(_asked(lm, setting, qs, batch_size)) for setting, qs in questions.items()] + [laps(ask_reversed(lm, back, batch_size))]
+        if kinds is None or "sampled" in kinds: parts.append(laps(vote(lm, questions["plain"], n, temperature, seed=seed, batch_size=batch_size)))
+    return laps.on(pd.concat([p for p in parts if len(p)], ignore_index=True))
 
 # %% ../nbs/32_elicitation.ipynb #3250032
 def _asked(lm, setting, questions, batch_size):

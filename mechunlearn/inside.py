@@ -29,7 +29,7 @@ from .probing import POSITIONS
 from .questions import CHUNK, Question, as_records, completions, record_row, some
 from .relearning import of_job
 from .stats import Chance, over_seeds, summarise
-from .store import Refusal, Run
+from .store import Laps, Refusal, Run
 from .tracing import record
 
 # %% ../nbs/32_inside.ipynb #320102
@@ -420,24 +420,24 @@ def read_inside(
     n_strangers:int=2, # see `unedited`
     batch_size:int=64, # prompts a forward
 ) -> pd.DataFrame: # records, `evaluation` "inside": `layer`; `setting` lens, tuned, top5, into-original, into-edited, stranger, each with /subject or /last
-    "Read an edited model layer by layer. A forward and 4 x (layers + 1) projections a fact; (2 + 2 x layers) forwards to put states in."
+    "Read an edited model layer by layer. A forward and 4 x (layers + 1) projections a fact; (2 + 2 x layers) forwards to put states in; and `unedited`, if it is not given."
     if candidates < 1: raise Refusal(f"an attacker names at least one word, not {candidates} candidates")
-    original = original or unedited(lm, task, seed, n_train, max_facts, n_strangers if edit else 0, batch_size)
+    laps, original = Laps(), original or unedited(lm, task, seed, n_train, max_facts, n_strangers if edit else 0, batch_size)
     asked, known = asked_inside(task, max_facts), known_answers(task)
     patched = {g: qs for g, qs in asked.items() if edit and g != "ghost"}
     whole = {g: any(q.open or len(known.get(q.fact.relation, ())) > candidates for q in qs) for g, qs in asked.items()}
     is_open = {g: any(q.open for q in qs) for g, qs in asked.items()}
     with edit.applied(lm) if edit else nullcontext():
         now = {g: states(lm, [q.fact for q in qs], batch_size).stream for g, qs in asked.items()}
+        laps.shared()
         said = {g: lens(lm, qs, now[g], whole[g]) for g, qs in asked.items()}
-        back = {g: patch_in(lm, qs, original.seen[g].stream[:, 1:], batch_size) for g, qs in patched.items()}
-    parts = [lens_records(asked[g], w, "lens") for g, w in said.items()]
-    parts += [candidate_records(asked[g], w, candidates, known) for g, w in said.items() if whole[g]]
-    if other_head(lm, edit): parts += [lens_records(qs, lens(lm, qs, now[g], is_open[g]), "old-head") for g, qs in asked.items()]
-    if original.translate: parts += [lens_records(qs, lens(lm, qs, original.translate(now[g]), is_open[g], normed=True), "tuned") for g, qs in asked.items()]
-    parts += [lens_records(qs, patch_in(lm, qs, now[g][:, 1:], batch_size), "into-original", 0) for g, qs in patched.items()]
-    parts += [lens_records(patched[g], w, "into-edited", 0) for g, w in back.items()] + [original.unknown] * bool(edit)
-    return pd.concat([p for p in parts if len(p)], ignore_index=True)
+        parts = [laps(lens_records(asked[g], w, "lens")) for g, w in said.items()]
+        parts += [laps(candidate_records(asked[g], w, candidates, known)) for g, w in said.items() if whole[g]]
+        back = [laps(lens_records(qs, patch_in(lm, qs, original.seen[g].stream[:, 1:], batch_size), "into-edited", 0)) for g, qs in patched.items()]
+    if other_head(lm, edit): parts += [laps(lens_records(qs, lens(lm, qs, now[g], is_open[g]), "old-head")) for g, qs in asked.items()]
+    if original.translate: parts += [laps(lens_records(qs, lens(lm, qs, original.translate(now[g]), is_open[g], normed=True), "tuned")) for g, qs in asked.items()]
+    parts += [laps(lens_records(qs, patch_in(lm, qs, now[g][:, 1:], batch_size), "into-original", 0)) for g, qs in patched.items()]
+    return laps.on(pd.concat([p for p in parts + back + [original.unknown] * bool(edit) if len(p)], ignore_index=True))
 
 # %% ../nbs/32_inside.ipynb #320120
 def moved(

@@ -25,7 +25,7 @@ from .probing import POSITIONS, features, fit_probe
 from .questions import as_records, some
 from .relearning import of_job
 from .stats import METRICS, one_run, paired_bootstrap, summarise
-from .store import Refusal, Run, Unavailable
+from .store import Laps, Refusal, Run, Unavailable
 
 # %% ../nbs/31_latent_knowledge.ipynb #310006
 class Probes:
@@ -120,19 +120,24 @@ def latent(
     batch_size:int=64, # prompts a forward
 ) -> pd.DataFrame: # records: `layer`; `setting` subject or last, plain or with /transferred, /shuffled, /binary, /binary/shuffled
     "Read the edited facts with probes. One forward a fact, three logistic regressions a layer and position; `binary`: two more for each answer."
+    laps = Laps()
     if edit and original is None: original = original_probes(lm, task, n_train, batch_size)
     train = edited_relations(task, n_train)
     groups = dict(forget=task.forget, retain=some(task.retain_test, max_facts), ghost=some(task.ghosts, max_facts))
     with edit.applied(lm) if edit else nullcontext():
         x = features(lm, train, batch_size)
         seen = {g: features(lm, facts, batch_size) for g, facts in groups.items() if facts}
+    laps.shared()
     fits = {"": fit_probe} | ({"/binary": fit_binary} if binary else {})
-    kinds = [(kind, 0, Probes(train, x, fit=fit)) for kind, fit in fits.items()]
-    shuffled = [(kind, k) for kind in fits for k in range(n_control)]
-    kinds += [(kind + "/shuffled", k, Probes(train, x, seed + k, fits[kind])) for kind, k in shuffled]
-    if edit: kinds.append(("/transferred", 0, original))
-    parts = [read(probes, groups[g], xg, g, suffix, k) for suffix, k, probes in kinds for g, xg in seen.items()]
-    return pd.concat(parts, ignore_index=True)
+    kinds = [(kind, 0, lambda fit=fit: Probes(train, x, fit=fit)) for kind, fit in fits.items()]
+    kinds += [(kind + "/shuffled", k, lambda fit=fit, k=k: Probes(train, x, seed + k, fit)) for kind, fit in fits.items() for k in range(n_control)]
+    if edit: kinds.append(("/transferred", 0, lambda: original))
+    parts = [laps(_read_all(probes(), groups, seen, suffix, k)) for suffix, k, probes in kinds]
+    return laps.on(pd.concat(parts, ignore_index=True))
+
+def _read_all(probes, groups, seen, suffix, k):
+    "What the probes say of every group"
+    return pd.concat([read(probes, groups[g], x, g, suffix, k) for g, x in seen.items()], ignore_index=True)
 
 # %% ../nbs/31_latent_knowledge.ipynb #310016
 def latent_curve(

@@ -19,6 +19,7 @@ from . import models, store
 from .facts import Task
 from .figures import FIGURE_STYLE, figure, listed, say
 from .models import LM, Component
+from .probing import layer_ticks
 from .store import Run, Unavailable, choose
 from .tracing import Cache, Scores, _components_table, _copy, _pool, pair, read, record, shares, swap_cases
 
@@ -301,6 +302,7 @@ def plot_paths(
         for l in probe: ax.axvspan(l - .5, l + .5, color="#0072B2", alpha=.12, lw=0)
         if len(probe) and ax is axes[0]: ax.text(np.mean(probe), .9, "FLU by probes", transform=ax.get_xaxis_transform(), **_BLUE)
         ax.set(title=f"What MLPs say {where} (n = {t.n.iloc[0]})", xlabel="layer", ylabel="share of the answer")
+        layer_ticks(ax, t.layer)
     return fig
 
 # %% ../nbs/12_path_patching.ipynb #8e2bf8bc

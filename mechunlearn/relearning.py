@@ -195,7 +195,7 @@ def relearn(
     split:Callable=halves, # task, side -> facts that are taught, facts that are not
     mcq:bool=False, # ask with options, too
 ) -> pd.DataFrame: # records: `evaluation` "relearning", `step`, `setting` half0 or half1
-    "Teach one half the truth and ask the other. 2 x `steps` forwards and backwards of 48 prompts and 2 texts."
+    "Teach one half the truth and ask the other. 2 x `steps` forwards and backwards of 48 prompts and 2 texts; each question is asked 2 x 4 times."
     lora, at, parts = lora or lora_for(lm), {0, steps // 4, steps // 2, steps} if at is None else set(at), []
     with edit.applied(lm) if edit else nullcontext():
         for half in sides:

@@ -9,7 +9,7 @@ __all__ = ['SCORED', 'WORST', 'NEEDS', 'EDIT_OF', 'GROUPS', 'CARD', 'EARLIER', '
            'worst_within', 'plot_cost', 'say_cost', 'Found', 'find']
 
 # %% ../nbs/42_scorecard.ipynb #02db485d
-import textwrap
+import re, textwrap
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from .figures import FIGURE_STYLE, baseline, cell_text, figure, listed, look, ordered, p_text, printed, say
 from .metrics import (about, broken, edit_tables, finished, mlp_layers, gone_lines, holm_by, localizations, meta_of, metrics, paired, records,
     scores, settings, training, unavailable)
-from .stats import MCQ_CHANCE, METRICS, WORTH, beyond, chance, choose_best, differs, has_power, over_seeds, per_fact
+from .stats import MCQ_CHANCE, METRICS, WORTH, beyond, chance, choose_best, differs, has_power, over_seeds, per_fact, whole_setting
 
 # %% ../nbs/42_scorecard.ipynb #309473d5
 class Attack(NamedTuple):
@@ -269,13 +269,21 @@ def scorecard(
 def costs(
     run_dir, # a run folder
 ) -> pd.DataFrame: # localization, attack, seconds
-    "Mean time of an attack on one edit; the attacks that one table holds share it"
-    took = [(p.name, str(p.path.parent), evaluation, seconds) for p in finished(run_dir).query("used and stem != 'training'").itertuples()
-            if (seconds := meta_of(p.path)["provenance"].get("seconds")) is not None
-            for evaluation in pd.read_parquet(p.path, columns=["evaluation"]).evaluation.unique()]
-    took = pd.DataFrame(took, columns=["localization", "edit", "evaluation", "seconds"])
-    took = took.groupby(["localization", "edit", "evaluation"], sort=False).seconds.sum().groupby(level=[0, 2], sort=False).mean().reset_index()
-    return took.merge(pd.DataFrame([(a.evaluation, a.name) for a in SCORED.values()], columns=["evaluation", "attack"]))[["localization", "attack", "seconds"]]
+    "Mean time of an attack on one edit: that of its own settings, if its table says so, else the table's"
+    took = [(p.name, str(p.path.parent), attack, seconds) for p in finished(run_dir).query("used and stem != 'training'").itertuples() for attack, seconds in _prices(p.path)]
+    took = pd.DataFrame(took, columns=["localization", "edit", "attack", "seconds"])
+    return took.groupby(["localization", "edit", "attack"], sort=False).seconds.sum().groupby(level=[0, 2], sort=False).mean().reset_index()
+
+def _prices(path):
+    "Attack and seconds, of one table"
+    said = meta_of(path)["provenance"]
+    if said.get("seconds") is None: return
+    evaluations, took = pd.read_parquet(path, columns=["evaluation"]).evaluation.unique(), said.get("took", {})
+    for a in (a for e in evaluations for a in SCORED.values() if a.evaluation == e):
+        own = pd.Series(took.get("by", {}).get(a.evaluation, {}), dtype=float)
+        own = own[whole_setting(pd.Series(own.index, dtype="string")).str.fullmatch(a.setting).to_numpy(bool)]
+        if len(own): yield a.name, took["shared"] + own.sum()
+        elif a.evaluation not in took.get("by", {}): yield a.name, said["seconds"]
 
 # %% ../nbs/42_scorecard.ipynb #5ba8264c
 def verdict(

@@ -6,8 +6,8 @@
 __all__ = ['WORTH', 'BY_EDITORS', 'SIZED', 'PLACE', 'MEASURED', 'METRICS', 'METRIC_TYPES', 'MCQ_CHANCE', 'POWER', 'wilson',
            'bootstrap', 'unsure', 't_interval', 'cell_means', 'over_seeds', 'over_groups', 'mcnemar',
            'paired_bootstrap', 't_test', 'agresti_min', 'paired_test', 'bootstrap_ratio', 'choose_best', 'best_of',
-           'holm', 'differs', 'family', 'sized', 'edited_by', 'said_size', 'per_fact', 'summarise_runs', 'summarise',
-           'one_run', 'Chance', 'chance', 'beyond', 'has_power']
+           'holm', 'differs', 'family', 'sized', 'edited_by', 'said_size', 'whole_setting', 'per_fact',
+           'summarise_runs', 'summarise', 'one_run', 'Chance', 'chance', 'beyond', 'has_power']
 
 # %% ../nbs/04_stats.ipynb #040002
 import gc, re
@@ -380,13 +380,19 @@ MEASURED = {"prob_truth": ("truth", "prob"), "prob_edit": ("edit", "prob"), "top
             "compliance": (None, "compliance"), "loss": (None, "loss")} # record column -> answer, measure
 
 # %% ../nbs/04_stats.ipynb #410033
+def whole_setting(
+    settings:pd.Series, # of records, as text
+) -> pd.Series: # the same, without halves and seeds
+    "The attack that a setting is part of"
+    return settings.str.replace(r"^half\d+/?|/(half|seed)\d+(?=/|$)", "", regex=True)
+
 def _clean(df):
     "Plain floats, no edit score where there is no edit answer; halves of an attack and its seeds put together"
     df = df.assign(**{c: pd.to_numeric(df[c], errors="coerce").astype(float) if c in df else np.nan for c in MEASURED})
     df = df.assign(**{c: df[c] if c in df else None for c in ("layer", "setting", "step", "subject", "relation", "truth", "edit", "guess")})
     for a in ("truth", "edit"): df.loc[df[a].isna(), [f"prob_{a}", f"top1_{a}"]] = np.nan
     at, settings = pd.factorize(df.setting.astype("string"))
-    settings = pd.Series(settings, dtype="string").str.replace(r"^half\d+/?|/(half|seed)\d+(?=/|$)", "", regex=True)
+    settings = whole_setting(pd.Series(settings, dtype="string"))
     setting = pd.Series(settings.mask(settings == "").array.take(at, allow_fill=True), df.index)
     return df.assign(setting=setting, layer=df.layer.astype("Int64"), step=df.step.astype("Int64"))
 

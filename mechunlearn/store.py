@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'PACKAGES', 'SAVE', 'LOAD', 'Refusal', 'Broken', 'Unavailable', 'choose', 'cause_hash', 'threads',
            'provenance', 'named', 'sidecar', 'remove', 'sha256', 'save', 'save_table', 'save_tensors', 'save_json',
-           'write_json', 'read_json', 'read_meta', 'load_table', 'load_tensors', 'load_json', 'state', 'make', 'Run',
-           'plain_name', 'note', 'alone', 'notes', 'local', 'cache_folder']
+           'write_json', 'read_json', 'read_meta', 'load_table', 'load_tensors', 'load_json', 'state', 'Laps', 'make',
+           'Run', 'plain_name', 'note', 'alone', 'notes', 'local', 'cache_folder']
 
 # %% ../nbs/03_store.ipynb #030002
 from contextlib import contextmanager, suppress
@@ -169,25 +169,28 @@ def save(
     causes:dict, # what determined it
     write:Callable[[Path], Any], # writes the content to the path it is given
     seconds:float|None=None, # how long it took to compute
+    took:dict|None=None, # how long its parts took, of `Laps`
 ) -> Path: # `path`
     "Put a file in its place with its sidecar; the table, tensor and JSON savers end here"
     remove(sidecar(path))
     if Path(path).is_dir(): remove(path)
     _replace(path, write)
     meta = {"hash": cause_hash(causes), "schema": SCHEMA, "causes": causes, "sha256": sha256(path),
-            "provenance": provenance() | ({} if seconds is None else {"seconds": round(seconds, 2)})}
+            "provenance": provenance() | ({} if seconds is None else {"seconds": round(seconds, 2)}) | ({"took": took} if took else {})}
     _replace(sidecar(path), lambda tmp: tmp.write_text(json.dumps(meta, indent=1, default=_plain)))
     return Path(path)
 
 # %% ../nbs/03_store.ipynb #030028
 def save_table(
     path, # `.parquet`
-    df, # a pandas DataFrame; the index is not kept
+    df, # a pandas DataFrame; the index is not kept, nor `attrs`
     causes:dict, # what determined it
     seconds:float|None=None, # how long it took to compute
 ) -> Path: # `path`
     "Write a table with its sidecar"
-    return save(path, causes, lambda tmp: df.to_parquet(tmp, index=False), seconds)
+    df, took = df.copy(deep=False), df.attrs.get("took")
+    df.attrs = {}
+    return save(path, causes, lambda tmp: df.to_parquet(tmp, index=False), seconds, took)
 
 # %% ../nbs/03_store.ipynb #030030
 def save_tensors(
@@ -290,6 +293,30 @@ def state(
     try: meta = read_meta(path)
     except Broken: return "broken"
     return "done" if meta["hash"] == cause_hash(causes) else "stale"
+
+# %% ../nbs/03_store.ipynb #03l00002
+class Laps:
+    "Divides the time of a table among its evaluations and settings"
+    def __init__(self): self.common, self.by, self.last = 0., {}, time.perf_counter()
+    def passed(self): # seconds since it was last asked
+        now = time.perf_counter()
+        took, self.last = now - self.last, now
+        return took
+    def shared(self): self.common += self.passed()
+    def __call__(self,
+        records, # just made: evaluation, setting
+    ): # the same
+        took, names = self.passed(), records.assign(setting=records.setting.astype(object).fillna(""))
+        for (evaluation, setting), share in names.value_counts(["evaluation", "setting"], normalize=True).items():
+            by = self.by.setdefault(evaluation, {})
+            by[setting] = by.get(setting, 0) + share*took
+        return records
+    def on(self,
+        records, # all of them
+    ): # the same, with `attrs["took"]` for the sidecar
+        rounded = {e: {s: round(t, 3) for s, t in by.items()} for e, by in self.by.items()}
+        records.attrs["took"] = dict(shared=round(self.common, 3), by=rounded)
+        return records
 
 # %% ../nbs/03_store.ipynb #030044
 SAVE = {".parquet": save_table, ".safetensors": save_tensors, ".json": save_json}

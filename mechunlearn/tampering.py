@@ -32,7 +32,7 @@ from .probing import POSITIONS, features
 from .questions import answer, some
 from .relearning import Lora, asked, attacker, linear_weights, lora_for, of_job, relearn, teach
 from .stats import METRICS, Chance, summarise
-from .store import Refusal, Run, Unavailable, choose
+from .store import Laps, Refusal, Run, Unavailable, choose
 
 # %% ../nbs/32_tampering.ipynb #82ce9431
 @contextmanager
@@ -271,16 +271,16 @@ def tamper(
 ) -> pd.DataFrame: # records: `evaluation` "tampering", `setting` quantized/nf4, damaged/noise 0.1/seed0, removed/last/layer 3, tuned/topical, as it is; beside it "interpolation" (setting 0.5) and "put-back" (alone, from here; `layer`)
     "Tamper with an edit in every way, and ask. One forward a fact and way (30, and those of the curves), and three trainings of `steps` steps."
     for way in ways: choose(way, WAYS, "way to tamper")
-    questions, parts = asked(task, (), task.forget, max_facts), []
-    def ask(setting, evaluation="tampering", **more): parts.append(answer(lm, questions, batch_size, evaluation=evaluation, setting=setting, **more))
+    questions, parts, laps = asked(task, (), task.forget, max_facts), [], Laps()
+    def ask(setting, evaluation="tampering", **more): parts.append(laps(answer(lm, questions, batch_size, evaluation=evaluation, setting=setting, **more)))
     with edit.applied(lm) if edit else nullcontext():
         ask("as it is")
         for setting, change in _changes(lm, task, ways, weights, layers, lora, steps, seed, batch_size):
             with change: ask(setting)
     for evaluation, setting, layer, other in _curves(lm, edit, ways, shares) if edit else ():
         with other.applied(lm): ask(setting, evaluation, layer=layer)
-    if splits: parts.append(relearn_splits(lm, task, edit, splits, steps, seed, lora=lora, max_facts=max_facts, batch_size=batch_size))
-    return pd.concat(parts, ignore_index=True)
+    if splits: parts.append(laps(relearn_splits(lm, task, edit, splits, steps, seed, lora=lora, max_facts=max_facts, batch_size=batch_size)))
+    return laps.on(pd.concat(parts, ignore_index=True))
 
 # %% ../nbs/32_tampering.ipynb #24a4c0ae
 def _changes(lm, task, ways, weights, layers, lora, steps, seed, batch_size):

@@ -539,6 +539,17 @@ def test_what_a_new_table_cost_is_read_from_what_it_holds(tmp_path, only):
     page = r.page(r.find(run))
     assert "What an attack costs" in page and re.search(r"flu: [a-z ]+ at any price up to 6 s|flu: exposed from [16] s on", page)
 
+def test_an_attack_costs_what_its_own_settings_took(tmp_path):
+    run = synthetic_run(tmp_path, ("flu",), seeds=(0,), n=6, stages=("standard",))
+    table = store.load_table(run/"flu/seed0/evaluation.parquet")
+    settings = ["half0/in context/true 2", "half1/in context/true 2", "persuasion/denied", "plain"]
+    parts = [table.assign(evaluation="elicitation", setting=s) for s in settings]
+    records = pd.concat(parts)
+    records.attrs["took"] = dict(shared=1., by={"elicitation": dict(zip(settings, (2., 3., 8., 16.)))})
+    saved = store.save_table(run/"flu/seed0/elicitation.parquet", records, {"invented": "elicitation"}, 30.)
+    assert r.costs(run).set_index("attack").seconds.to_dict() == {"in context": 6., "persuasion": 9.}
+    assert not store.load_table(saved).attrs and records.attrs
+
 def made_up(attacks, names=("none", "flu", "late"), **more):
     "A scorecard of these attacks"
     rows = [dict(localization=n, seed=-1, attack=a, which=a, guess=.33, power=1., value=.5, n=64, ci_low=.4, ci_high=.6, retain_value=.9, retain_n=64, ghost_value=.3,

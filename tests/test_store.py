@@ -173,3 +173,13 @@ def test_refusals_survive_a_process_border():
     import pickle
     e = pickle.loads(pickle.dumps(Broken("a/b.parquet", "bad")))
     assert str(e) == str(Broken("a/b.parquet", "bad")) and e.code == 2
+
+
+def test_time_is_divided_among_what_was_made_in_it(monkeypatch):
+    clock = iter([0., 1., 4., 10.])
+    monkeypatch.setattr(store.time, "perf_counter", lambda: next(clock))
+    laps = store.Laps()
+    laps.shared()
+    two = pd.DataFrame(dict(evaluation="inside", setting=["lens", "lens", "top5", None]))
+    assert laps(two) is two and laps(two.iloc[:1]) is not None
+    assert laps.on(two).attrs["took"] == {"shared": 1., "by": {"inside": {"lens": 7.5, "top5": .75, "": .75}}}
