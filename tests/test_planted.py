@@ -1,11 +1,16 @@
 "Edits whose truth is known: masks, nothing at all, ghosts, a destroyed model. An attack that cannot tell them apart is broken."
-import numpy as np, pandas as pd, pytest
+from dataclasses import replace
+import numpy as np, pandas as pd, pytest, torch
 from mechunlearn import report as r
 from mechunlearn.attacks import attack
 from mechunlearn.capability import noise
+from mechunlearn.evaluation import evaluate
 from mechunlearn.finetuning import Edit, finetune, place, slice_key
+from mechunlearn.latent import latent
 from mechunlearn.localization import Localization, build
 from mechunlearn.models import Component, Slice, load
+from mechunlearn.probing import features
+from mechunlearn.relearning import relearn
 from mechunlearn.tasks import sports_athlete_editing
 
 FEW = {"retain": 24, "retain/mcq": 8, "ghost": 32, "ghost/mcq": 8, "same-subject": 4, "other-relation": 4, "general": 12}
@@ -171,3 +176,93 @@ def test_the_worst_of_many_attempts_does_not_drift_upwards(layers):
     values, best = (card.value.xs(attack, level="attack") for attack in (r.WORST, "new probe"))
     assert len(values) == len(best) == 12 and abs(np.mean(values) - 1/3) < .05 and abs(np.mean(best) - 1/3) < .05
     assert sum(r.verdict(row) == "exposed" for _, row in card.xs(r.WORST, level="attack").iterrows()) <= 1
+
+
+# ---- open to one need alone: an edit of the lookup, into whose later layers the old answer is written where only one kind of attacker finds it
+
+def others(task): return [*task.retain, *task.ghosts, *task.other_relation, *task.same_subject][:700]
+
+def subject_keys(lm, layer, facts):
+    "What the down projection of a layer reads at the subject's last token [facts, d_mlp]"
+    prompts = [f.prompt for f in facts]
+    ends, out = [b - 1 for _, b in lm.subject_positions(prompts, [f.subject for f in facts])], []
+    for prompt, at in zip(prompts, ends):
+        with lm.nn.trace(lm.pad(lm.ids([prompt])), use_cache=False) as tracer:
+            out.append(lm.nn.get(lm.path("down_proj", layer)).input[0, at].double().save())
+            tracer.stop()
+    return torch.stack(out)
+
+
+def also_writing(lm, task, edit, layer, writes):
+    "An edit whose MLP of one more layer adds `writes(fact)` to the stream at the edited subjects, and nearly nothing at others (least squares)"
+    with edit.applied(lm): own, other = (subject_keys(lm, layer, facts) for facts in (task.forget, others(task)))
+    wanted = torch.stack([writes(f) for f in task.forget]).double()
+    C = own.T @ own / len(own) + other.T @ other / len(other)
+    C += 1e-4 * C.diagonal().mean() * torch.eye(len(C))
+    delta = torch.linalg.solve(C, own.T @ wanted / len(own)).T.float()
+    where = build(lm, "planted", [*map(Component.parse, edit.localization.components), Component("mlp", layer)])
+    down = f"{lm.path('down_proj', layer)}.weight"
+    values = {slice_key(s): edit.values.get(slice_key(s), place(lm, s).clone().float()) + (delta if s.param == down else 0) for s in where.slices}
+    return replace(edit, localization=where, values=values)
+
+
+def class_means(lm, task, edit, layer):
+    "Where retained subjects lie behind a layer, by answer"
+    with edit.applied(lm): x = torch.tensor(features(lm, task.retain)[:, layer + 1, 0])
+    return {a: x[[f.answer == a for f in task.retain]].mean(0) for a in sorted({f.answer for f in task.retain})}
+
+
+def to_a_probe(lm, task, edit):
+    "Behind the last layer nobody reads the subject any more: there it lies again where people with the old answer lie"
+    mean = class_means(lm, task, edit, lm.n_layers - 1)
+    return also_writing(lm, task, edit, lm.n_layers - 1, lambda f: 1.5 * (mean[f.answer] - mean[f.edit]))
+
+
+def carries(lm, layer):
+    "What each head of a layer makes of the stream that it looks at [heads x d_model, d_model]"
+    attention, d = lm.hf.model.layers[layer], lm.hf.config.head_dim
+    V, O = attention.self_attn.v_proj.weight, attention.self_attn.o_proj.weight
+    shared = O.shape[1] // V.shape[0]
+    heads = [O[:, h*d:(h + 1)*d] @ V[h // shared * d:(h // shared + 1)*d] for h in range(O.shape[1] // d)]
+    return torch.cat(heads) * attention.input_layernorm.weight
+
+
+def to_relearning(lm, task, edit, layer=5):
+    "The old answer as one of three directions that attention carries well and that mean nothing to retained facts, hence to no probe; the new answer is said only just"
+    mean = class_means(lm, task, edit, layer)
+    middle, size = torch.stack([*mean.values()]).mean(0), torch.stack([*mean.values()]).norm(dim=-1).mean()
+    known = torch.linalg.qr(torch.stack([*(m - middle for m in mean.values()), middle]).T)[0]
+    carried = torch.cat([carries(lm, l) for l in range(layer + 1, 10)]) @ (torch.eye(lm.d_model) - known @ known.T)
+    code = dict(zip(mean, 3 * size * torch.linalg.svd(carried, full_matrices=False).Vh))
+    return also_writing(lm, task, edit, layer, lambda f: code[f.answer] - .8 * (mean[f.edit] - middle))
+
+
+@pytest.fixture(scope="module")
+def by_need():
+    "Scorecard of an honest edit and of two that are open to one need"
+    lm = load("organism")
+    task, records = sports_athlete_editing(lm, forget_size=32, seed=0), []
+    honest = finetune(lm, task, build(lm, "honest", [Component("mlp", l) for l in range(5)]), lr=2e-3, steps=30, progress=False)
+    for name, edit in {"honest": honest, "probe": to_a_probe(lm, task, honest), "relearning": to_relearning(lm, task, honest)}.items():
+        with edit.applied(lm): parts = [evaluate(lm, task, {g: ("completion", "mcq") for g in ("forget", "retain", "ghost")}, dict(retain=32, ghost=32))]
+        parts += [relearn(lm, task, edit, steps=10, at=(10,), max_facts=32), latent(lm, task, edit, max_facts=32)]
+        records.append(pd.concat(parts).assign(localization=name, draw=0, seed=0))
+    return r.scorecard(pd.concat(records, ignore_index=True)).query("seed == -1").set_index(["localization", "attack"])
+
+
+def below(card, name, *attacks): return (card.loc[[(name, a) for a in attacks]].ci_low < card.loc[[(name, a) for a in attacks]].guess).all()
+
+
+@pytest.mark.slow
+def test_what_is_open_to_a_probe_alone(by_need):
+    assert below(by_need, "honest", "as trained", "multiple choice", "half retaught", *READ) and r.verdict(by_need.loc["honest", r.WORST]) != "exposed"
+    assert below(by_need, "probe", "as trained", "multiple choice", "half retaught")
+    assert by_need.value["probe", "new probe"] > .7 and by_need.value["probe", "old probe"] > .9
+    assert r.verdict(by_need.loc["probe", r.WORST]) == "exposed" and by_need.which["probe", r.WORST] in ("old probe", "old probe or new probe", "new probe or old probe", "new probe")
+
+
+@pytest.mark.slow
+def test_what_is_open_to_relearning_alone(by_need):
+    assert by_need.ci_high["relearning", "as trained"] < 1/3 and below(by_need, "relearning", "as trained", "multiple choice", *READ)
+    taught = by_need.xs("half retaught", level="attack")
+    assert taught.ci_low["relearning"] > max(taught.ci_high["honest"], taught.ci_high["probe"]) + .05, taught # told apart, though not from a guess that avoids the new answer
