@@ -2,7 +2,7 @@
 
     python tests/add_recorded.py RUN_FOLDER...                of `mechunlearn batch`
     python tests/add_recorded.py --replace RUN_FOLDER...      the same, in place of all that is there of its model, task and number of facts
-    python tests/add_recorded.py --sweep sweep.parquet...     of `mechunlearn sweep`
+    python tests/add_recorded.py --sweep [--replace] sweep.parquet...     of `mechunlearn sweep`
 
 Of each run the maps, localizations and evaluations are added that the tables lack for its model, task and number of facts; what is there stays,
 unless it is replaced: runs of other draws are not mixed.
@@ -51,7 +51,7 @@ def main(words=None, folder=RECORDED):
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--replace", action="store_true")
     args = parser.parse_args(words)
-    if args.sweep: return print(f"sweep: {sum(add('sweep', pd.read_parquet(f), SWEPT, folder) for f in args.runs)} rows added")
+    if args.sweep: return print(f"sweep: {sum(add("sweep", pd.read_parquet(f), SWEPT, folder, args.replace) for f in args.runs)} rows added")
     if stale := set(R.check_recorded(folder)) & set(KEYS): sys.exit(f"recorded with other sources: {', '.join(sorted(stale))}")
     for run in args.runs:
         tables, which = R.tables_of(scorecard.find(run)), dict(zip(R.WHICH, R._which(run)))
