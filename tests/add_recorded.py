@@ -51,7 +51,7 @@ def main(words=None, folder=RECORDED):
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--replace", action="store_true")
     args = parser.parse_args(words)
-    if args.sweep: return print(f"sweep: {sum(add("sweep", pd.read_parquet(f), SWEPT, folder, args.replace) for f in args.runs)} rows added")
+    if args.sweep: return print("sweep:", sum(add("sweep", pd.read_parquet(f), SWEPT, folder, args.replace) for f in args.runs), "rows added")
     if stale := set(R.check_recorded(folder)) & set(KEYS): sys.exit(f"recorded with other sources: {', '.join(sorted(stale))}")
     for run in args.runs:
         tables, which = R.tables_of(scorecard.find(run)), dict(zip(R.WHICH, R._which(run)))
