@@ -29,6 +29,17 @@ def test_a_group_is_replaced_as_a_whole(tmp_path):
     assert now.groupby(["forget_size", "localization"]).value.unique().map(list).to_dict() == {(64, "flu"): [2.], (16, "random"): [3.]}
 
 
+def test_a_sweep_takes_the_place_of_another(tmp_path, capsys):
+    swept = lambda lrs, **more: pd.DataFrame([dict(model="m", task="t", forget_size=16, localization="flu", draw=None, seed=0, lr=lr, inject=1., score=lr) | more for lr in lrs])
+    pd.concat([swept([1., 2.]), swept([1.], task="other")]).to_parquet(tmp_path / "sweep.parquet")
+    swept([2., 3.]).to_parquet(tmp_path / "new.parquet")
+    A.main(["--sweep", str(tmp_path / "new.parquet")], tmp_path)
+    assert "sweep: 1 rows" in capsys.readouterr().out and sorted(pd.read_parquet(tmp_path / "sweep.parquet").lr) == [1., 1., 2., 3.]
+    A.main(["--sweep", "--replace", str(tmp_path / "new.parquet")], tmp_path)
+    assert "sweep: 2 rows" in capsys.readouterr().out
+    assert pd.read_parquet(tmp_path / "sweep.parquet").groupby("task").lr.unique().map(sorted).to_dict() == {"t": [2., 3.], "other": [1.]}
+
+
 def test_a_run_is_added_as_it_would_be_recorded(tmp_path, monkeypatch, capsys):
     run = synthetic_run(tmp_path / "runs", ("flu", "nonlocalized"), seeds=(0, 1), n=16, stages=("localizations", "standard", "relearning"), model="invented")
     for name in A.KEYS:
