@@ -20,7 +20,7 @@ from zopfli.png import optimize
 
 NBS = Path(__file__).resolve().parents[1] / "nbs"
 SKIP = {"#| slow", "#| gpu", "#| notest", "#| eval: false"}
-COLOURS, ERROR, TEXT = (16, 24, 32, 48, 64), 8, 2000  # of a picture; of 255; characters of a table that is there as HTML as well
+COLOURS, ERROR, TEXT = (8, 12, 16, 24, 32, 48, 64), 16, 2000  # of a picture; of 255; characters of a table that is there as HTML as well
 
 
 def runs(cell) -> bool:
@@ -31,10 +31,10 @@ def with_palette(data: bytes) -> bytes:
     """A picture in the fewest colours in which no pixel is off by more than ERROR, and the background not at all."""
     picture, out = Image.open(io.BytesIO(data)).convert("RGB"), io.BytesIO()
     there = picture.getcolors(picture.width * picture.height)
-    if len(there) <= max(COLOURS):
-        return data
     ground, pixels = max(there)[1], np.asarray(picture, int)
     for n in COLOURS:
+        if n >= len(there):
+            return data
         small = picture.quantize(n, Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
         off = np.abs(np.asarray(small.convert("RGB"), int) - pixels).max(-1)
         if off.max() <= ERROR and not off[(pixels == ground).all(-1)].any():
