@@ -22,17 +22,24 @@ help:
 
 .venv: .venv/.installed
 
-.venv/.installed: constraints.txt settings.ini setup.py
+# most modules of the packages are never imported: those that are compile themselves the first time
+PIP := $(BIN)/pip install -q --disable-pip-version-check --no-compile
+
+.venv/.torch: constraints.txt settings.ini setup.py
 	@echo "building .venv (a few minutes the first time)"
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q --disable-pip-version-check torch -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
-	$(BIN)/pip install -q --disable-pip-version-check -e ".[dev]" -c constraints.txt
+	$(PIP) torch -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 	@touch $@
 
-.venv/.peers: .venv/.installed
-	$(BIN)/pip install -q --disable-pip-version-check -e ".[dev,peers]" -c constraints.txt
+.venv/.installed: .venv/.torch
+	$(PIP) -e ".[dev]" -c constraints.txt
 	@touch $@
+
+# with all that .installed stands for
+.venv/.peers: .venv/.torch
+	$(PIP) -e ".[dev,peers]" -c constraints.txt
+	@touch .venv/.installed $@
 
 run: .venv/.installed
 	$(BIN)/mechunlearn run --model organism --task sports-athlete-editing --forget-size 64 --seeds 0 \

@@ -755,13 +755,15 @@ def plot_parts(
     m = metrics[(metrics.evaluation == "sequence") & (metrics.group == "forget") & (metrics.seed == -1)]
     m = m[(m.answer == answer) & (m.measure == "top1")]
     names = ordered(m.localization.unique())
-    fig, axes = figure(1 + 2.2*len(names), 2.6, 1, len(names), sharey=True, squeeze=False)
-    for ax, name in zip(axes[0], names):
+    wide = min(len(names), 5)
+    fig, axes = figure(1 + 2.2*wide, .6 + 2*-(-len(names)//wide), -(-len(names)//wide), wide, sharey=True, squeeze=False)
+    for ax in axes.flat[len(names):]: ax.remove()
+    for ax, name in zip(axes.flat, names):
         for part, r in m[m.localization == name].groupby("setting"):
             ax.plot(r.step.astype(int), r.value, marker="o", ms=3, label=part)
             ax.fill_between(r.step.astype(int), r.ci_low, r.ci_high, alpha=.12, lw=0)
         ax.set(title=printed(name), xlabel="parts trained", ylim=(-.03, 1.03))
-    axes[0, 0].set_ylabel(f"{answer} answer given")
+    for ax in axes[:, 0]: ax.set_ylabel(f"{answer} answer given")
     axes[0, -1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return fig
 

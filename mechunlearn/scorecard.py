@@ -167,7 +167,9 @@ def _over_edits(tables, guess, kept):
 def _tried(facts, attacks=None):
     "The tables of every attack that was tried, and what guessing gets of edited and of retained facts"
     guess, kept = (pd.Series(guesses(facts, k)) for k in (False, True))
-    return {n: t for n in SCORED if n in (attacks or SCORED) and len((t := _tables(facts, n))["forget"])}, guess, kept
+    asked = set(facts.evaluation)
+    there = [n for n, a in SCORED.items() if n in (attacks or SCORED) and a.evaluation in asked]
+    return {n: t for n in there if len((t := _tables(facts, n))["forget"])}, guess, kept
 
 def _worst(tables, names, guess, kept):
     "The worst case of these attacks"
