@@ -1,7 +1,7 @@
 """What does a step of localized fine-tuning cost, and is it the same step?
 
     python benchmarks/finetuning.py [--models llama-12x512,FOLDER] [--forget 64] [--retain 48] [--texts 8] [--repeat 3] [--threads 1] [--plain-batch 0]
-        [--only step,memory,savings,words] [--words 262144] [--device cpu] [--save NAME]
+        [--only step,memory,savings,masks,words] [--words 262144] [--device cpu] [--save NAME]
 
 One JSON object a line: name, against, ours_s, theirs_s, ratio (theirs / ours; medians of alternating runs), floor (the ratio asked for) and over_floor, max_abs_diff
 (of the first step's gradients, in parts of the largest) and equal (1e-4). A step is a forward and a backward of all rows, the clipping and AdamW.
@@ -12,7 +12,7 @@ One JSON object a line: name, against, ours_s, theirs_s, ratio (theirs / ours; m
   - `our all-weights step`: every matrix of every head and MLP is trained;
   - `its products alone`: what the products of its linear layers would take at the rate at which this machine multiplies matrices of the model's size. Padding is not counted.
 `default-step`: the same without options. `packed-step`, `remembered-step/early`, `remembered-step/late`: each option against the default, with the
-`kept_mb` that it costs. `text-gradient`: texts over a large vocabulary, against logits made twice, and against all logits at once.
+`kept_mb` that it costs. `mask-step`: four steps in which a mask is learned, against four of fine-tuning the same weights. `text-gradient`: texts over a large vocabulary, against logits made twice, and against all logits at once.
 """
 import argparse, copy, json, os, statistics, subprocess, sys
 from pathlib import Path
@@ -20,14 +20,14 @@ import torch
 from localization import LINES, Peak, llama, processor, say, timed
 from real_model import Products, rate
 from text_loss import all_at_once, model, texts
-from mechunlearn import finetuning as F
+from mechunlearn import finetuning as F, masking as M
 from mechunlearn.localization import build
 from mechunlearn.models import Component, components, load
 from mechunlearn.questions import token_loss
 from mechunlearn.steps import Frozen
 from mechunlearn.tasks import make_task
 
-LR, FLOORS = 1e-5, {"plain loop": 2, "our all-weights step": 1 / .75, "its products alone": 1 / 1.3}
+LR, FLOORS = 1e-5, {"plain loop": 2, "our all-weights step": 1 / .75, "its products alone": 1 / 1.3, "fine-tuning": 1 / 1.3}
 
 
 # ---- the model, what is trained, and on what
@@ -103,7 +103,7 @@ def compare(name, against, ours, theirs, repeat, same=None, tolerance=1e-4, **mo
     tell(name, against, *(statistics.median(t) for t in zip(*times)), repeat=repeat, **diff, **({"equal": diff["max_abs_diff"] <= tolerance} if diff else {}), **more)
 
 def tell(name, against, mine, other, **more):
-    asked = FLOORS.get(against) if name.startswith("localized-step") else None
+    asked = FLOORS.get(against) if name.startswith(("localized-step", "mask-step")) else None
     floor = dict(floor=round(asked, 2), over_floor=other / mine >= asked) if asked else {}
     say(name=name, against=against, ours_s=round(mine, 4), theirs_s=round(other, 4), ratio=round(other / mine, 2), **floor, **more)
 
@@ -142,7 +142,8 @@ def run(name, a, only):
             memory = dict(peak_mb=p, default_peak_mb=d, their_peak_mb=q, memory_ratio=round(p / q, 2), memory_floor=.5, under_memory_floor=p <= .5 * q)
         plain = plain_step(copy.deepcopy(lm.hf), where["early"], batch, lm.pad, a.plain_batch)
         compare(f"localized-step/{lm.name}", "plain loop", best, plain, a.repeat, **memory, kept_mb=round(best.frozen.mb, 1), plain_batch=a.plain_batch, **tokens)
-        compare(f"default-step/{lm.name}", "plain loop", default, plain, a.repeat, **tokens, same=False)
+        plain = plain_step(copy.deepcopy(lm.hf), where["early"], batch, lm.pad, a.plain_batch) # from the same weights
+        compare(f"default-step/{lm.name}", "plain loop", default, plain, a.repeat, **tokens)
         del plain
         compare(f"localized-step/{lm.name}", "our all-weights step", best, our_step(lm, where["all"], batch, True), a.repeat, same=False, **tokens)
         tflop, tflops = products(lm, where["early"], batch), rate(lm)
@@ -154,6 +155,16 @@ def run(name, a, only):
         for place in ("early", "late"):
             ours = make(place, remember=True)
             compare(f"remembered-step/{place}/{lm.name}", "default", ours, make(place), a.repeat, kept_mb=round(ours.frozen.mb, 1), from_layer=ours.frozen.layer, **tokens)
+
+    if "masks" in only:
+        learn, train = steps_of_both(lm, where["early"], batch, 4)
+        compare(f"mask-step/{lm.name}", "fine-tuning", learn, train, a.repeat, same=False, **tokens)
+
+def steps_of_both(lm, where, batch, n):
+    "n steps as `learn_mask` and as `finetune` make them; a mask multiplies each weight by a gate that is drawn anew"
+    values, shared = F.masters(lm, where.slices), dict(update=F.UPDATES["edit"], inject=1., micro_batch=128, clip=1., progress=False, own=None)
+    learner = M.gated(F.masters(lm, where.slices), M.GATES["hard-concrete"], 1., 2e-5, 0)
+    return (lambda: M._loop(lm, learner, [batch] * n, n, lr=1., **shared)), (lambda: F._train(lm, values, [batch] * n, n, LR, **shared))
 
 def words(a):
     lm = model(load("organism", device="cpu").tok, a.words, a.device, torch.float32)
@@ -175,7 +186,7 @@ if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--models", default="llama-12x512")
     for name, n in dict(forget=64, retain=48, texts=8, repeat=3, threads=1, plain_batch=0, words=262_144).items(): p.add_argument(f"--{name.replace('_', '-')}", type=int, default=n)
-    p.add_argument("--only", default="step,memory,savings,words")
+    p.add_argument("--only", default="step,memory,savings,masks,words")
     p.add_argument("--device", default="cpu")
     p.add_argument("--alone", help=argparse.SUPPRESS)
     p.add_argument("--save", metavar="NAME", dest="name")

@@ -109,15 +109,20 @@ def plot_orderings(
         x, y = at[r.localization], columns.index(r.column)
         ax.add_patch(mpl.patches.Rectangle((x - .48, y - .45), .96, .9, fc=_VERDICTS[r.verdict], lw=0))
         ink = "#888888" if r.verdict in ("no difference seen", "no power here") else "#222222"
-        ax.text(x, y, f"{r.difference:+.2f}", ha="center", va="center", fontsize=7.5, color=ink)
+        ax.text(x, y, f"{r.difference:+.2f}{'¹'*_once(r.test)}", ha="center", va="center", fontsize=7.5, color=ink)
     ax.set(xlim=(-.5, max(at.values()) + .5), ylim=(len(columns) - .5, -.5), xticks=list(at.values()), yticks=range(len(columns)))
     ax.set_yticklabels([f"{c} {_wish(c)}" for c in columns])
     ax.set_xticklabels([f"{n} (control)" if n == CONTROL else n for n in at], fontsize=7.5, rotation=30, ha="left")
     ax.xaxis.tick_top(); ax.tick_params(length=0); ax.spines[["left", "bottom"]].set_visible(False)
     _verdict_key(ax)
+    if any(map(_once, tests.test)): ax.text(.02, -.11, "¹ one training of either edit: only facts count", transform=ax.transAxes, va="top", fontsize=8)
     return fig
 
 # %% ../nbs/43_claims.ipynb #5c3a0003
+def _once(test):
+    "Whether there is one training of either, so that only facts count"
+    return ", t over " not in test
+
 def _verdict_key(ax):
     for x, (verdict, colour) in zip((.02, .18, .34, .48, .76), _VERDICTS.items()):
         darker = np.array(mpl.colors.to_rgb(colour))*.8
@@ -175,4 +180,11 @@ def _say_paper(tests, t):
     each = listed([f"{o.appears} of {o.tested} against {o.opponent}" + (f" ({o.reversed} reversed)" if o.reversed else "") for o in t.itertuples()])
     return (f"The paper's orderings were tested {tested} times against the localizations that it compares FLU with: {_count(appear, 'appears')}, {_count(back)} reversed, "
             f"and in the other {tested - appear - back} no difference of {WORTH:g} or more is seen; on these facts alone, another training not considered, "
-            f"{_count(alone)} seen and {_count(alone_back)} reversed. The orderings that appear: {each}.")
+            f"{_count(alone)} seen and {_count(alone_back)} reversed. The orderings that appear: {each}." + _say_once(_one_sided(tests, OPPONENTS)))
+
+def _say_once(tests):
+    "Which of them rest on one training"
+    once = tests[tests.test.map(_once)]
+    if once.empty: return ""
+    who = "All of them rest" if len(once) == len(tests) else f"{len(once)} of them, those against {listed(ordered(once.localization))}, rest"
+    return f" {who} on one training of either edit: another one may say otherwise."

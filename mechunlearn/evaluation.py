@@ -362,7 +362,7 @@ def speak(
     more:int=8, # tokens beyond the longest answer
     batch_size:int=64, # prompts at once
 ) -> pd.DataFrame: # records: `evaluation` "generation", groups forget, retain, ghost
-    "Ask in the training format and in its paraphrases, and read what the model writes"
+    "Ask in the training format and in its paraphrases, and read what the model writes. One forward a token and prompt: with the defaults some 5000 on the organism."
     groups = asked_in_attacks(task, max_facts)
     return generate_answers(lm, [q for g, facts in groups.items() for q in completions(facts, g) + paraphrases(facts, g)], more, batch_size)
 

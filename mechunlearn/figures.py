@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOOKS', 'MARKS', 'FLU', 'TRACING', 'FIGURE_STYLE', 'HEAT', 'TRUTH_COLOUR', 'EDIT_COLOUR', 'printed', 'look',
            'ordered', 'baseline', 'figure', 'spread', 'margin_labels', 'mark_layers', 'label_points', 'say',
-           'cell_text', 'count_text', 'p_text', 'listed', 'extremes']
+           'cell_text', 'count_text', 'p_text', 'listed', 'n_text', 'extremes']
 
 # %% ../nbs/07_figures.ipynb #54b69e20
 import io
@@ -22,7 +22,7 @@ from .stats import edited_by, family, said_size
 # %% ../nbs/07_figures.ipynb #410005
 _S, _M = ("o", "-"), ("s", (0, (4, 1.5)))
 LOOKS = {"none": ("#222222", "*", ":"), "flu": ("#0072B2", *_S), "flu-probe": ("#0072B2", *_S), "flu-path": ("#56B4E9", *_S),
-         "flu@published": ("#003F6B", *_S), "flu-with-attention": ("#56B4E9", "D", "-"),
+         "flu@published": ("#003F6B", *_S), "flu-with-attention": ("#5D3A9B", "D", "--"),
          "causal-tracing": ("#D55E00", *_S), "causal-tracing-mlps": ("#D55E00", *_M),
          "attribution-patching": ("#E69F00", *_S), "attribution-patching-mlps": ("#E69F00", *_M),
          "random": ("#8C8C8C", *_S), "random-mlps": ("#8C8C8C", *_M), "late": ("#CC79A7", "^", "-"), "extraction": ("#8F4A78", "^", "-"),
@@ -222,6 +222,14 @@ def listed(
     names = list(names)
     return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
 
+# %% ../nbs/07_figures.ipynb #07n0001
+def n_text(
+    n, # numbers of facts, with gaps
+) -> str: # '64', or '64–112' where they differ; '' without any
+    "How many facts stand behind several values"
+    n = pd.Series(n).dropna().astype(int)
+    return "" if n.empty else f"{n.min()}" if n.min() == n.max() else f"{n.min()}–{n.max()}"
+
 # %% ../nbs/07_figures.ipynb #410091
 def extremes(
     rows:pd.DataFrame, # of metrics: localization, value, ci_low, ci_high, n
@@ -231,7 +239,7 @@ def extremes(
     rows = rows[rows.localization != "none"].sort_values("value", ascending=good == "low", kind="stable")
     best, worst = rows.iloc[0], rows.iloc[-1]
     tied = lambda end: rows[np.isclose(rows.value, end.value)].localization
-    said = lambda end: f"{listed(ordered(tied(end)))} ({say(end.value, end.ci_low, end.ci_high)}, n={int(end.n)})"
+    said = lambda end: f"{listed(ordered(tied(end)))} ({say(end.value, end.ci_low, end.ci_high)}, n={n_text(rows.n[tied(end).index])})"
     rest = rows[~rows.localization.isin(tied(best))]
     near = rest[~((rest.ci_low > best.ci_high) | (rest.ci_high < best.ci_low))].localization # one without an interval is told apart from nothing
     text = ("lowest" if good == "low" else "highest") + f" for {said(best)}"

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 import matplotlib as mpl
 from matplotlib.figure import Figure
-from .figures import FIGURE_STYLE, baseline, cell_text, count_text, extremes, figure, look, ordered, printed
+from .figures import FIGURE_STYLE, baseline, cell_text, count_text, extremes, figure, look, n_text, ordered, printed
 from .progress import edits_in
 from .stats import MCQ_CHANCE, METRICS, METRIC_TYPES, Chance, differs, family, has_power, holm, one_run, paired_test, per_fact, summarise
 from .store import Broken, Refusal, choose, load_json, load_table, notes, read_json, sidecar
@@ -320,10 +320,7 @@ def _note(table):
     return f"Not budget-matched, so that differences from FLU may come from size alone: {', '.join(other)}." if other else ""
 
 # %% ../nbs/41_metrics.ipynb #a67c5eb3
-def _n(table, name):
-    "The n of a column: '64', or '64-320' where rows differ"
-    n = table[(name, "n")].dropna().astype(int)
-    return "" if n.empty else f"{n.min()}" if n.min() == n.max() else f"{n.min()}–{n.max()}"
+def _n(table, name): return n_text(table[(name, "n")])
 
 def arrow(
     name:str, # a key of COLUMNS
@@ -563,7 +560,8 @@ def plot_spider(
         values = [r.get(n, np.nan) for r in rows.values()]
         ax.plot(angle, [*values, values[0]], label=printed(n), lw=1.4, ms=4, **look(n))
     ax.set_xticks(angle[:-1], [c if COLUMNS[c].good == "high" else f"1 − {c}" for c in rows])
-    ax.set(ylim=(0, 1.02), yticks=[.25, .5, .75, 1]); ax.set_yticklabels(["", ".5", "", "1"], color="#888888"); ax.tick_params(axis="x", pad=16)
+    ax.set(ylim=(0, 1.02), yticks=[.25, .5, .75, 1]); ax.set_yticklabels(["", ".5", "", "1"], color="#888888"); ax.tick_params(axis="x", pad=4)
+    for label, a in zip(ax.get_xticklabels(), angle): label.set_ha("left" if np.cos(a) > .1 else "right" if np.cos(a) < -.1 else "center")
     ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1.3, .5))
     return fig
 

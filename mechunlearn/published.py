@@ -67,9 +67,9 @@ class Disagreement(NamedTuple):
 # %% ../nbs/45_published.ipynb #6fa81262
 DISAGREEMENTS = {k: Disagreement(*v) for k, *v in [
     ("probabilities", "accuracy", "'accuracy'", "mean probability: softmax over four sports or four letters; for CounterFact the probability of the answer's first token", "both: `prob` (theirs) and `top1`; comparisons with the paper are of `prob`", "a value of .25 may be a model that is always wrong, or one that cannot tell"),
-    ("one-run", "seeds", "averages over models and set sizes", "one run a cell, without a seed and without intervals", "several seeds, intervals for another seed", "a difference of .05 between two localizations may be one between two seeds"),
-    ("unseeded", "random localizations", "a random choice of components", "one draw a run, not repeatable; `random` never draws a gate matrix", "five draws and more, of equal size, seeded; a draw is shown as a dot", "a random control of one draw can be lucky"),
-    ("same-rows", "choice of the learning rate", "metrics of the training alone", "chosen on the very facts that are reported; six localizations borrow the rate of another; the smallest rate tried wins for Nonlocalized", "chosen for each localization, on dev facts that no run edits", "a localization can look better because its rate was better"),
+    ("one-run", "seeds", "averages over models and set sizes", "one run a cell, without a seed and without intervals", "three seeds and more in the first task, one at least elsewhere; intervals for another seed", "a difference of .05 between two localizations may be one between two seeds"),
+    ("unseeded", "random localizations", "a random choice of components", "one draw a run, not repeatable; `random` never draws a gate matrix", "five draws in the first task, one or two elsewhere, of equal size, seeded; a draw is shown as a dot", "a random control of one draw can be lucky"),
+    ("same-rows", "choice of the learning rate", "metrics of the training alone", "chosen on the very facts that are reported; six localizations borrow the rate of another; the smallest rate tried wins for Nonlocalized", "chosen on dev facts that no run edits, for each localization of the first task; elsewhere for three, and the others borrow", "a localization can look better because its rate was better"),
     ("bf16", "precision", "AdamW", "weights kept in bfloat16: a step smaller than half the spacing of its numbers is lost", "masters in float32 for what is trained", "with small rates only the smallest weights move at all"),
     ("mcq-format", "multiple choice forgotten", "a low MCQ forget accuracy is robust forgetting", "MCQ about retained facts was measured and not printed; it falls as well", "`MCQ retain` and compliance stand beside `MCQ truth`", "breaking multiple choice counts as forgetting"),
     ("letter-d", "the example of sports MCQ", "some examples of right answers", "one example, always golf, always D, the options always in the same order", "the letters of examples and the orders of options are balanced", "copying the example gives D, which for edits to golf is the edit answer"),
@@ -272,8 +272,8 @@ _MAIN = [
 _A2 = [Item("probes of the unedited models", (_SA,), "probing.plot_probe", "probing"),
        Item("direct effect of heads", (_CF,), "patching.plot_paths", "paths", why="MLPs are drawn; heads are in the notebook's table"),
        Item("effect of MLPs through the extraction heads", (_CF,), "patching.plot_paths", "paths")]
-_AP = "causal tracing is recorded; attribution patching is a lesson of the same notebook"
-_A3 = [Item(f"causal tracing and attribution patching of MLPs, {what}", (task,), "tracing.plot_components", "traced", why=_AP)
+_AP = "another answer is swapped in where theirs is noise; each of them has a scale of its own"
+_A3 = [Item(f"causal tracing and attribution patching of MLPs, {what}", (task,), "tracing.plot_methods", "traced", why=_AP)
        for what, task in (("sports", _SA), ("CounterFact", _CF)) for _ in range(3)]
 _A4 = [Item("masks: forgetting a sport by number of zeros", (_SU,), "masking.plot_masking", why=_MASK), Item("masks: MMLU against forgetting a sport", (_SU,), "masking.plot_masking", why=_MASK),
        Item("masks: forgetting athletes by number of zeros", (_SA,), "masking.plot_masking", why=_MASK), Item("masks: MMLU against forgetting athletes", (_SA,), "masking.plot_masking", why=_MASK),
@@ -351,7 +351,7 @@ def paper_map() -> pd.DataFrame: # index item; shows, tasks, by, notebook, origi
         mine = pub[pub.source == name]
         out.append({"item": name, "shows": item.shows, "tasks": ", ".join(item.tasks), "by": item.by, "notebook": _home(item.by) if item.by else "",
                     "origin": "none" if not item.by or item.table and not sum(map(len, rows)) else "recorded" if item.table else "lesson", "rows": sum(map(len, rows)),
-                    "lacks": ", ".join(_lacks(rows)), "values": len(mine), "runs": int(behind.get(name, 0)), "defects": " ".join(dict.fromkeys(" ".join(mine.defect).split())), "why": item.why})
+                    "lacks": ", ".join(_lacks(item, rows)), "values": len(mine), "runs": int(behind.get(name, 0)), "defects": " ".join(dict.fromkeys(" ".join(mine.defect).split())), "why": item.why})
     return pd.DataFrame(out).set_index("item")
 
 @lru_cache
@@ -360,9 +360,10 @@ def _named(cite):
     found = [(kind, *part.strip().partition("-")[::2]) for kind, said in re.findall(r"(Table|Figure)s? ([\d, -]+)", cite) for part in said.split(",")]
     return [f"{kind} {k}" for kind, first, last in found for k in range(int(first), int(last or first) + 1)]
 
-def _lacks(rows):
-    "Localizations of the paper that are in none of these rows"
-    names = {n.split("#")[0] for r in rows if "localization" in r for n in r.localization.unique()}
+def _lacks(item, rows):
+    "Localizations of the paper that are in none of the rows that an item needs"
+    column, value = _SOME.get(item.by, (None, None))
+    names = {n.split("#")[0] for r in rows if "localization" in r for n in (r if column is None else r[r[column] == value]).localization.unique()}
     return [n for n in PLACES if n not in names] if names else []
 
 # %% ../nbs/45_published.ipynb #59069fe9
@@ -379,6 +380,8 @@ def plot_settings(
         mine = not r.source.startswith("Guo et al.")
         ax.plot(getattr(r, what), names.index(r.localization) + (0 if mine else .22), "o" if mine else "D", color=look(r.localization)["color"], mfc=None if mine else "none", ms=5, alpha=.8)
     ax.set(xscale="log", xlabel={"lr": "learning rate", "inject": "weight of the edit loss"}[what], yticks=range(len(names)), yticklabels=names, ylim=(len(names) - .4, -.6))
+    for marker, fill, who in (("o", None, "ours"), ("D", "none", "the paper's")): ax.plot([], [], marker, color="#444444", mfc=fill, ms=5, label=who)
+    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return fig
 
 # %% ../nbs/45_published.ipynb #28ad2541

@@ -115,7 +115,7 @@ def needed(
 _DATA = ("data/organism/checksums.json", "data/organism/world.json")
 _EDITS = ("run_evaluation", "run_relearning", "run_latent")
 _ATTACKS = (*_EDITS, "run_soft_prompts", "run_more_attacks")
-RECORDED = {"probing": ("run_probing",), "removal": ("run_removal",), "traced": ("run_tracing",), "trace_grid": ("token_map",), "paths": ("run_paths",), "localizations": ("run_localization",),
+RECORDED = {"probing": ("run_probing",), "removal": ("run_removal",), "traced": ("run_tracing", "run_attribution_patching"), "trace_grid": ("token_map",), "paths": ("run_paths",), "localizations": ("run_localization",),
             "training": ("run_finetuning",), "records_small": _EDITS, "metrics": (*_ATTACKS, "metrics"), "scorecard": (*_ATTACKS, "scorecard"),
             "frontier": (*_EDITS, "over_rates")} # table -> functions that make it
 APART = {"editors": (*_EDITS, "metrics"), "editors_scorecard": (*_EDITS, "scorecard"), "efficiency": (*_EDITS, "efficiency"), "flu_sets": ("probe_hits", "flu_frequency")} # kept of grids of their own, not by `record`

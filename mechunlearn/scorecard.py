@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import matplotlib as mpl, matplotlib.ticker
 from matplotlib.figure import Figure
-from .figures import FIGURE_STYLE, baseline, cell_text, figure, listed, look, ordered, p_text, printed, say
+from .figures import FIGURE_STYLE, baseline, cell_text, figure, listed, look, n_text, ordered, p_text, printed, say
 from .metrics import (about, broken, edit_tables, finished, mlp_layers, gone_lines, holm_by, localizations, meta_of, metrics, paired, records,
     scores, settings, training, unavailable)
 from .stats import MCQ_CHANCE, METRICS, WORTH, beyond, chance, choose_best, differs, has_power, over_seeds, per_fact, whole_setting
@@ -363,11 +363,10 @@ SCORE_KEY = ("In brackets: what the attacker needs. Old answers given, lower is 
 
 def _score_head(rows, apart=None):
     "How many facts, what guessing gets and, where it is told `apart`, how long it takes"
-    n = rows.n.dropna().astype(int)
-    low, high = rows.guess.min(), rows.guess.max()
+    n, low, high = n_text(rows.n), rows.guess.min(), rows.guess.max()
     guess = "" if np.isnan(low) else f", guess {low:.2f}" + (f"–{high:.2f}" if f"{low:.2f}" != f"{high:.2f}" else "")
     took = f"{apart}{rows.seconds.median():.0f} s" if apart and "seconds" in rows and rows.seconds.notna().any() else ""
-    return ("" if n.empty else f"n={n.min()}" if n.min() == n.max() else f"n={n.min()}–{n.max()}") + guess + took
+    return (f"n={n}" if n else "") + guess + took
 
 # %% ../nbs/42_scorecard.ipynb #f4c3545c
 @mpl.rc_context(FIGURE_STYLE)
@@ -405,7 +404,8 @@ def _score_map(ax, card, names, attacks):
                          for c in ("value", "retain_value", "power"))
     ax.imshow(wide.mask(power == 0), cmap=mpl.colormaps["Oranges"].with_extremes(bad="#F4F4F4"), vmin=0, vmax=1.25, aspect="auto")
     for (i, j), v in np.ndenumerate(wide.to_numpy()):
-        if not np.isnan(v): _write_score(ax, j, i, v, kept.iat[i, j], power.iat[i, j] == 0, attacks[j].startswith(WORST))
+        if np.isnan(v): ax.text(j, i, "–", ha="center", va="center", fontsize=6.5, color="#888888") # not tried
+        else: _write_score(ax, j, i, v, kept.iat[i, j], power.iat[i, j] == 0, attacks[j].startswith(WORST))
     heads = ["\n".join([a, _score_head(card[card.attack == a], "\n")]) for a in attacks]
     ax.set_xticks(range(len(attacks)), heads, rotation=40, ha="left")
 
@@ -550,7 +550,7 @@ class Found(NamedTuple):
     broken: dict # localization -> why its model is destroyed, not unlearned
     metrics: pd.DataFrame
     curve: pd.DataFrame # probing
-    traced: pd.DataFrame # tracing by component
+    traced: pd.DataFrame # causal tracing and attribution patching by component, with the `method`
     grid: pd.DataFrame # tracing by token
     paths: pd.DataFrame # path patching: direct effects, and through the extraction set
     removed: pd.DataFrame # removal at the subject
@@ -573,6 +573,8 @@ class Found(NamedTuple):
     def seeds(self): return [] if self.facts is None else sorted(self.facts.seed.unique())
 
 # %% ../nbs/42_scorecard.ipynb #410169
+def _both(run_dir, *patterns): return pd.concat([scores(run_dir, p) for p in patterns], ignore_index=True)
+
 def find(
     run_dir, # a run folder
 ) -> Found:
@@ -585,6 +587,6 @@ def find(
     seconds = costs(run_dir)
     card = scorecard(facts, seconds) if done and (facts.group == "forget").any() else pd.DataFrame(columns=CARD)
     return Found(run, facts, card, {} if facts is None else broken(facts), metrics(run_dir, facts) if done else pd.DataFrame(columns=METRICS),
-                 scores(run_dir, "probing"), scores(run_dir, "causal-tracing-*"), scores(run_dir, "trace-grid*"),
-                 pd.concat([scores(run_dir, "direct-effect"), scores(run_dir, "to-extraction")], ignore_index=True), scores(run_dir, "removal"), where, training(run_dir),
+                 scores(run_dir, "probing"), _both(run_dir, "causal-tracing-*", "attribution-patching-*"), scores(run_dir, "trace-grid*"),
+                 _both(run_dir, "direct-effect", "to-extraction"), scores(run_dir, "removal"), where, training(run_dir),
                  settings(run_dir), [f"{p.parts[-3]}/{p.parts[-2]}" for p in finished(run_dir).query("not used").path], made, unavailable(run_dir), seconds)

@@ -246,7 +246,7 @@ def relearn_splits(
     seed:int=0, # of cuts, adapters and batches
     **how, # of `relearn`: lora, sizes, max_facts, batch_size
 ) -> pd.DataFrame: # records of `relearn` at the end: `evaluation` "relearning-splits", `setting` half0/seed3
-    "Relearning with other halves. 2 x `splits` of `relearn`'s sides."
+    "Relearning with other halves. 2 x `splits` x `steps` forwards and backwards of 48 prompts and 2 texts; each question is asked 2 x `splits` times."
     def cut(k): return relearn(lm, task, edit, steps=steps, at=(steps,), seed=seed, split=partial(random_half, seed=seed * splits + k), **how)
     return pd.concat([(r := cut(k)).assign(evaluation="relearning-splits", setting=r.setting + f"/seed{k}") for k in range(splits)], ignore_index=True)
 

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['GRID_FACTS', 'GRID_LEAST', 'swap_subject', 'same_frame', 'Case', 'swap_cases', 'noise_cases', 'Cache',
            'shared_prefix', 'pair', 'record', 'Patch', 'read', 'patched', 'embedding_sd', 'draw_noise', 'run_patches',
-           'normalise', 'shares', 'Scores', 'causal_tracing', 'plot_components', 'say_components', 'rank_stability',
-           'attribute', 'run_attribution', 'attribution_patching', 'token_labels', 'trace_grid', 'plot_trace',
-           'say_trace', 'attribution_grid', 'ablate', 'ablation_grid', 'run_tracing', 'run_attribution_patching',
-           'token_map']
+           'normalise', 'shares', 'Scores', 'causal_tracing', 'plot_components', 'say_components', 'plot_methods',
+           'rank_stability', 'attribute', 'run_attribution', 'attribution_patching', 'token_labels', 'trace_grid',
+           'plot_trace', 'say_trace', 'attribution_grid', 'ablate', 'ablation_grid', 'run_tracing',
+           'run_attribution_patching', 'token_map']
 
 # %% ../nbs/11_output_tracing.ipynb #110002
 import random
@@ -498,6 +498,19 @@ def say_components(
     tail = f" The MLPs of the FLU layers (blue numbers) have ranks {listed(ranks)} of {len(table)}." if ranks else ""
     n = int(table.n.iloc[0])
     return f"Restored on its own at all tokens, most of the answer comes back with {listed(top)} (1 = all of it, n={n} facts)." + tail
+
+# %% ../nbs/11_output_tracing.ipynb #11m0001
+@mpl.rc_context(FIGURE_STYLE)
+def plot_methods(
+    table:pd.DataFrame, # kind, layer, score, ci_low, ci_high, method: of several methods, such as the recorded table `traced`
+) -> Figure:
+    "MLPs by layer, a panel a method, with 95 % intervals (Figures 13 to 18 of the paper)"
+    parts = {m.removesuffix("-swap").replace("-", " "): t for m, t in table[table.kind == "mlp"].groupby("method", sort=False)}
+    fig, axes = figure(4.5*len(parts), 2.4, 1, len(parts), squeeze=False)
+    for ax, (name, t) in zip(axes[0], parts.items()):
+        ax.bar(t.layer.astype(int), t.score, color="#0072B2"); ax.vlines(t.layer.astype(int), t.ci_low, t.ci_high, color="#222222", lw=1)
+        ax.set(title=name, xlabel="layer of the MLP", ylabel="share restored" if ax is axes[0, 0] else ""); ax.axhline(0, color="#888888", lw=.7)
+    return fig
 
 # %% ../nbs/11_output_tracing.ipynb #110052
 def rank_stability(

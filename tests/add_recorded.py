@@ -5,7 +5,8 @@
     python tests/add_recorded.py --sweep [--replace] sweep.parquet...     of `mechunlearn sweep`
 
 Of each run the maps, localizations and evaluations are added that the tables lack for its model, task and number of facts; what is there stays,
-unless it is replaced: runs of other draws are not mixed.
+unless it is replaced: runs of other draws are not mixed. Nor are scorecards of other attacks, since a worst case is of what was tried;
+and facts are kept one by one where there is an edit at FLU to compare with.
 Refused if the tables were recorded with other sources: then `make record`, or tests/recheck_recorded.py, comes first. `make record`
 forgets what was added here, unless configs/ has it too.
 """
@@ -19,7 +20,7 @@ from mechunlearn import recorded_tables as R, scorecard
 
 RECORDED = Path(__file__).resolve().parents[1] / "nbs" / "recorded"
 KEYS = {"metrics": ["localization", "evaluation"], "records_small": ["localization", "evaluation"], "scorecard": ["localization"], "localizations": ["localization"],
-        "training": ["localization"], "probing": [], "removal": []}
+        "training": ["localization"], "probing": [], "removal": [], "traced": ["method"], "trace_grid": [], "paths": []}
 SWEPT = ["localization", "draw", "seed", "lr", "inject"]
 
 
@@ -37,6 +38,8 @@ def add(name, new, keys, folder, replace=False):
     file = folder / f"{name}.parquet"
     old = pd.read_parquet(file)
     if replace and len(new): old = old[~known(old, new, [])]
+    if name == "scorecard" and set(old[known(old, new, [])].attack) not in (set(), set(new.attack)): new = new[:0]
+    if name == "records_small" and not pd.concat([old[known(old, new, [])], new]).localization.str.startswith("flu").any(): new = new[:0]
     more = lacking(old, new, keys)
     if len(more):
         more = more.reindex(columns=old.columns)

@@ -53,3 +53,10 @@ def test_a_run_is_added_as_it_would_be_recorded(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(A.R, "check_recorded", lambda folder: ["metrics"])
     with pytest.raises(SystemExit, match="other sources: metrics"):
         A.main([str(run)], tmp_path)
+
+
+def test_a_worst_case_of_other_attacks_is_not_put_beside(tmp_path):
+    card = lambda localization, attacks: pd.DataFrame([dict(model="m", task="t", forget_size=16, localization=localization, attack=a, value=0.) for a in attacks])
+    card("flu", ["as trained", "new probe"]).to_parquet(tmp_path / "scorecard.parquet")
+    assert A.add("scorecard", card("random", ["as trained"]), A.KEYS["scorecard"], tmp_path) == 0
+    assert A.add("scorecard", card("random", ["as trained", "new probe"]), A.KEYS["scorecard"], tmp_path) == 2
