@@ -22,8 +22,9 @@ help:
 
 .venv: .venv/.installed
 
-# most modules of the packages are never imported: those that are compile themselves the first time
+# pip compiles modules one after the other; all processors do it together (some packages hold templates that are no Python)
 PIP := $(BIN)/pip install -q --disable-pip-version-check --no-compile
+COMPILE := $(BIN)/python -m compileall -q -j 0 .venv/lib > /dev/null || true
 
 .venv/.torch: constraints.txt settings.ini setup.py
 	@echo "building .venv (a few minutes the first time)"
@@ -34,11 +35,13 @@ PIP := $(BIN)/pip install -q --disable-pip-version-check --no-compile
 
 .venv/.installed: .venv/.torch
 	$(PIP) -e ".[dev]" -c constraints.txt
+	@$(COMPILE)
 	@touch $@
 
 # with all that .installed stands for
 .venv/.peers: .venv/.torch
 	$(PIP) -e ".[dev,peers]" -c constraints.txt
+	@$(COMPILE)
 	@touch .venv/.installed $@
 
 run: .venv/.installed
