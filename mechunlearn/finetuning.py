@@ -752,11 +752,10 @@ def plot_parts(
     answer:str="edit", # or truth
 ) -> Figure:
     "Each part's facts after each part of the training, one panel a localization; 95 % intervals"
-    m = metrics[(metrics.evaluation == "sequence") & (metrics.group == "forget") & (metrics.seed == -1)]
-    m = m[(m.answer == answer) & (m.measure == "top1")]
+    m = metrics[(metrics.evaluation == "sequence") & (metrics.group == "forget") & (metrics.seed == -1) & (metrics.answer == answer) & (metrics.measure == "top1")]
     names = ordered(m.localization.unique())
-    wide = min(len(names), 5)
-    fig, axes = figure(1 + 2.2*wide, .6 + 2*-(-len(names)//wide), -(-len(names)//wide), wide, sharey=True, squeeze=False)
+    wide, lines = min(len(names), 5), -(-len(names)//5)
+    fig, axes = figure(1 + 2.2*wide, .6 + 2*lines, lines, wide, sharey=True, squeeze=False)
     for ax in axes.flat[len(names):]: ax.remove()
     for ax, name in zip(axes.flat, names):
         for part, r in m[m.localization == name].groupby("setting"):

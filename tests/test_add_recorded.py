@@ -60,3 +60,11 @@ def test_a_worst_case_of_other_attacks_is_not_put_beside(tmp_path):
     card("flu", ["as trained", "new probe"]).to_parquet(tmp_path / "scorecard.parquet")
     assert A.add("scorecard", card("random", ["as trained"]), A.KEYS["scorecard"], tmp_path) == 0
     assert A.add("scorecard", card("random", ["as trained", "new probe"]), A.KEYS["scorecard"], tmp_path) == 2
+
+
+def test_facts_are_kept_where_there_is_flu_to_compare_with(tmp_path):
+    rows(["none", "flu"], 1.).to_parquet(tmp_path / "records_small.parquet")
+    keys = A.KEYS["records_small"]
+    assert A.add("records_small", rows(["random"], 2.), keys, tmp_path) == 2  # beside FLU of the same group
+    assert A.add("records_small", rows(["none", "random"], 3., size=64), keys, tmp_path) == 0
+    assert A.add("records_small", rows(["flu", "random"], 4., size=64), keys, tmp_path) == 4

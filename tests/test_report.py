@@ -200,6 +200,15 @@ def test_what_only_these_facts_show_is_said_in_a_clause():
     tests = r.orderings(pd.concat(rows))
     assert (tests.verdict == "no difference seen").all() and "on these facts alone, another training not considered, 2 are seen and none is reversed" in r.say_tally(tests)
 
+@pytest.mark.parametrize("twice,said,marks", [(("flu", "all-mlps"), "2 of them, those against nonlocalized, rest on one training", 2), ((), "All of them rest on one training", 4),
+                                              (("flu", "all-mlps", "nonlocalized"), None, 0)])
+def test_what_rests_on_one_training_is_said_and_marked(twice, said, marks):
+    rows = [one(n, n=40, truth=.1, seed=s) for n in ("flu", "all-mlps", "nonlocalized") for s in ((0, 1) if n in twice else (0,))]
+    tests = r.orderings(pd.concat(rows))
+    assert (said in r.say_tally(tests)) if said else "one training" not in r.say_tally(tests)
+    drawn = [t.get_text() for t in r.plot_orderings(tests).axes[0].texts]
+    assert sum(t.endswith("¹") for t in drawn) == marks and any("one training" in t for t in drawn) == bool(marks)
+
 def test_claims_of_equality_are_never_confirmed():
     tests = r.orderings(pd.concat([one(n, fmt="completion", truth=t) for n, t in [("flu", 0.), ("late", .8), ("all-mlps", 0.)]]))
     assert tests[tests.column == "forget error"].set_index("localization").verdict.to_dict() == {"late": "differs", "all-mlps": "no difference seen"}
