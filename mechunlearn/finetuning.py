@@ -32,7 +32,7 @@ from .facts import Task
 from .figures import FIGURE_STYLE, cell_text, figure, listed, look, ordered, printed
 from .localization import Localization
 from .losses import UPDATES, Answers, Update, answer_losses, choose_update, l1_change, not_said, said
-from .memory import checkpointed, optimizer_class, out_of_memory, unsteppable, written_out
+from .memory import checkpointed, optimizer_class, out_of_memory, rest_packed, unsteppable, written_out
 from .families import transposed
 from .loading import is_adapter, place_of, plain, snapshot
 from .models import LM, Slice, components, load, read_model, slices, wrap
@@ -642,9 +642,11 @@ def finetune(
     remember:bool=False, # compute what lies below the lowest trained layer once for rows that come back; the result stays up to rounding
     optimizer:str|None=None, # adamw-8bit or paged-adamw-8bit, of bitsandbytes; none: adamw
     checkpoint:bool|None=None, # compute blocks again on the way back instead of remembering them: less memory, more time, the result stays
+    rest:str|None=None, # 4bit or 8bit: whatever is not trained is quantized meanwhile, see `rest_packed`: less memory, another result
 ) -> Edit: # Refusal if memory runs out; `Diverged`, with the last good state, if training diverges
     "Localized fine-tuning (paper, section 2.3). `steps` forwards and backwards of `batch + retain_batch` prompts and `text_batch` texts."
     update, chosen = choose_update(lm, task, loss, beta, l1, preferred)
+    if rest and task.update == "sequential": raise Refusal(f"a sequence is asked between its parts, in the whole model: leave out rest={rest}")
     lr, inject = rates(lm, task, where, lr, inject, loss=loss)
     seed, sizes = task.seed if seed is None else seed, {t: n if t in update.terms else 0 for t, n in (("forget", batch), ("retain", retain_batch), ("text", text_batch))}
     how = dict(lr=lr, update=update, inject=inject, micro_batch=micro_batch, clip=clip, progress=progress, l1=l1 or 0., packed=packed,
@@ -653,11 +655,11 @@ def finetune(
         rows = training_rows(lm, task, update)
         return rows | dict(forget=with_reference(lm, rows["forget"], micro_batch)) if update.reference else rows
     def made(values, curve, records=None):
-        about = dict(model=lm.name, revision=lm.revision, task=task.name, seed=seed, lr=lr, inject=inject, steps=steps, clip=clip, **sizes, **chosen, **({"optimizer": optimizer} if optimizer else {}))
+        about = dict(model=lm.name, revision=lm.revision, task=task.name, seed=seed, lr=lr, inject=inject, steps=steps, clip=clip, **sizes, **chosen, **({"optimizer": optimizer} if optimizer else {}), **({"rest": rest} if rest else {}))
         named = curve.assign(formula=loss) if loss else curve
         return Edit(where, {slice_key(s): v.detach().cpu() for s, v in values.items()}, named, about, records)
     try:
-        with _changeable(lm, where.slices):
+        with rest_packed(lm, where.slices, rest), _changeable(lm, where.slices):
             if task.update == "sequential": return made(*_sequence(lm, task, where, rows_of, max(1, steps // 2), sizes, seed, between, remember, **how))
             values, rows = masters(lm, where.slices), rows_of(task)
             if task.update == "each": steps = max(steps, -(-VISITS * len(task.forget) // batch))
@@ -668,7 +670,8 @@ def finetune(
         e.edit = made(e.values, e.curve)
         raise
     except torch.OutOfMemoryError as e:
-        raise out_of_memory(lm, f"training {where.name}", dict(micro_batch=micro_batch), {"checkpoint": checkpoint, "optimizer adamw-8bit": optimizer not in (None, "adamw")}) from e
+        raise out_of_memory(lm, f"training {where.name}", dict(micro_batch=micro_batch), {"checkpoint": checkpoint, "optimizer adamw-8bit": optimizer not in (None, "adamw")},
+                            "" if rest else "set rest 4bit, or load the model with quantize 4bit") from e
 
 # %% ../nbs/20_finetuning.ipynb #200043
 @mpl.rc_context(FIGURE_STYLE)

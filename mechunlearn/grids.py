@@ -294,8 +294,9 @@ def _editors(given):
         has = get_type_hints(learn_mask) | {"k": Annotated[int, Field(ge=1)]} if name == "mask" else get_type_hints(EDITORS[name])
         for odd in ("lm", "task", "where", "seed", "progress", "text", "return"): has.pop(odd, None)
         for option, value in how.items():
-            try: TypeAdapter(has[store.choose(option, sorted(has), f"setting of {name}")]).validate_python(value)
+            try: read = TypeAdapter(has[store.choose(option, sorted(has), f"setting of {name}")]).validate_python(value) # 1e-3 is a word in YAML
             except ValidationError as e: raise Refusal(f"editors.{named}.{option}: {e.errors()[0]['msg'].lower()}") from None
+            how[option] = {k: getattr(read, k) for k in value} if isinstance(value, dict) else read
     return given
 
 # %% ../nbs/38_grids.ipynb #400016
@@ -332,6 +333,7 @@ class Settings(BaseModel, extra="forbid"):
     packed: bool|None = None # rows of similar length together in a step
     remember: bool|None = None # what lies below the lowest trained layer is computed once for rows that come back
     checkpoint: bool|None = None # blocks are computed again on the way back: less memory, more time
+    rest: Literal["8bit", "4bit"]|None = None # what is not trained is quantized while an edit is trained: less memory, another result
     loss: Literal["injection", "log-1-p", "gradient-ascent", "graddiff", "npo", "simnpo", "idk", "dpo"]|None = None # on the forget facts; default: the task's own
     beta: Real|None = Field(None, gt=0) # of npo, simnpo and dpo
     l1: Real|None = Field(None, ge=0) # weight of the L1 norm of the change of the weights
@@ -555,6 +557,13 @@ def skeleton(
         return wrap(hf, tok or read_tokenizer(source, commit), name, revision or commit, job.settings.get("bos"), family, job.settings.get("chat"))
 
 # %% ../nbs/38_grids.ipynb #400086a
+def _check_rest(job):
+    "Refuse a quantized rest where there is none"
+    asked = job.settings
+    if not (rest := asked.get("rest")): return
+    if other := next((k for k in ("quantize", "device_map") if asked.get(k)), None): raise Refusal(f"rest={rest} and {other}={asked[other]}: say one of them")
+    if job.task == "sequential-counterfact-editing": raise Refusal(f"rest={rest}: a sequence is asked between its parts, in the whole model; leave it out")
+
 def _check_seeds(seeds):
     "Refuse seeds that numpy does not take"
     if wrong := [s for s in seeds if not 0 <= s <= MAX_SEED]: raise Refusal(f"seeds are 0 or larger, up to {MAX_SEED}, not {_short(wrong[0])}")
@@ -613,6 +622,7 @@ def check_job(
     _check_seeds(job.seeds)
     parse(Settings, job.settings, "settings")
     if here: _check_devices(job.settings)
+    _check_rest(job)
     writable(job.run_dir)
     _check_localizations(job)
     with _noted(lacking):
@@ -687,8 +697,10 @@ def estimate(
     every = localizations_for(job.localizations, job.settings.get("draws", 1))
     lm.hf.to(dtype)
     def step(name, n):
-        held, (place, _) = weights + each*n, place_of(job, lm, name)
-        return held + (activations(lm, place, asked) if place and held <= most else 0)
+        place, _ = place_of(job, lm, name)
+        around = weight_bytes(lm, [s.param for s in place.slices], asked["rest"], dtype) if asked.get("rest") and place else weights
+        held = around + each*n
+        return max(weights, held + (activations(lm, place, asked) if place and held <= most else 0)) # it is loaded whole
     rows = [(job.run_dir, name, len(job.seeds), *trained(job, lm, name)) for name in every]
     rows = pd.DataFrame([(run, name.split("#")[0], k, n, exact, step(name, n)/1e9) for run, name, k, n, exact in rows],
                         columns=["run_dir", "localization", "edits", "trained", "exact", "memory_gb"])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'unsteppable', 'optimizer_class', 'checkpointed', 'quantized', 'numbers', 'written_out',
-           'rest_quantized', 'Live', 'weight_bytes', 'step_memory', 'out_of_memory']
+           'rest_quantized', 'rest_packed', 'Live', 'weight_bytes', 'step_memory', 'out_of_memory']
 
 # %% ../nbs/23_memory.ipynb #230002
 import weakref
@@ -174,12 +174,17 @@ def rest_quantized(
     device:str|torch.device|None=None, # where it goes; none: where it is
 ) -> LM: # the same model, smaller
     "Quantize every matrix of the blocks but those of a localization"
-    kind, own = quantization(bits, lm.hf.dtype), {s.param.rpartition(".")[0] for s in slices}
-    device = torch.device(device or lm.device)
-    for name, m in list(lm.hf.get_submodule(lm.names["layers"]).named_modules(prefix=lm.names["layers"])):
-        if isinstance(m, (nn.Linear, Conv1D)) and name not in own: lm.hf.set_submodule(name, _packed(m, kind, device))
-    said = f"+{bits}-but-{cause_hash(sorted(own))[:8]}"
+    kind, device = quantization(bits, lm.hf.dtype), torch.device(device or lm.device)
+    for name, m in _rest(lm, slices): lm.hf.set_submodule(name, _packed(m, kind, device))
+    said = f"+{bits}-but-{cause_hash(sorted(_whose(slices)))[:8]}"
     return LM(lm.hf.to(device), lm.tok, lm.name, lm.revision and lm.revision + said, lm.bos, lm.own, lm.chat)
+
+def _whose(slices): return {s.param.rpartition(".")[0] for s in slices}
+
+def _rest(lm, slices):
+    "The matrices of the blocks, by name, but for those of some slices"
+    blocks = lm.hf.get_submodule(lm.names["layers"]).named_modules(prefix=lm.names["layers"])
+    return [(name, m) for name, m in blocks if isinstance(m, (nn.Linear, Conv1D)) and name not in _whose(slices)]
 
 def _packed(module, kind, device):
     "The quantized module in the place of one"
@@ -195,6 +200,29 @@ def _packed(module, kind, device):
     out.support_avx512bf16_for_cpu = False # no gradient flows through that product
     if bias is not None: out.bias = nn.Parameter(bias.data.to(device), requires_grad=False)
     return out.eval()
+
+# %% ../nbs/23_memory.ipynb #23re0002
+@contextmanager
+def rest_packed(
+    lm:LM, # whole, on one device
+    slices:Sequence[Slice], # of a localization: their matrices are left alone
+    bits:str|None="4bit", # or 8bit; none: nothing happens
+):
+    "In this block of code the rest of a model is quantized, and its own matrices wait on the CPU; afterwards they are back"
+    if not bits: return (yield lm)
+    if any(map(quantized, lm.hf.modules())): raise Refusal(f"{lm.name} is quantized already: leave out rest={bits}, or load it without quantize")
+    if len({p.device for p in lm.hf.parameters()}) > 1: raise Refusal(f"{lm.name} is spread over devices: rest={bits} needs it on one")
+    kind, device, waiting = quantization(bits, lm.hf.dtype), lm.device, {}
+    try:
+        for name, m in _rest(lm, slices):
+            waiting[name] = m
+            lm.hf.set_submodule(name, _packed(m, kind, device))
+            m.to("cpu")
+        yield lm
+    finally:
+        for name, m in waiting.items():
+            lm.hf.set_submodule(name, nn.Module()) # first what is packed goes, then there is room
+            lm.hf.set_submodule(name, m.to(device))
 
 # %% ../nbs/23_memory.ipynb #230051
 class Live(TorchDispatchMode):
@@ -267,9 +295,10 @@ def out_of_memory(
     doing:str, # "training flu"
     lower:dict, # settings that can be lowered, with what they were
     could:dict|None=None, # what else takes less -> whether it was used
+    weights:str="load the model with quantize 4bit", # what helps where the weights are too many; empty if it was done
 ) -> Refusal: # to be raised
     "What really helps, the cheapest first"
     first = " and ".join(f"{name} (now {n})" for name, n in lower.items())
     more = [name for name, used in (could or {}).items() if not used]
-    last = "" if any(map(quantized, lm.hf.modules())) else "; what then still takes most are the weights: load the model with quantize 4bit"
+    last = "" if any(map(quantized, lm.hf.modules())) or not weights else f"; what then still takes most are the weights: {weights}"
     return Refusal(f"out of memory on {lm.device} while {doing}: lower {first}{', or set ' * bool(more)}{' and '.join(more)}{last}")

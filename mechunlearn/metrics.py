@@ -6,7 +6,7 @@
 __all__ = ['EDITED', 'BEYOND', 'ATTACKED', 'SIDE', 'COLUMNS', 'KEY', 'LATENT', 'OPPONENTS', 'CONTROL', 'BARS', 'SPIDER', 'ACROSS',
            'about', 'edit_files', 'meta_of', 'finished', 'edit_tables', 'records', 'training', 'settings',
            'localizations', 'mlp_layers', 'scores', 'unavailable', 'gone_lines', 'told', 'metrics', 'with_probing',
-           'Column', 'at_column', 'column_rows', 'format_power', 'weak_columns', 'results_table', 'arrow',
+           'Column', 'at_column', 'column_rows', 'format_power', 'weak_columns', 'trainings', 'results_table', 'arrow',
            'results_text', 'results_html', 'fact_values', 'paired', 'opponent', 'holm_by', 'facts_of', 'compare',
            'broken', 'plot_bars', 'say_bars', 'plot_spider', 'plot_tasks']
 
@@ -279,12 +279,21 @@ def _no_power(base):
 # %% ../nbs/41_metrics.ipynb #410059
 _STATS = {"value": "value", "lo": "ci_low", "hi": "ci_high", "n": "n"}
 
+# %% ../nbs/41_metrics.ipynb #41tr0002
+def trainings(
+    metrics:pd.DataFrame, # from `metrics`, one run
+) -> pd.Series: # localization, random ones together and by draw -> edits that were asked
+    "How many edits, seeds times draws, stand behind each row"
+    each = metrics[metrics.seed >= 0][["localization", "seed"]].drop_duplicates()
+    one, together = each.localization.value_counts(), each.localization.map(family).value_counts()
+    return pd.concat([together, one[~one.index.isin(together.index)]]).rename("trainings")
+
 # %% ../nbs/41_metrics.ipynb #1d301cff
 def results_table(
     metrics:pd.DataFrame, # from `metrics`, one run
     measure:str="top1", # or 'prob', the authors' measure
     guess:Chance|None=None, # from `chance(records)`, for the power of formats
-) -> pd.DataFrame: # index localization; columns (quantity, value|lo|hi|n), ('params', 'value'), ('matched', 'value'); `attrs['weak']` as of `weak_columns`
+) -> pd.DataFrame: # index localization; columns (quantity, value|lo|hi|n), ('params', 'value'), ('matched', 'value'); `attrs`: weak, as of `weak_columns`, and trainings
     "Value, interval and n of every quantity, one row a localization"
     pooled = one_run(metrics)[metrics.seed == -1]
     names = ordered(pooled[pooled.evaluation.isin(["standard", "relearning"])].localization)
@@ -292,16 +301,24 @@ def results_table(
     flu = pd.to_numeric(params, errors="coerce").get(baseline(names) or "", np.nan)
     same = lambda n: "–" if n == "none" or pd.isna(flu) or pd.isna(params[n]) else "yes" if abs(params[n]/flu - 1) < .02 else "no"
     out = {("params", "value"): params, ("matched", "value"): [same(n) for n in names]}
+    made = trainings(metrics)
     for name in COLUMNS:
         rows = column_rows(pooled, name, measure).set_index("localization").reindex(names)
         if rows.value.notna().any(): out |= {(name, to): rows[c] for to, c in _STATS.items()}
     table = pd.DataFrame(out, index=pd.Index(names, name="localization"))
-    table.attrs["weak"] = weak_columns(pooled, guess)
+    table.attrs |= dict(weak=weak_columns(pooled, guess), trainings={n: int(made[n]) for n in names if n in made and n != "none"})
     return table
 
 # %% ../nbs/41_metrics.ipynb #410060
 KEY = ("Value and 95 % interval for another seed: Student's over seeds, never narrower than Wilson's for the facts of one seed. With one seed it says "
        "how far other facts could differ, not another training. n different facts. ↑ higher is better, ↓ lower is better.")
+
+def _trained(table):
+    "How many edits stand behind a row: most alike, and the others by name"
+    if not (made := table.attrs.get("trainings")): return ""
+    most = max(made.values(), key=[n for k, n in made.items() if "#" not in k].count)
+    other = [f"{printed(k)} {n}" for k, n in made.items() if n != most and "#" not in k]
+    return f"Trainings behind a row (seeds, and draws of random places): {most}{'; ' * bool(other)}{', '.join(other)}."
 
 def _weak(table, localization, name):
     "Whether a cell of the table is about an edit in a format without power"
@@ -351,7 +368,7 @@ def results_text(
         names = [c for c in COLUMNS if COLUMNS[c].part == part and c in table.columns.get_level_values(0)]
         if names: out += [part, *_block(table, names, part == EDITED), *gone_lines(gone, True, not out, wide), ""]
     if more := gone_lines(gone, False): out += [*more, ""]
-    return "\n".join(out + textwrap.wrap(KEY, 118) + textwrap.wrap(_note(table), 118) + textwrap.wrap(_weak_note(table), 118))
+    return "\n".join(out + [line for note in (KEY, _trained(table), _note(table), _weak_note(table)) for line in textwrap.wrap(note, 118)])
 
 # %% ../nbs/41_metrics.ipynb #410065
 def results_html(
@@ -374,7 +391,7 @@ def results_html(
     out = out.cols_label({c: _label(table, c) for c in names}).fmt_markdown(names).cols_align("center").cols_align("left", "localization")
     for part in (EDITED, BEYOND, ATTACKED, SIDE):
         if inside := [c for c in names if COLUMNS[c].part == part]: out = out.tab_spanner(part, inside)
-    return _dress(out, shown, title, _note(table), _weak_note(table), *(f"{name} is not available: {why}" for name, why in missing))
+    return _dress(out, shown, title, _trained(table), _note(table), _weak_note(table), *(f"{name} is not available: {why}" for name, why in missing))
 
 # %% ../nbs/41_metrics.ipynb #410067
 def _label(table, name):
@@ -574,16 +591,16 @@ def plot_tasks(
     metrics:pd.DataFrame, # from `metrics`, several runs
     columns=ACROSS, # keys of COLUMNS
 ) -> Figure:
-    "One line for each task and localization, one panel a quantity; 95 % intervals for another seed"
+    "One line for each task and localization, one panel a quantity; 95 % intervals for another seed; hollow: one training, so that only facts count"
     pooled = metrics[(metrics.seed == -1) & (metrics.localization != "none")]
-    tasks, names = list(pooled.task.unique()), ordered(pooled.localization)
+    tasks, names, made = list(pooled.task.unique()), ordered(pooled.localization), {t: trainings(d) for t, d in metrics.groupby("task")}
     at = {(t, n): i*(len(names) + 1) + j for i, t in enumerate(tasks) for j, n in enumerate(names)}
     fig, axes = figure(2 + 1.6*len(columns), .9 + .16*(len(names) + 1)*len(tasks), 1, len(columns), sharey=True, squeeze=False)
     for ax, column in zip(axes[0], columns):
         for r in column_rows(pooled, column).itertuples():
             y, l = at[r.task, r.localization], look(r.localization)
             ax.plot([r.ci_low, r.ci_high], [y, y], color=l["color"], lw=1.2)
-            ax.plot(r.value, y, color=l["color"], marker=l["marker"], ms=4.5, lw=0)
+            ax.plot(r.value, y, color=l["color"], marker=l["marker"], ms=4.5, lw=0, mfc="w" if made[r.task].get(r.localization) == 1 else None)
         ax.set(title=column.replace(" ", "\n", 1) + f" {arrow(column)}", xlim=(-.03, 1.03), xticks=[0, .5, 1])
     middle = [i*(len(names) + 1) + (len(names) - 1)/2 for i in range(len(tasks))]
     axes[0, 0].set(yticks=middle, yticklabels=tasks, ylim=(len(tasks)*(len(names) + 1) - .5, -1))

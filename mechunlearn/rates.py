@@ -4,26 +4,28 @@
 
 # %% auto #0
 __all__ = ['N_TEXT', 'LRS', 'LARGE_LRS', 'INJECTS', 'SWEPT', 'dev_task', 'training_metrics', 'score', 'sweep', 'best_rates',
-           'plot_sweep', 'say_sweep']
+           'plot_sweep', 'say_sweep', 'Try', 'tries_of', 'sweep_editors', 'best_settings', 'plot_tries']
 
 # %% ../nbs/27_learning_rates.ipynb #270002
-import math
-from functools import partial
+import json, math
+from copy import deepcopy
+from functools import partial, reduce
 from itertools import product
 from pathlib import Path
-from typing import Sequence
+from typing import NamedTuple, Sequence
 import matplotlib as mpl, pandas as pd, seaborn as sns
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 from .facts import Task
 from .figures import FIGURE_STYLE, figure, listed, ordered
 from .finetuning import Diverged, finetune
+from .jobs import edit_named
 from .localization import Localization
 from .losses import installs
 from .models import LM
 from .questions import answer, completions, text_loss
-from .stats import family
-from .store import Refusal, make
+from .stats import edited_by, family
+from .store import Refusal, cause_hash, make
 
 # %% ../nbs/27_learning_rates.ipynb #200057
 N_TEXT = 100  # training texts that a sweep measures on, and does not train on
@@ -147,3 +149,86 @@ def say_sweep(
     edge = [n for n in ordered(best.index) if best.at_edge[n]]
     text = f"The best rates are {listed(rate)}. Half or twice the best rate loses {min(near):.2f} to {max(near):.2f} of the score."
     return text + (f" At the edge of the grid, so that a better rate may lie outside: {listed(edge)}." if edge else "")
+
+# %% ../nbs/27_learning_rates.ipynb #27ed0002
+class Try(NamedTuple):
+    "An edit of a sweep of editors"
+    name: str # of the edit, e.g. 'memit@flu'
+    where: Localization # the place in the name
+    settings: dict # of the editor, all of them
+    tried: dict # those that differ between tries: {"weight": 100., "aim.clamp": 4.}
+
+# %% ../nbs/27_learning_rates.ipynb #27ed0003
+def tries_of(
+    name:str, # of an edit, e.g. 'memit@flu'
+    where:Localization, # the place in the name
+    values:dict[str, list], # what to try, by setting: {"ridge": [.01, .1], "aim.clamp": [4, 6]}
+    settings:dict={}, # what holds for every try
+) -> list[Try]: # one a combination
+    "Every combination of values"
+    found = []
+    for one in product(*values.values()):
+        tried, how = dict(zip(values, one)), deepcopy(settings)
+        for path, value in tried.items():
+            *above, last = path.split(".")
+            reduce(lambda d, k: d.setdefault(k, {}), above, how)[last] = value
+        found.append(Try(name, where, how, tried))
+    return found
+
+# %% ../nbs/27_learning_rates.ipynb #27ed0005
+def _editor_trial(lm, task, base, it, seed):
+    "One edit by an editor, as a table of one row"
+    about = dict(model=lm.name, task=task.name, forget_size=task.options.get("forget_size", len(task.forget)), localization=it.name, settings=json.dumps(it.tried), seed=seed)
+    try: edit = edit_named(it.name, lm, task.model_copy(update=dict(seed=seed)), it.where, **it.settings)
+    except Refusal as e: return pd.DataFrame([about | dict(score=math.nan, why=str(e))])
+    with edit.applied(lm): metrics = training_metrics(lm, task)
+    if edited_by(it.name)[0] == "rmu": metrics["edit"] = math.nan
+    return pd.DataFrame([about | metrics | dict(score=score(metrics, base), why="")])
+
+# %% ../nbs/27_learning_rates.ipynb #27ed0006
+def sweep_editors(
+    lm:LM, # unedited model
+    task:Task, # with dev facts
+    tries:Sequence[Try], # edits
+    seeds:Sequence[int]=(0,), # of what an editor draws
+    progress:bool=True, # show a bar
+    folder=None, # keeps every edit's row, so that an interrupted sweep goes on; none: nothing is written
+) -> pd.DataFrame: # a row an edit: model, task, forget_size, localization, settings (JSON), seed, forget, edit, retain, text, score, why (there is no score)
+    "Edit the dev facts with several settings of editors. `tries * seeds` edits."
+    task = dev_task(task)
+    base, rows = training_metrics(lm, task), []
+    for it, seed in tqdm(list(product(tries, seeds)), "settings", disable=None if progress else True):
+        causes = dict(model=lm.name, revision=lm.revision, task=task.causes(), where=it.where.to_json(), name=it.name, settings=it.settings, seed=seed)
+        file = folder and Path(folder)/f"{it.name}-{cause_hash(it.settings)}-seed{seed}.parquet"
+        rows.append(make(file, causes, lambda: _editor_trial(lm, task, base, it, seed), optional=True))
+    return pd.concat(rows, ignore_index=True)
+
+# %% ../nbs/27_learning_rates.ipynb #27ed0007
+def best_settings(
+    table:pd.DataFrame, # of `sweep_editors`
+) -> pd.DataFrame: # localization, settings, score; at_edge: settings whose value is the smallest or largest tried
+    "The settings with the best mean score of each edit; among equals those tried first"
+    mean = table.fillna({"score": -math.inf}).groupby(["localization", "settings"], sort=False, as_index=False).score.mean()
+    best = mean.loc[mean.groupby("localization", sort=False).score.idxmax()].replace({"score": -math.inf}, math.nan).reset_index(drop=True)
+    def edge(name, said):
+        tried = pd.DataFrame(map(json.loads, mean.settings[mean.localization == name]))
+        numbers = [k for k in tried if pd.api.types.is_numeric_dtype(tried[k]) and tried[k].nunique() > 1]
+        return ", ".join(k for k in numbers if json.loads(said)[k] in (tried[k].min(), tried[k].max()))
+    return best.assign(at_edge=["" if math.isnan(r.score) else edge(r.localization, r.settings) for r in best.itertuples()])
+
+# %% ../nbs/27_learning_rates.ipynb #27ed0008
+@mpl.rc_context(FIGURE_STYLE)
+def plot_tries(
+    table:pd.DataFrame, # of `sweep_editors`
+) -> Figure:
+    "Score of each setting, a panel an edit, best first; 3 is perfect, the dotted line is the unedited model's 1"
+    names = list(table.localization.unique())
+    said = table.assign(settings=[", ".join(f"{k} {v:g}" if isinstance(v, (int, float)) else f"{k} {v}" for k, v in json.loads(s).items()) for s in table.settings])
+    fig, axes = figure(3.2*len(names), .9 + .24*said.groupby("localization").settings.nunique().max(), 1, len(names), squeeze=False)
+    for ax, name in zip(axes[0], names):
+        rows = said[said.localization == name]
+        order = rows.groupby("settings", sort=False).score.mean().sort_values(ascending=False, na_position="last", kind="stable").index
+        sns.stripplot(rows, x="score", y="settings", order=order, hue_order=order, color="k", ax=ax, jitter=False)
+        ax.axvline(1, color="k", lw=.7, ls=":")
+        ax.set(title=name, ylabel="", xlim=(.9, 3.1))
+    return fig

@@ -1,7 +1,8 @@
 """Add runs to nbs/recorded without making everything again
 
     python tests/add_recorded.py RUN_FOLDER...                of `mechunlearn batch`
-    python tests/add_recorded.py --replace RUN_FOLDER...      the same, in place of all that is there of its model, task and number of facts
+    python tests/add_recorded.py --replace [--keep EVALUATION]... RUN_FOLDER...      the same, in place of all that is there of its model, task and
+                                                              number of facts, but for some evaluations; a page must say that those are of other runs
     python tests/add_recorded.py --sweep [--replace] sweep.parquet...     of `mechunlearn sweep`
 
 Of each run the maps, localizations and evaluations are added that the tables lack for its model, task and number of facts; what is there stays,
@@ -34,10 +35,10 @@ def known(new, old, keys):
 def lacking(old, new, keys): return new[~known(new, old, keys)]
 
 
-def add(name, new, keys, folder, replace=False):
+def add(name, new, keys, folder, replace=False, keep=()):
     file = folder / f"{name}.parquet"
     old = pd.read_parquet(file)
-    if replace and len(new): old = old[~known(old, new, [])]
+    if replace and len(new): old = old[~known(old, new, []) | (old.evaluation.isin(keep) if "evaluation" in old else False)]
     if name == "scorecard" and set(old[known(old, new, [])].attack) not in (set(), set(new.attack)): new = new[:0]
     if name == "records_small" and not pd.concat([old[known(old, new, [])], new]).localization.str.startswith("flu").any(): new = new[:0]
     more = lacking(old, new, keys)
@@ -53,6 +54,7 @@ def main(words=None, folder=RECORDED):
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--replace", action="store_true")
+    parser.add_argument("--keep", action="append", default=[])
     args = parser.parse_args(words)
     if args.sweep: return print("sweep:", sum(add("sweep", pd.read_parquet(f), SWEPT, folder, args.replace) for f in args.runs), "rows added")
     if stale := set(R.check_recorded(folder)) & set(KEYS): sys.exit(f"recorded with other sources: {', '.join(sorted(stale))}")
@@ -60,7 +62,7 @@ def main(words=None, folder=RECORDED):
         tables, which = R.tables_of(scorecard.find(run)), dict(zip(R.WHICH, R._which(run)))
         for name, keys in KEYS.items():
             new = tables[name]
-            if len(new): print(f"{run}: {name}: {add(name, new.assign(**which), keys, folder, args.replace)} rows added")
+            if len(new): print(f"{run}: {name}: {add(name, new.assign(**which), keys, folder, args.replace, args.keep)} rows added")
 
 
 if __name__ == "__main__": main()

@@ -29,6 +29,14 @@ def test_a_group_is_replaced_as_a_whole(tmp_path):
     assert now.groupby(["forget_size", "localization"]).value.unique().map(list).to_dict() == {(64, "flu"): [2.], (16, "random"): [3.]}
 
 
+def test_evaluations_that_a_run_lacks_may_stay(tmp_path):
+    rows(["none", "flu"], 1.).to_parquet(tmp_path / "metrics.parquet")
+    new = rows(["flu"], 2.).query("evaluation == 'standard'")
+    assert A.add("metrics", new, A.KEYS["metrics"], tmp_path, replace=True, keep=["latent"]) == 1
+    now = pd.read_parquet(tmp_path / "metrics.parquet")
+    assert sorted(zip(now.localization, now.evaluation, now.value)) == [("flu", "latent", 1.), ("flu", "standard", 2.), ("none", "latent", 1.)]
+
+
 def test_a_sweep_takes_the_place_of_another(tmp_path, capsys):
     swept = lambda lrs, **more: pd.DataFrame([dict(model="m", task="t", forget_size=16, localization="flu", draw=None, seed=0, lr=lr, inject=1., score=lr) | more for lr in lrs])
     pd.concat([swept([1., 2.]), swept([1.], task="other")]).to_parquet(tmp_path / "sweep.parquet")

@@ -132,3 +132,8 @@ def test_a_sweep_before_a_run_leaves_editors_out(capsys, tmp_path):
     job = job_of(read(["run", "--model", "organism", "--localizations", "flu,memit@flu,late", "--out", str(tmp_path)]))
     assert trained_in(job) == ["flu", "late"] and "memit" not in " ".join(sweep_words(job, trained_in(job)))
     with pytest.raises(Refusal, match="memit cannot edit a quantized model.*fine-tune: flu"): job_of(read(["run", "--model", "organism", "--localizations", "memit@flu", "--quantize", "8bit", "--out", str(tmp_path)]))
+
+
+def test_numbers_that_yaml_reads_as_words_are_numbers():
+    job = make_job("organism", "sports-athlete-editing", {"forget_size": 16}, ["lora@flu"], [0], {"editors": {"lora": {"lr": "1e-3"}, "rome": {"aim": {"clamp": "6"}}}})
+    assert job.settings["editors"] == {"lora": {"lr": 1e-3}, "rome": {"aim": {"clamp": 6.}}}

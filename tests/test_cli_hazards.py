@@ -156,6 +156,14 @@ def test_rates_that_are_none(option, capsys, nothing_starts):
     for n in ["-1", "0", "nan", "inf", "-inf", "1e400", "1e-400", "", "1,,2", "1,1", "1,1.0", "٣", "many", ","]: refused(["sweep", f"{option}={n}"], capsys, option)
 
 
+@pytest.mark.parametrize("words,message", [("memit@flu", "say which settings to try, such as --try memit.weight="), ("memit@flu --try memit.weigth=1,2", "did you mean 'weight'"),
+    ("memit@flu,flu --try memit.weight=1", "sweep one after the other"), ("memit@flu --try memit.weight=1 --try rome.ridge=1", "--try rome.ridge is of no edit here"), ("flu --try rome.ridge=1", "such as rome@flu"),
+    ("memit@flu --try memit", "EDITOR.SETTING=VALUES"), ("memit@flu --try memit.weight=", "EDITOR.SETTING=VALUES"), ("memit@flu --try memit.weight=a,b", "valid number"), ("mask@flu --try mask.lr=1", "needs a number of weights"),
+    ("memit@flu --try memit.weight=1 --lrs 1e-3", "--lrs is for fine-tuning"), ("memit@flu --try memit.weight=1 --set steps=3", "does not use the setting steps"), ("rome@flu --try rome.aim.clam=4", "aim")])
+def test_settings_that_cannot_be_swept(words, message, capsys, nothing_starts):
+    refused(["sweep", "--forget-size", "16", "--localizations", *words.split()], capsys, message)
+
+
 @pytest.mark.parametrize("said,message", [(["lr=nan"], "lr"), (["lr=inf"], "lr"), (["lr=1e400"], "lr"), (["steps=-1"], "steps"), (["noise=nan"], "noise"), (["relearning.steps=0"], "relearning.steps"),
     (["relearning.stepps=3"], "did you mean 'steps'"), (["relearning={stepps: 3}"], "did you mean 'steps'"), (["steps=1", "steps=2"], "steps is given twice"), (["relearning.steps=1", "relearning={steps: 2}"], "relearning.steps is given twice"),
     (["steps.more=1"], ""), (["=3"], "KEY=VALUE"), (["a..b=3"], "KEY=VALUE"), (["steps"], "KEY=VALUE"), (["steps=" + "["*3000], "--set steps"), (["steps=2020-99-99"], "not YAML"), (["steps={[1]: 2}"], "not YAML"),

@@ -228,6 +228,42 @@ def test_a_rest_is_quantized_around_a_localization(both):
     for s in values: assert torch.cosine_similarity(values[s].grad.flatten(), ref[s].grad.flatten(), dim=0) > .9, s # a gradient that flows through the quantized blocks above
 
 
+def test_an_edit_around_a_quantized_rest_leaves_the_model_whole(both, monkeypatch):
+    _, _, whole, bits = both
+    where, task = build(whole, "mlp", [Component("mlp", 1)]), task_for(whole)
+    how, before = SMALL | dict(lr=1e-3), F.fingerprint(whole)
+    modules, hooks = dict(whole.hf.named_modules()), {n: len(m._forward_hooks) for n, m in whole.hf.named_modules()}
+    edit, plain = finetune(whole, task, where, rest=bits, **how), finetune(whole, task, where, **how)
+    assert dict(whole.hf.named_modules()) == modules and F.fingerprint(whole) == before and {n: len(m._forward_hooks) for n, m in modules.items()} == hooks
+    around = rest_quantized(wrap(copy.deepcopy(whole.hf), whole.tok, "whole", "r"), where.slices, bits)
+    other = finetune(around, task, where, **how)
+    assert edit.config["rest"] == bits and "rest" not in plain.config and all(torch.equal(v, other.values[k]) for k, v in edit.values.items())
+    moved = lambda e: torch.cat([(v - plain_of(whole, k)).flatten() for k, v in e.values.items()])
+    assert torch.cosine_similarity(moved(edit), moved(plain), dim=0) > .5 and not torch.equal(moved(edit), moved(plain))
+    with monkeypatch.context() as m, pytest.raises(RuntimeError, match="no more"): # whatever happens on the way, the model is whole
+        def fails(*a, **k):
+            assert any(map(quantized, whole.hf.modules()))
+            raise RuntimeError("no more")
+        m.setattr(F, "step_losses", fails)
+        finetune(whole, task, where, rest=bits, **how)
+    assert dict(whole.hf.named_modules()) == modules and F.fingerprint(whole) == before
+    with pytest.raises(Refusal, match="quantized already"): finetune(around, task, where, rest=bits, **how)
+
+
+def plain_of(lm, key): return F.place(lm, F.parse_slice(key)).float()
+
+
+def test_a_quantized_rest_is_a_setting(tmp_path):
+    from mechunlearn.grids import check_job, estimate, make_job
+    from mechunlearn.jobs import TRAINING
+    job = lambda **s: make_job("organism", "sports-athlete-editing", {"forget_size": 16}, ["hand@mlp.1"], [0], s, str(tmp_path))
+    assert job(rest="4bit").settings["rest"] == "4bit" and "rest" in TRAINING
+    whole, small = (estimate(job(dtype="float32", **s)).memory_gb[0] for s in ({}, {"rest": "4bit"}))
+    assert small < whole
+    for wrong, why in (({"rest": "2bit"}, "rest"), ({"rest": "4bit", "quantize": "8bit"}, "rest"), ({"rest": "4bit", "device_map": "auto"}, "rest")):
+        with pytest.raises(Refusal, match=why): check_job(job(**wrong))
+
+
 @bitsandbytes
 @pytest.mark.parametrize("family", ["gpt2", "neox", "phi3", "gemma3"])
 def test_a_rest_of_other_families(tiny, family):

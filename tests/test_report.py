@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
-from mechunlearn import recorded_tables, report as r, scorecard, store
+from mechunlearn import metrics, recorded_tables, report as r, scorecard, store
 from mechunlearn.evaluation import SCALED, plot_scale
 from mechunlearn.figures import spread
 from mechunlearn.claims import tally
@@ -246,6 +246,15 @@ def test_text_fits_a_terminal(found):
     text = r.results_text(r.results_table(m))
     assert max(map(len, text.splitlines())) <= 120
     assert "n=24" in text and "Not budget-matched" in text and re.search(r"\d\.\d\d \[\d\.\d\d,\d\.\d\d\]", text) and "unedited" in text
+
+def test_a_table_says_how_many_trainings_stand_behind_a_row(found):
+    few = found.metrics[~((found.metrics.localization == "late") & (found.metrics.seed > 0))]
+    made, table = metrics.trainings(few), r.results_table(few)
+    random = found.metrics[found.metrics.localization.str.startswith("random-mlps#") & (found.metrics.seed >= 0)]
+    assert made["flu"] == found.metrics[found.metrics.seed >= 0].seed.nunique() > made["late"] == 1
+    assert made["random-mlps"] == len(random[["localization", "seed"]].drop_duplicates()) == sum(n for k, n in made.items() if k.startswith("random-mlps#"))
+    assert re.search(rf"Trainings behind a row .*: {made['flu']}; .*late 1", " ".join(r.results_text(table).split()))
+    assert f"Trainings behind a row (seeds, and draws of random places): {made['flu']}" in r.results_html(table).as_raw_html()
 
 def test_tables_of_two_runs_are_not_mixed(found):
     with pytest.raises(Refusal, match="mixes runs"): r.results_table(pd.concat([found.metrics, found.metrics.assign(model="another")]))
