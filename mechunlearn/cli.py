@@ -12,6 +12,7 @@ __all__ = ['MANY', 'SHOWN', 'COMMANDS', 'EXAMPLES', 'do_jobs', 'unforeseen', 'sh
 # %% ../nbs/50_cli.ipynb #500002
 import codecs, json, math, os, shlex, shutil, signal, subprocess, sys, textwrap
 from contextlib import suppress
+from functools import reduce
 from pathlib import Path
 from . import __version__
 from .options import SWEEP, Parser, card, engine, job_of, manner, over, ready, rates, settings_of, slurm_of, sweep_words
@@ -430,7 +431,7 @@ def sweep(args):
         seen = task.causes("dev_forget", "dev_retain", "retain", "text_train")
         causes = dict(model=lm.name, revision=lm.revision, task=seen, localizations=job.localizations, lrs=list(lrs), injects=list(injects),
                       training=training, seeds=job.seeds, **rule)
-        made = lambda: rates.sweep(lm, task, _sweep_where(lm, task, job, args, job.localizations), lrs, job.seeds, injects, not args.quiet, folder/"sweep", **training)
+        made = lambda: rates.sweep(lm, task, [*_sweep_where(lm, task, job, args, job.localizations).values()], lrs, job.seeds, injects, not args.quiet, folder/"sweep", **training)
         table = store.make(folder/"sweep.parquet", causes, made, args.recompute == "all")
     return show_sweep(table, folder, args)
 
@@ -439,9 +440,9 @@ def _sweep_where(lm, task, job, args, names):
     "The localizations that a sweep tries; those that are not available are named"
     from mechunlearn.localization import Evidence, localize
     from mechunlearn.store import Unavailable
-    evidence, found = Evidence(lm, task, progress=not args.quiet, flu_rule=job.settings.get("flu_rule")), []
+    evidence, found = Evidence(lm, task, progress=not args.quiet, flu_rule=job.settings.get("flu_rule")), {}
     for name in names:
-        try: found.append(localize(lm, task, name, evidence=evidence))
+        try: found[name] = localize(lm, task, name, evidence=evidence)
         except Unavailable as e: print(f"{name}  not available: {e}", file=sys.stderr)
     if not found: raise Refusal("none of these localizations is available: there is nothing to sweep")
     return found
@@ -460,7 +461,7 @@ def _can_sweep(job, args):
     from mechunlearn.tasks import make_task, of_own
     by = _editors_of(job)
     if by: _can_sweep_editors(job, args)
-    elif args.tries: raise Refusal(f"--try {args.tries[0][0]}: none of these edits is an editor's; name one, such as {args.tries[0][0]}@flu")
+    elif tries := getattr(args, "try"): raise Refusal(f"--try {tries[0][0]}: none of these edits is an editor's; name one, such as {tries[0][0]}@flu")
     if others := [l for l in job.localizations if l not in trained_in(job) and l not in by]: raise Refusal(f"{others[0]} was edited elsewhere: there is nothing to train")
     if "lr" in job.settings: raise Refusal("lr: a sweep tries learning rates: name them with --lrs")
     unused = set(job.settings) - {*(["editors"] if by else SWEEP), "draws", "flu_rule", "device", "dtype", "device_map", "revision", "family", "chat", "batch_size"}
@@ -512,17 +513,26 @@ def _values_of(name, args):
     "What is tried at an edit: values by setting"
     from mechunlearn.jobs import editor_settings
     said = {}
-    for editor, path, values in args.tries: said.setdefault(editor, {})[path] = values
+    for editor, path, values in getattr(args, "try"):
+        if path in said.setdefault(editor, {}): raise Refusal(f"--try {editor}.{path} is given twice: name all values at once")
+        said[editor][path] = values
     return {k: v for k, v in editor_settings(name, said).items() if isinstance(v, list)}
+
+def _tries_at(name, where, job, args):
+    "What is tried at an edit, the numbers of each setting read as the editor has them"
+    from mechunlearn.grids import Settings, parse
+    from mechunlearn.jobs import editor_settings
+    from mechunlearn.rates import tries_of
+    tries = tries_of(name, where, _values_of(name, args), editor_settings(name, job.settings.get("editors", {})))
+    read = [parse(Settings, {"editors": {name: t.settings}}, "--try").editors[name] for t in tries]
+    return [t._replace(settings=how, tried={path: reduce(dict.__getitem__, path.split("."), how) for path in t.tried}) for t, how in zip(tries, read)]
 
 # %% ../nbs/50_cli.ipynb #50se002
 SHOWN = dict(rome="aim.clamp", memit="weight", alphaedit="l2", rmu="steering") # what is worth trying first; of others the rate
 
 def _can_sweep_editors(job, args):
     "Refuse, before a model is loaded, what a sweep of editors cannot do"
-    from mechunlearn.grids import Settings, parse
     from mechunlearn.jobs import editor_settings
-    from mechunlearn.rates import tries_of
     from mechunlearn.stats import edited_by
     by = _editors_of(job)
     if others := [l for l in job.localizations if l not in by]: raise Refusal(f"{others[0]} has rates and {by[0]} has settings to try: sweep one after the other")
@@ -530,19 +540,17 @@ def _can_sweep_editors(job, args):
     for name in by:
         values, editor = _values_of(name, args), edited_by(name)[0]
         if not values: raise Refusal(f"{name}: say which settings to try, such as --try {editor}.{SHOWN.get(editor, 'lr')}=...")
-        for it in tries_of(name, None, values, editor_settings(name, job.settings.get("editors", {}))): parse(Settings, {"editors": {name: it.settings}}, "--try")
-    for editor, path, _ in args.tries:
+        _tries_at(name, None, job, args)
+    for editor, path, _ in getattr(args, "try"):
         if not any(path in _values_of(name, args) and editor_settings(name, {editor: {path: [1]}}).get(path) == [1] for name in by): raise Refusal(f"--try {editor}.{path} is of no edit here: {', '.join(by)}")
 
 # %% ../nbs/50_cli.ipynb #50se003
 def _sweep_editors(job, lm, task, folder, args):
     "Edit dev facts with several settings, and say the best"
     from mechunlearn import rates, store
-    from mechunlearn.jobs import editor_settings
     from mechunlearn.stats import edited_by
-    places = {w.name: w for w in _sweep_where(lm, task, job, args, dict.fromkeys(edited_by(l)[1] for l in job.localizations))}
-    tries = [t for l in job.localizations if (w := places.get(edited_by(l)[1]))
-             for t in rates.tries_of(l, w, _values_of(l, args), editor_settings(l, job.settings.get("editors", {})))]
+    places = _sweep_where(lm, task, job, args, dict.fromkeys(edited_by(l)[1] for l in job.localizations))
+    tries = [t for l in job.localizations if (w := places.get(edited_by(l)[1])) for t in _tries_at(l, w, job, args)]
     table = rates.sweep_editors(lm, task, tries, job.seeds, not args.quiet, folder/"sweep")
     store.save_table(folder/"editors_sweep.parquet", table, dict(model=lm.name, revision=lm.revision, tries=[(t.name, t.settings) for t in tries], seeds=job.seeds))
     return show_tries(table, tries, folder, args)
@@ -558,13 +566,14 @@ def show_tries(
     import matplotlib; matplotlib.use("agg")
     import yaml
     from mechunlearn import rates
+    from mechunlearn.stats import family
     best = rates.best_settings(table)
     rates.plot_tries(table).figure.savefig(folder/"editors_sweep.png", bbox_inches="tight")
     print(best.to_json(orient="records", lines=True).strip() if args.json else best.to_string(index=False))
     for r in table[table.score.isna()].drop_duplicates(["localization", "why"]).itertuples(): print(f"{r.localization} {r.settings}: {r.why}", file=sys.stderr)
     for r in best[best.at_edge != ""].itertuples(): print(f"{r.localization}: the best {r.at_edge} is at the edge of what was tried", file=sys.stderr)
     good = best[best.score.notna()]
-    chosen = {r.localization: next(t.settings for t in tries if t.name == r.localization and json.dumps(t.tried) == r.settings) for r in good.itertuples()}
+    chosen = {family(r.localization): next(t.settings for t in tries if t.name == r.localization and json.dumps(t.tried) == r.settings) for r in good.itertuples()}
     print("\nfor a grid file:\n" + yaml.safe_dump({"settings": {"editors": chosen}}, default_flow_style=None, sort_keys=False) + f"scores: {folder/'editors_sweep.png'}", file=sys.stderr)
     return int(len(good) < len(best))
 
@@ -648,7 +657,7 @@ def grid_of(p):
                    help="learning rates (default: 2e-4 ... 1.28e-2 for small models, 2e-6 ... 1e-4 for large ones)")
     p.add_argument("--injects", type=rates, metavar="A,B",
                    help="then, at the best rate, weights of the forget loss (default: 0.1,0.2,0.5,1,2,5; 1 for none)")
-    p.add_argument("--try", type=trial, action="append", default=[], dest="tries", metavar="EDITOR.SETTING=A,B",
+    p.add_argument("--try", type=trial, action="append", default=[], metavar="EDITOR.SETTING=A,B",
                    help="of editors and masks, whose settings are swept instead of rates: memit.weight=10,100; of several, every combination")
 
 # %% ../nbs/50_cli.ipynb #500026d

@@ -284,6 +284,10 @@ class Inside(BaseModel, extra="forbid"):
 Evaluated = dict[Annotated[str, AfterValidator(_group)], Annotated[Whole, Field(ge=1)]]
 
 # %% ../nbs/38_grids.ipynb #38e0001
+def _as_read(value, read):
+    "What a setting is; a whole number stays one, since artefacts know runs by what was written"
+    return value if type(value) is int and type(read) is float else read
+
 def _editors(given):
     "Refuse editors that do not exist, and settings that they do not have, or cannot have"
     from mechunlearn.editors import EDITORS
@@ -296,7 +300,7 @@ def _editors(given):
         for option, value in how.items():
             try: read = TypeAdapter(has[store.choose(option, sorted(has), f"setting of {name}")]).validate_python(value) # 1e-3 is a word in YAML
             except ValidationError as e: raise Refusal(f"editors.{named}.{option}: {e.errors()[0]['msg'].lower()}") from None
-            how[option] = {k: getattr(read, k) for k in value} if isinstance(value, dict) else read
+            how[option] = {k: _as_read(v, getattr(read, k)) for k, v in value.items()} if isinstance(value, dict) else _as_read(value, read)
     return given
 
 # %% ../nbs/38_grids.ipynb #400016
@@ -333,7 +337,7 @@ class Settings(BaseModel, extra="forbid"):
     packed: bool|None = None # rows of similar length together in a step
     remember: bool|None = None # what lies below the lowest trained layer is computed once for rows that come back
     checkpoint: bool|None = None # blocks are computed again on the way back: less memory, more time
-    rest: Literal["8bit", "4bit"]|None = None # what is not trained is quantized while an edit is trained: less memory, another result
+    rest: Literal["8bit", "4bit"]|None = None # matrices of the blocks that are not trained are quantized while an edit is trained: less memory, another result
     loss: Literal["injection", "log-1-p", "gradient-ascent", "graddiff", "npo", "simnpo", "idk", "dpo"]|None = None # on the forget facts; default: the task's own
     beta: Real|None = Field(None, gt=0) # of npo, simnpo and dpo
     l1: Real|None = Field(None, ge=0) # weight of the L1 norm of the change of the weights
@@ -580,6 +584,7 @@ def _check_editor(job, name):
         raise Refusal(f"{name} needs a number of weights: mask-8000@{place}, or --set editors.mask.k=8000")
     if how := job.settings.get("quantize"): raise Refusal(f"{name}: {editor} cannot edit a quantized model; leave out quantize={how}, or fine-tune: {place}")
     if job.settings.get("loss"): raise Refusal(f"{name}: {editor} has a loss of its own; leave out loss={job.settings['loss']}")
+    if rest := job.settings.get("rest"): raise Refusal(f"{name}: rest={rest} is for fine-tuning; leave it out, or fine-tune: {place}")
 
 # %% ../nbs/38_grids.ipynb #400086b
 def _check_localizations(job):
@@ -700,7 +705,7 @@ def estimate(
         place, _ = place_of(job, lm, name)
         around = weight_bytes(lm, [s.param for s in place.slices], asked["rest"], dtype) if asked.get("rest") and place else weights
         held = around + each*n
-        return max(weights, held + (activations(lm, place, asked) if place and held <= most else 0)) # it is loaded whole
+        return max(weights + 4*n, held + (activations(lm, place, asked) if place and held <= most else 0)) # a rest comes back beside what was trained
     rows = [(job.run_dir, name, len(job.seeds), *trained(job, lm, name)) for name in every]
     rows = pd.DataFrame([(run, name.split("#")[0], k, n, exact, step(name, n)/1e9) for run, name, k, n, exact in rows],
                         columns=["run_dir", "localization", "edits", "trained", "exact", "memory_gb"])

@@ -7,7 +7,7 @@ __all__ = ['OPTIMIZERS', 'unsteppable', 'optimizer_class', 'checkpointed', 'quan
            'rest_quantized', 'rest_packed', 'Live', 'weight_bytes', 'step_memory', 'out_of_memory']
 
 # %% ../nbs/23_memory.ipynb #230002
-import weakref
+import traceback, weakref
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib.util import find_spec
@@ -208,7 +208,7 @@ def rest_packed(
     slices:Sequence[Slice], # of a localization: their matrices are left alone
     bits:str|None="4bit", # or 8bit; none: nothing happens
 ):
-    "In this block of code the rest of a model is quantized, and its own matrices wait on the CPU; afterwards they are back"
+    "In this block of code the other matrices of the blocks are quantized, and their own wait on the CPU; afterwards they are back"
     if not bits: return (yield lm)
     if any(map(quantized, lm.hf.modules())): raise Refusal(f"{lm.name} is quantized already: leave out rest={bits}, or load it without quantize")
     if len({p.device for p in lm.hf.parameters()}) > 1: raise Refusal(f"{lm.name} is spread over devices: rest={bits} needs it on one")
@@ -219,10 +219,13 @@ def rest_packed(
             lm.hf.set_submodule(name, _packed(m, kind, device))
             m.to("cpu")
         yield lm
+    except torch.OutOfMemoryError as e:
+        traceback.clear_frames(e.__traceback__) # which hold what filled the memory
+        raise
     finally:
-        for name, m in waiting.items():
-            lm.hf.set_submodule(name, nn.Module()) # first what is packed goes, then there is room
-            lm.hf.set_submodule(name, m.to(device))
+        for name, m in waiting.items(): lm.hf.set_submodule(name, m) # what is packed goes, then there is room
+        if device.type == "cuda": torch.cuda.empty_cache()
+        for m in waiting.values(): m.to(device)
 
 # %% ../nbs/23_memory.ipynb #230051
 class Live(TorchDispatchMode):

@@ -282,9 +282,11 @@ _STATS = {"value": "value", "lo": "ci_low", "hi": "ci_high", "n": "n"}
 # %% ../nbs/41_metrics.ipynb #41tr0002
 def trainings(
     metrics:pd.DataFrame, # from `metrics`, one run
-) -> pd.Series: # localization, random ones together and by draw -> edits that were asked
+    evaluation:str="standard", # in which they were asked
+) -> pd.Series: # localization, random ones together and by draw -> edits; a model edited elsewhere is one
     "How many edits, seeds times draws, stand behind each row"
-    each = metrics[metrics.seed >= 0][["localization", "seed"]].drop_duplicates()
+    each = metrics[(metrics.seed >= 0) & (metrics.evaluation == evaluation)][["localization", "seed"]].drop_duplicates()
+    each = each.assign(seed=each.seed.mask(each.localization.str.startswith("edited@"), 0)).drop_duplicates()
     one, together = each.localization.value_counts(), each.localization.map(family).value_counts()
     return pd.concat([together, one[~one.index.isin(together.index)]]).rename("trainings")
 
@@ -593,17 +595,18 @@ def plot_tasks(
 ) -> Figure:
     "One line for each task and localization, one panel a quantity; 95 % intervals for another seed; hollow: one training, so that only facts count"
     pooled = metrics[(metrics.seed == -1) & (metrics.localization != "none")]
-    tasks, names, made = list(pooled.task.unique()), ordered(pooled.localization), {t: trainings(d) for t, d in metrics.groupby("task")}
+    tasks, names, made = list(pooled.task.unique()), ordered(pooled.localization), {(t, e): trainings(d, e) for t, d in metrics.groupby("task") for e in {COLUMNS[c].evaluation for c in columns}}
     at = {(t, n): i*(len(names) + 1) + j for i, t in enumerate(tasks) for j, n in enumerate(names)}
     fig, axes = figure(2 + 1.6*len(columns), .9 + .16*(len(names) + 1)*len(tasks), 1, len(columns), sharey=True, squeeze=False)
     for ax, column in zip(axes[0], columns):
         for r in column_rows(pooled, column).itertuples():
             y, l = at[r.task, r.localization], look(r.localization)
             ax.plot([r.ci_low, r.ci_high], [y, y], color=l["color"], lw=1.2)
-            ax.plot(r.value, y, color=l["color"], marker=l["marker"], ms=4.5, lw=0, mfc="w" if made[r.task].get(r.localization) == 1 else None)
+            ax.plot(r.value, y, color=l["color"], marker=l["marker"], ms=4.5, lw=0, mfc="w" if made[r.task, COLUMNS[column].evaluation].get(r.localization) == 1 else None)
         ax.set(title=column.replace(" ", "\n", 1) + f" {arrow(column)}", xlim=(-.03, 1.03), xticks=[0, .5, 1])
     middle = [i*(len(names) + 1) + (len(names) - 1)/2 for i in range(len(tasks))]
     axes[0, 0].set(yticks=middle, yticklabels=tasks, ylim=(len(tasks)*(len(names) + 1) - .5, -1))
     lines = [axes[0, -1].plot([], [], label=n, color=look(n)["color"], marker=look(n)["marker"], lw=1.2)[0] for n in names]
+    if any(1 in m.values for m in made.values()): lines += axes[0, -1].plot([], [], "o", color="#444444", mfc="w", ms=4.5, label="hollow: one training")
     axes[0, -1].legend(handles=lines, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return fig

@@ -80,7 +80,6 @@ def trial(
     editor, _, path = key.partition(".")
     found = read_yaml(f"[{values}]", f"--try {key[:60]}") if sign else []
     if not (editor and all(path.split(".")) and found): raise argparse.ArgumentTypeError(f"EDITOR.SETTING=VALUES, such as memit.weight=10,100, not '{text[:60]}'")
-    with suppress(ValueError, TypeError): found = [float(x) if isinstance(x, str) else x for x in found] # 1e-3 is a word in YAML
     return editor, path, [x for n, x in enumerate(found) if x not in found[:n]]
 
 # %% ../nbs/48_options.ipynb #500008

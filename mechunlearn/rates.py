@@ -13,7 +13,7 @@ from functools import partial, reduce
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple, Sequence
-import matplotlib as mpl, pandas as pd, seaborn as sns
+import matplotlib as mpl, pandas as pd, seaborn as sns, torch
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 from .facts import Task
@@ -171,18 +171,22 @@ def tries_of(
         tried, how = dict(zip(values, one)), deepcopy(settings)
         for path, value in tried.items():
             *above, last = path.split(".")
-            reduce(lambda d, k: d.setdefault(k, {}), above, how)[last] = value
+            inside = reduce(lambda d, k: d.setdefault(k, {}) if isinstance(d, dict) else None, above, how)
+            if not isinstance(inside, dict): raise Refusal(f"{name}: {path} is inside a setting that holds nothing else")
+            inside[last] = value
         found.append(Try(name, where, how, tried))
     return found
 
 # %% ../nbs/27_learning_rates.ipynb #27ed0005
 def _editor_trial(lm, task, base, it, seed):
     "One edit by an editor, as a table of one row"
-    about = dict(model=lm.name, task=task.name, forget_size=task.options.get("forget_size", len(task.forget)), localization=it.name, settings=json.dumps(it.tried), seed=seed)
+    blank = {"edit": math.nan} if edited_by(it.name)[0] == "rmu" else {}
+    about = dict(model=lm.name, task=task.name, forget_size=task.options.get("forget_size", len(task.forget)), localization=it.name, seed=seed, unedited=score(base | blank, base))
     try: edit = edit_named(it.name, lm, task.model_copy(update=dict(seed=seed)), it.where, **it.settings)
-    except Refusal as e: return pd.DataFrame([about | dict(score=math.nan, why=str(e))])
-    with edit.applied(lm): metrics = training_metrics(lm, task)
-    if edited_by(it.name)[0] == "rmu": metrics["edit"] = math.nan
+    except (Refusal, ValueError) as e: # ValueError: of an optimizer or of peft
+        if isinstance(e.__cause__, torch.OutOfMemoryError): raise
+        return pd.DataFrame([about | dict(score=math.nan, why=str(e))])
+    with edit.applied(lm): metrics = training_metrics(lm, task) | blank
     return pd.DataFrame([about | metrics | dict(score=score(metrics, base), why="")])
 
 # %% ../nbs/27_learning_rates.ipynb #27ed0006
@@ -193,14 +197,15 @@ def sweep_editors(
     seeds:Sequence[int]=(0,), # of what an editor draws
     progress:bool=True, # show a bar
     folder=None, # keeps every edit's row, so that an interrupted sweep goes on; none: nothing is written
-) -> pd.DataFrame: # a row an edit: model, task, forget_size, localization, settings (JSON), seed, forget, edit, retain, text, score, why (there is no score)
+) -> pd.DataFrame: # a row an edit: model, task, forget_size, localization, settings (JSON), seed, forget, edit, retain, text, score, unedited (the score without an edit), why (there is no score)
     "Edit the dev facts with several settings of editors. `tries * seeds` edits."
     task = dev_task(task)
     base, rows = training_metrics(lm, task), []
     for it, seed in tqdm(list(product(tries, seeds)), "settings", disable=None if progress else True):
         causes = dict(model=lm.name, revision=lm.revision, task=task.causes(), where=it.where.to_json(), name=it.name, settings=it.settings, seed=seed)
         file = folder and Path(folder)/f"{it.name}-{cause_hash(it.settings)}-seed{seed}.parquet"
-        rows.append(make(file, causes, lambda: _editor_trial(lm, task, base, it, seed), optional=True))
+        row = make(file, causes, lambda: _editor_trial(lm, task, base, it, seed), optional=True)
+        rows.append(row.assign(settings=json.dumps(it.tried)))
     return pd.concat(rows, ignore_index=True)
 
 # %% ../nbs/27_learning_rates.ipynb #27ed0007
@@ -221,7 +226,7 @@ def best_settings(
 def plot_tries(
     table:pd.DataFrame, # of `sweep_editors`
 ) -> Figure:
-    "Score of each setting, a panel an edit, best first; 3 is perfect, the dotted line is the unedited model's 1"
+    "Score of each setting, a panel an edit, best first; 3 is perfect, the dotted line is the unedited model's"
     names = list(table.localization.unique())
     said = table.assign(settings=[", ".join(f"{k} {v:g}" if isinstance(v, (int, float)) else f"{k} {v}" for k, v in json.loads(s).items()) for s in table.settings])
     fig, axes = figure(3.2*len(names), .9 + .24*said.groupby("localization").settings.nunique().max(), 1, len(names), squeeze=False)
@@ -229,6 +234,6 @@ def plot_tries(
         rows = said[said.localization == name]
         order = rows.groupby("settings", sort=False).score.mean().sort_values(ascending=False, na_position="last", kind="stable").index
         sns.stripplot(rows, x="score", y="settings", order=order, hue_order=order, color="k", ax=ax, jitter=False)
-        ax.axvline(1, color="k", lw=.7, ls=":")
-        ax.set(title=name, ylabel="", xlim=(.9, 3.1))
+        ax.axvline(rows.unedited.iloc[0], color="k", lw=.7, ls=":")
+        ax.set(title=name, ylabel=""); ax.set_xlim(right=3.1)
     return fig

@@ -137,3 +137,5 @@ def test_a_sweep_before_a_run_leaves_editors_out(capsys, tmp_path):
 def test_numbers_that_yaml_reads_as_words_are_numbers():
     job = make_job("organism", "sports-athlete-editing", {"forget_size": 16}, ["lora@flu"], [0], {"editors": {"lora": {"lr": "1e-3"}, "rome": {"aim": {"clamp": "6"}}}})
     assert job.settings["editors"] == {"lora": {"lr": 1e-3}, "rome": {"aim": {"clamp": 6.}}}
+    whole = make_job("organism", "sports-athlete-editing", {"forget_size": 16}, ["memit@flu"], [0], {"editors": {"memit": {"weight": 100}, "lora": {"steps": 10.}}}).settings["editors"]
+    assert type(whole["memit"]["weight"]) is int and type(whole["lora"]["steps"]) is int # what was written names the artefacts of older runs

@@ -167,18 +167,22 @@ def test_a_sweep_leaves_the_rates_that_later_runs_use(tmp_path, capsys):
 
 def test_a_sweep_of_editors_says_the_best_settings_as_a_grid_file_has_them(tmp_path, capsys):
     import yaml
-    argv = ["sweep", "--forget-size", "16", "--localizations", "lora-4@late", "--try", "lora.lr=4e-3,1e30", "--try", "lora.alpha=4,8", "--set", "editors.lora.steps=2", "--out", str(tmp_path), "--quiet"]
-    assert main([*argv, "--dry-run"]) == 0 and "4 edits of dev facts" in capsys.readouterr().out
+    argv = ["sweep", "--forget-size", "16", "--localizations", "lora-4@late", "--try", "lora.lr=4e-3,1e30", "--try", "lora.alpha=4,8,16", "--set", "editors.lora.steps=2", "--out", str(tmp_path), "--quiet"]
+    assert main([*argv, "--dry-run"]) == 0 and "6 edits of dev facts" in capsys.readouterr().out
     assert main([*argv, "--json"]) == 0
     said, folder = capsys.readouterr(), tmp_path / "organism/sports-athlete-editing-16"
     best, table = json.loads(said.out), pd.read_parquet(folder / "editors_sweep.parquet")
     top = table.loc[table.score.idxmax()]
-    assert json.loads(top.settings)["lr"] == 4e-3 and best["settings"] == top.settings and best["score"] == pytest.approx(top.score) and "alpha" in best["at_edge"]
-    assert table.score.isna().sum() == 2 and table.why[table.score.isna()].str.contains("diverged").all() and "diverged" in said.err
+    assert json.loads(top.settings)["lr"] == 4e-3 and best["settings"] == top.settings and best["score"] == pytest.approx(top.score) and best["at_edge"] == ", ".join(["lr"] + ["alpha"] * (json.loads(top.settings)["alpha"] != 8))
+    assert table.score.isna().sum() == 3 and table.why[table.score.isna()].str.contains("diverged").all() and "diverged" in said.err
     pasted = yaml.safe_load(said.err.partition("for a grid file:")[2].partition("scores:")[0])
     assert pasted == {"settings": {"editors": {"lora-4@late": {"steps": 2, "rank": 4, **json.loads(top.settings)}}}}
     file = next((folder / "sweep").glob("*.parquet")); stamp = file.stat().st_mtime_ns
-    assert main(argv) == 0 and file.stat().st_mtime_ns == stamp # not edited again
+    turned = [*argv[:5], *argv[7:9], *argv[5:7], *argv[9:]]
+    assert turned[5:9] == ["--try", "lora.alpha=4,8,16", "--try", "lora.lr=4e-3,1e30"] and main(turned) == 0 and file.stat().st_mtime_ns == stamp # not edited again
+    random = ["sweep", "--forget-size", "16", "--localizations", "memit@random-mlps", "--try", "memit.weight=10", "--set", "editors.memit.n_contexts=1", "--set", "editors.memit.aim={steps: 2}", "--out", str(tmp_path), "--quiet"]
+    capsys.readouterr()
+    assert main(random) == 0 and list(yaml.safe_load(capsys.readouterr().err.partition("for a grid file:")[2].partition("scores:")[0])["settings"]["editors"]) == ["memit@random-mlps"]
 
 
 def test_export_is_a_plain_folder_or_a_difference(tmp_path, capsys):

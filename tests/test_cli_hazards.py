@@ -157,7 +157,8 @@ def test_rates_that_are_none(option, capsys, nothing_starts):
 
 
 @pytest.mark.parametrize("words,message", [("memit@flu", "say which settings to try, such as --try memit.weight="), ("memit@flu --try memit.weigth=1,2", "did you mean 'weight'"),
-    ("memit@flu,flu --try memit.weight=1", "sweep one after the other"), ("memit@flu --try memit.weight=1 --try rome.ridge=1", "--try rome.ridge is of no edit here"), ("flu --try rome.ridge=1", "such as rome@flu"),
+    ("memit@flu,flu --try memit.weight=1", "sweep one after the other"), ("memit@flu --try memit.weight=1 --try memit.weight=2", "given twice"), ("lora@flu --try lora.steps=1.5", "integer"),
+    ("memit@flu --set editors.memit.weight=10 --try memit.weight.x=1", "inside a setting"), ("memit@flu --try memit.weight=1 --try rome.ridge=1", "--try rome.ridge is of no edit here"), ("flu --try rome.ridge=1", "such as rome@flu"),
     ("memit@flu --try memit", "EDITOR.SETTING=VALUES"), ("memit@flu --try memit.weight=", "EDITOR.SETTING=VALUES"), ("memit@flu --try memit.weight=a,b", "valid number"), ("mask@flu --try mask.lr=1", "needs a number of weights"),
     ("memit@flu --try memit.weight=1 --lrs 1e-3", "--lrs is for fine-tuning"), ("memit@flu --try memit.weight=1 --set steps=3", "does not use the setting steps"), ("rome@flu --try rome.aim.clam=4", "aim")])
 def test_settings_that_cannot_be_swept(words, message, capsys, nothing_starts):

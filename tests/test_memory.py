@@ -262,6 +262,7 @@ def test_a_quantized_rest_is_a_setting(tmp_path):
     assert small < whole
     for wrong, why in (({"rest": "2bit"}, "rest"), ({"rest": "4bit", "quantize": "8bit"}, "rest"), ({"rest": "4bit", "device_map": "auto"}, "rest")):
         with pytest.raises(Refusal, match=why): check_job(job(**wrong))
+    with pytest.raises(Refusal, match="rest=4bit is for fine-tuning"): check_job(make_job("organism", "sports-athlete-editing", {"forget_size": 16}, ["memit@flu"], [0], {"rest": "4bit"}, str(tmp_path)))
 
 
 @bitsandbytes

@@ -253,6 +253,8 @@ def test_a_table_says_how_many_trainings_stand_behind_a_row(found):
     random = found.metrics[found.metrics.localization.str.startswith("random-mlps#") & (found.metrics.seed >= 0)]
     assert made["flu"] == found.metrics[found.metrics.seed >= 0].seed.nunique() > made["late"] == 1
     assert made["random-mlps"] == len(random[["localization", "seed"]].drop_duplicates()) == sum(n for k, n in made.items() if k.startswith("random-mlps#"))
+    elsewhere = found.metrics.assign(localization=found.metrics.localization.replace("flu", "edited@theirs"))
+    assert metrics.trainings(elsewhere)["edited@theirs"] == 1 # asked with several seeds, made once
     assert re.search(rf"Trainings behind a row .*: {made['flu']}; .*late 1", " ".join(r.results_text(table).split()))
     assert f"Trainings behind a row (seeds, and draws of random places): {made['flu']}" in r.results_html(table).as_raw_html()
 
