@@ -542,7 +542,7 @@ def _can_sweep_editors(job, args):
         if not values: raise Refusal(f"{name}: say which settings to try, such as --try {editor}.{SHOWN.get(editor, 'lr')}=...")
         _tries_at(name, None, job, args)
     for editor, path, _ in getattr(args, "try"):
-        if not any(path in _values_of(name, args) and editor_settings(name, {editor: {path: [1]}}).get(path) == [1] for name in by): raise Refusal(f"--try {editor}.{path} is of no edit here: {', '.join(by)}")
+        if not any(editor_settings(name, {editor: {path: [1]}}).get(path) == [1] for name in by): raise Refusal(f"--try {editor}.{path} is of no edit here: {', '.join(by)}")
 
 # %% ../nbs/50_cli.ipynb #50se003
 def _sweep_editors(job, lm, task, folder, args):
