@@ -20,7 +20,7 @@ from zopfli.png import optimize
 
 NBS = Path(__file__).resolve().parents[1] / "nbs"
 SKIP = {"#| slow", "#| gpu", "#| notest", "#| eval: false"}
-COLOURS, ERROR, TEXT = (8, 12, 16, 24, 32, 48, 64), 16, 2000  # of a picture; of 255; characters of a table that is there as HTML as well
+COLOURS, ERROR, TEXT = (8, 12, 16, 24, 32, 48, 64), 16, 1000  # of a picture; of 255; characters of a table that is there as HTML as well
 
 
 def runs(cell) -> bool:
