@@ -222,15 +222,3 @@ def test_the_attacks_of_the_field_hold_it(monkeypatch, organism_lm, perfect):
         try: found = attacks.attack(organism_lm, small, attacks=choice, never_knew=dict(max_facts=2), progress=False).records
         except ValueError: found = pd.DataFrame(dict(evaluation=[])) # nothing to concatenate
         assert ("never-knew" in set(found.evaluation)) == there
-
-
-# ---- a real model
-
-@pytest.mark.slow
-def test_a_real_model_knows_and_is_destroyed_by_noise():
-    try: lm = load("gemma-3-270m", device="cpu")
-    except Refusal as e: pytest.skip(str(e))
-    task = sports_athlete_editing(lm, forget_size=16, facts="athletes")
-    before = against_never_knew(lm, task, max_facts=24)
-    assert judge(compared(before)).verdict == "told apart"
-    assert judge(compared(against_never_knew(lm, task, noise(lm), max_facts=24, beside=before))).verdict == "destroyed"
