@@ -161,6 +161,8 @@ def test_figures_take_one_row_and_other_weights():
     assert isinstance(plot_beside(beside(ours).head(1)), Figure)
     sweep = recorded("sweep", forget_size=64)
     assert isinstance(plot_injects(pd.concat([sweep.assign(inject=w) for w in (.5, 2)])), Figure)
+    weights = published._recorded_rows(ITEMS["Table 5"], "counterfact-editing") # all at one rate, the weight 1 of the rates' sweep among them
+    assert weights.lr.nunique() == 1 and all(sorted(r.inject) == [.1, .2, .5, 1, 2, 5] for _, r in weights.groupby("localization"))
 
 
 # the authors' files, where somebody has them
