@@ -283,9 +283,10 @@ MASK_PANELS = {"forget": ("completion", "forget"), "forget, in other words": ("p
     "neighbours": ("neighborhood", "forget"), "general knowledge, multiple choice": ("mcq", "general")}
 
 def mask_rows(
-    records:pd.DataFrame, # from `ask_sizes`, of one seed or several
+    records:pd.DataFrame, # from `ask_sizes`, of one seed or several; or what this gives
 ) -> pd.DataFrame: # metrics, pooled: probability of the old answer by localization, format, group and step, with its interval
     "What the figure shows"
+    if "ci_low" in records: return records
     found = summarise(records).query("seed == -1 and measure == 'prob' and answer == 'truth'")
     return found[["localization", "format", "group", "step", "value", "n", "ci_low", "ci_high"]].sort_values("step")
 

@@ -4,6 +4,7 @@
     python tests/add_recorded.py --replace [--keep EVALUATION]... RUN_FOLDER...      the same, in place of all that is there of its model, task and
                                                               number of facts, but for some evaluations; a page must say that those are of other runs
     python tests/add_recorded.py --sweep [--replace] sweep.parquet...     of `mechunlearn sweep`
+    python tests/add_recorded.py --editors [--replace] RUN_FOLDER...      of a grid of editors, into the tables of their own
 
 Of each run the maps, localizations and evaluations are added that the tables lack for its model, task and number of facts; what is there stays,
 unless it is replaced: runs of other draws are not mixed. Nor are scorecards of other attacks, since a worst case is of what was tried;
@@ -22,6 +23,7 @@ from mechunlearn import recorded_tables as R, scorecard
 RECORDED = Path(__file__).resolve().parents[1] / "nbs" / "recorded"
 KEYS = {"metrics": ["localization", "evaluation"], "records_small": ["localization", "evaluation"], "scorecard": ["localization"], "localizations": ["localization"],
         "training": ["localization"], "probing": [], "removal": [], "traced": ["method"], "trace_grid": [], "paths": []}
+EDITORS = {"metrics": "editors", "scorecard": "editors_scorecard"} # where rows of a grid of editors go
 SWEPT = ["localization", "draw", "seed", "lr", "inject"]
 
 
@@ -39,7 +41,7 @@ def add(name, new, keys, folder, replace=False, keep=()):
     file = folder / f"{name}.parquet"
     old = pd.read_parquet(file)
     if replace and len(new): old = old[~known(old, new, []) | (old.evaluation.isin(keep) if "evaluation" in old else False)]
-    if name == "scorecard" and set(old[known(old, new, [])].attack) not in (set(), set(new.attack)): new = new[:0]
+    if name.endswith("scorecard") and set(old[known(old, new, [])].attack) not in (set(), set(new.attack)): new = new[:0]
     if name == "records_small" and not pd.concat([old[known(old, new, [])], new]).localization.str.startswith("flu").any(): new = new[:0]
     more = lacking(old, new, keys)
     if len(more):
@@ -53,16 +55,18 @@ def main(words=None, folder=RECORDED):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--editors", action="store_true")
     parser.add_argument("--replace", action="store_true")
     parser.add_argument("--keep", action="append", default=[])
     args = parser.parse_args(words)
     if args.sweep: return print("sweep:", sum(add("sweep", pd.read_parquet(f), SWEPT, folder, args.replace) for f in args.runs), "rows added")
-    if stale := set(R.check_recorded(folder)) & set(KEYS): sys.exit(f"recorded with other sources: {', '.join(sorted(stale))}")
+    into = EDITORS if args.editors else {name: name for name in KEYS}
+    if stale := set(R.check_recorded(folder)) & set(into.values()): sys.exit(f"recorded with other sources: {', '.join(sorted(stale))}")
     for run in args.runs:
         tables, which = R.tables_of(scorecard.find(run)), dict(zip(R.WHICH, R._which(run)))
-        for name, keys in KEYS.items():
+        for name, file in into.items():
             new = tables[name]
-            if len(new): print(f"{run}: {name}: {add(name, new.assign(**which), keys, folder, args.replace, args.keep)} rows added")
+            if len(new): print(f"{run}: {file}: {add(file, new.assign(**which), KEYS[name], folder, args.replace, args.keep)} rows added")
 
 
 if __name__ == "__main__": main()

@@ -76,3 +76,17 @@ def test_facts_are_kept_where_there_is_flu_to_compare_with(tmp_path):
     assert A.add("records_small", rows(["random"], 2.), keys, tmp_path) == 2  # beside FLU of the same group
     assert A.add("records_small", rows(["none", "random"], 3., size=64), keys, tmp_path) == 0
     assert A.add("records_small", rows(["flu", "random"], 4., size=64), keys, tmp_path) == 4
+
+
+def test_a_grid_of_editors_has_tables_of_its_own(tmp_path, monkeypatch, capsys):
+    run = synthetic_run(tmp_path / "runs", ("flu", "nonlocalized"), seeds=(0, 1), n=16, stages=("localizations", "standard", "relearning"), model="invented")
+    for name in ("editors", "editors_scorecard"): recorded(name, forget_size=16).to_parquet(tmp_path / f"{name}.parquet")
+    monkeypatch.setattr(A.R, "check_recorded", lambda folder: ["metrics"])
+    A.main(["--editors", str(run)], tmp_path)
+    assert sorted(p.stem for p in tmp_path.glob("*.parquet")) == ["editors", "editors_scorecard"]
+    for name in ("editors", "editors_scorecard"):
+        table = pd.read_parquet(tmp_path / f"{name}.parquet")
+        assert {"flu", "nonlocalized"} <= set(table[table.model == "invented"].localization)
+        assert len(table[table.model == "organism"]) == len(recorded(name, forget_size=16))
+    monkeypatch.setattr(A.R, "check_recorded", lambda folder: ["editors"])
+    with pytest.raises(SystemExit, match="other sources: editors"): A.main(["--editors", str(run)], tmp_path)

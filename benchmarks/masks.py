@@ -1,0 +1,89 @@
+"""Weight masks by number of zeros, and which mechanisms they touch (Table 3 and Figures 19 to 27 of the paper).
+
+    python benchmarks/masks.py organism --seeds 0,1,2 --work FOLDER
+    python benchmarks/masks.py organism --task sports-unlearning --seeds 0,1,2 --work FOLDER
+    python benchmarks/masks.py gemma-3-270m --facts athletes --at 200000 --sizes 20000,50000,100000,200000,500000,1000000 --work FOLDER
+
+For flu, late and all-mlps the rate is chosen on dev facts, by the score in training's format of a mask cut at --at weights; other places take that of all-mlps.
+One mask a place and seed is learned and cut at every size. Three tables in nbs/recorded, whose rows of this model and task are replaced: `masks` (what is
+answered), `mask_shares` (weights of each mechanism that became zero, by seed) and `mask_rates` (the sweep). What is in --work is not made again.
+"""
+import argparse
+import json
+from pathlib import Path
+
+import pandas as pd
+
+from mechunlearn.localization import Evidence, localize, mechanisms
+from mechunlearn.masking import ask_sizes, learn_mask, mask_rows, masked_shares
+from mechunlearn.models import load
+from mechunlearn.rates import dev_task, score, training_metrics
+from mechunlearn.store import make
+from mechunlearn.tasks import make_task
+
+RECORDED = Path(__file__).parents[1] / "nbs/recorded"
+RATED, LENT = ("flu", "late", "all-mlps"), "all-mlps"
+
+
+def learned(lm, task, place, lr, a):
+    return learn_mask(lm, task, localize(lm, task, place), lr=lr, steps=a.steps, progress=False)
+
+
+def rates(lm, task, a):
+    "A row a place and rate"
+    dev = dev_task(task)
+    base, rows = training_metrics(lm, dev), []
+    for place in RATED:
+        for lr in a.rates:
+            with learned(lm, dev, place, lr, a).edit(lm, a.at).applied(lm): metrics = training_metrics(lm, dev)
+            rows.append(dict(localization=place, lr=lr, k=a.at, **metrics, score=score(metrics, base)))
+            print(json.dumps(rows[-1]), flush=True)
+    return pd.DataFrame(rows)
+
+
+def cut(lm, task, place, lr, parts, a):
+    "Records at every size, and at --at the share of each mechanism"
+    mask = learned(lm, task, place, lr, a)
+    print(task.seed, mask, flush=True)
+    records = ask_sizes(lm, task, [mask], [k for k in a.sizes if k <= mask.localization.n_params], most=a.most)
+    shares = masked_shares(lm, [mask.edit(lm, a.at)], parts).assign(seed=task.seed, k=a.at)
+    return pd.concat([records, shares.assign(evaluation="shares")], ignore_index=True)
+
+
+def measured(a):
+    lm, own = load(a.model, "cpu"), {"facts": a.facts} if a.facts else {}
+    made = lambda seed: make_task(a.task, lm, forget_size=a.forget_size, seed=seed, **own)
+    kept = lambda name, fn, **why: make(a.work and a.work / f"{a.model}-{a.task}-{name}.parquet", dict(revision=lm.revision, steps=a.steps, k=a.at, **why), fn)
+    table = kept("rates", lambda: rates(lm, made(a.seeds[0]), a), rates=a.rates, task=made(a.seeds[0]).causes())
+    best = table.loc[table.groupby("localization").score.idxmax()].set_index("localization").lr.to_dict()
+    found = []
+    for seed in a.seeds:
+        task = made(seed)
+        parts = mechanisms(Evidence(lm, task, progress=False))
+        for place in a.places:
+            lr = best.get(place, best[LENT])
+            found.append(kept(f"{place}-{seed}", lambda: cut(lm, task, place, lr, parts, a), lr=lr, sizes=a.sizes, most=a.most, task=task.causes()))
+    found = pd.concat(found, ignore_index=True)
+    shares, records = ((found[(found.evaluation == "shares") == k].dropna(axis=1, how="all")) for k in (True, False))
+    records = records.drop_duplicates([c for c in records if c != "seconds"])
+    return {"masks": mask_rows(records).assign(seeds=len(a.seeds)), "mask_shares": shares.drop(columns="evaluation"), "mask_rates": table}
+
+
+if __name__ == "__main__":
+    ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    numbers = lambda kind: lambda text: [kind(x) for x in text.split(",")]
+    ask.add_argument("model"); ask.add_argument("--task", default="sports-athlete-editing"); ask.add_argument("--facts")
+    ask.add_argument("--forget-size", type=int, default=16)
+    ask.add_argument("--seeds", type=numbers(int), default=[0])
+    ask.add_argument("--places", type=numbers(str), default=["flu", "late", "all-mlps", "causal-tracing", "nonlocalized"])
+    ask.add_argument("--rates", type=numbers(float), default=[300., 1000., 3000., 10000.])
+    ask.add_argument("--at", type=int, default=8000)
+    ask.add_argument("--sizes", type=numbers(int), default=[500, 1000, 2000, 4000, 8000, 16000, 32000, 64000])
+    ask.add_argument("--most", type=int, default=32); ask.add_argument("--steps", type=int, default=25)
+    ask.add_argument("--work", type=Path); ask.add_argument("--out", type=Path, default=RECORDED)
+    args = ask.parse_args()
+    for name, new in measured(args).items():
+        new = new.assign(model=args.model, task=args.task, forget_size=float(args.forget_size))
+        file = args.out / f"{name}.parquet"
+        kept = pd.read_parquet(file).query("model != @args.model or task != @args.task") if file.exists() else new.iloc[:0]
+        pd.concat([kept, new], ignore_index=True).to_parquet(file, index=False, compression="zstd")
