@@ -9,7 +9,6 @@ One mask a place and seed is learned and cut at every size. Three tables in nbs/
 answered), `mask_shares` (weights of each mechanism that became zero, by seed) and `mask_rates` (the sweep). What is in --work is not made again.
 """
 import argparse
-import json
 from pathlib import Path
 
 import pandas as pd
@@ -29,16 +28,10 @@ def learned(lm, task, place, lr, a):
     return learn_mask(lm, task, localize(lm, task, place), lr=lr, steps=a.steps, progress=False)
 
 
-def rates(lm, task, a):
-    "A row a place and rate"
-    dev = dev_task(task)
-    base, rows = training_metrics(lm, dev), []
-    for place in RATED:
-        for lr in a.rates:
-            with learned(lm, dev, place, lr, a).edit(lm, a.at).applied(lm): metrics = training_metrics(lm, dev)
-            rows.append(dict(localization=place, lr=lr, k=a.at, **metrics, score=score(metrics, base)))
-            print(json.dumps(rows[-1]), flush=True)
-    return pd.DataFrame(rows)
+def trial(lm, dev, base, place, lr, a):
+    "A row of the sweep"
+    with learned(lm, dev, place, lr, a).edit(lm, a.at).applied(lm): metrics = training_metrics(lm, dev)
+    return pd.DataFrame([dict(localization=place, lr=lr, k=a.at, **metrics, score=score(metrics, base))])
 
 
 def cut(lm, task, place, lr, parts, a):
@@ -53,8 +46,11 @@ def cut(lm, task, place, lr, parts, a):
 def measured(a):
     lm, own = load(a.model, "cpu"), {"facts": a.facts} if a.facts else {}
     made = lambda seed: make_task(a.task, lm, forget_size=a.forget_size, seed=seed, **own)
-    kept = lambda name, fn, **why: make(a.work and a.work / f"{a.model}-{a.task}-{name}.parquet", dict(revision=lm.revision, steps=a.steps, k=a.at, **why), fn)
-    table = kept("rates", lambda: rates(lm, made(a.seeds[0]), a), rates=a.rates, task=made(a.seeds[0]).causes())
+    kept = lambda name, fn, task, **why: make(a.work and a.work / f"{a.model}-{a.task}-{name}.parquet", dict(revision=lm.revision, task=task.causes(), steps=a.steps, k=a.at, **why), fn)
+    dev = dev_task(made(a.seeds[0]))
+    base = training_metrics(lm, dev)
+    table = pd.concat([kept(f"{place}-at-{lr:g}", lambda: trial(lm, dev, base, place, lr, a), dev, lr=lr) for place in RATED for lr in a.rates], ignore_index=True)
+    print(table.to_string(), flush=True)
     best = table.loc[table.groupby("localization").score.idxmax()].set_index("localization").lr.to_dict()
     found = []
     for seed in a.seeds:
@@ -62,7 +58,7 @@ def measured(a):
         parts = mechanisms(Evidence(lm, task, progress=False))
         for place in a.places:
             lr = best.get(place, best[LENT])
-            found.append(kept(f"{place}-{seed}", lambda: cut(lm, task, place, lr, parts, a), lr=lr, sizes=a.sizes, most=a.most, task=task.causes()))
+            found.append(kept(f"{place}-{seed}", lambda: cut(lm, task, place, lr, parts, a), task, lr=lr, sizes=a.sizes, most=a.most))
     found = pd.concat(found, ignore_index=True)
     shares, records = ((found[(found.evaluation == "shares") == k].dropna(axis=1, how="all")) for k in (True, False))
     records = records.drop_duplicates([c for c in records if c != "seconds"])
