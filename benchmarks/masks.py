@@ -2,10 +2,10 @@
 
     python benchmarks/masks.py organism --seeds 0,1,2 --work FOLDER
     python benchmarks/masks.py organism --task sports-unlearning --seeds 0,1,2 --work FOLDER
-    python benchmarks/masks.py gemma-3-270m --facts athletes --at 200000 --sizes 20000,50000,100000,200000,500000,1000000 --work FOLDER
+    python benchmarks/masks.py gemma-3-270m --facts athletes --at 2000,10000,50000 --sizes 1000,2000,5000,10000,20000,50000,200000 --work FOLDER
 
-For flu, late and all-mlps the rate is chosen on dev facts, by the score in training's format of a mask cut at --at weights; other places take that of all-mlps.
-One mask a place and seed is learned and cut at every size. Three tables in nbs/recorded, whose rows of this model and task are replaced: `masks` (what is
+For flu, late and all-mlps the rate is chosen on dev facts, by the score in training's format of a mask cut at the best of --at; other places take that of all-mlps.
+One mask a place and seed is learned and cut at every size; shares are taken at the number of zeros that is best for flu. Three tables in nbs/recorded, whose rows of this model and task are replaced: `masks` (what is
 answered), `mask_shares` (weights of each mechanism that became zero, by seed) and `mask_rates` (the sweep). What is in --work is not made again.
 """
 import argparse
@@ -29,36 +29,39 @@ def learned(lm, task, place, lr, a):
 
 
 def trial(lm, dev, base, place, lr, a):
-    "A row of the sweep"
-    with learned(lm, dev, place, lr, a).edit(lm, a.at).applied(lm): metrics = training_metrics(lm, dev)
-    return pd.DataFrame([dict(localization=place, lr=lr, k=a.at, **metrics, score=score(metrics, base))])
+    "Rows of the sweep, one a number of zeros"
+    mask, rows = learned(lm, dev, place, lr, a), []
+    for k in a.at:
+        with mask.edit(lm, k).applied(lm): metrics = training_metrics(lm, dev)
+        rows.append(dict(localization=place, lr=lr, k=k, **metrics, score=score(metrics, base)))
+    return pd.DataFrame(rows)
 
 
-def cut(lm, task, place, lr, parts, a):
-    "Records at every size, and at --at the share of each mechanism"
+def cut(lm, task, place, lr, k, parts, a):
+    "Records at every size, and at one the share of each mechanism"
     mask = learned(lm, task, place, lr, a)
     print(task.seed, mask, flush=True)
     records = ask_sizes(lm, task, [mask], [k for k in a.sizes if k <= mask.localization.n_params], most=a.most)
-    shares = masked_shares(lm, [mask.edit(lm, a.at)], parts).assign(seed=task.seed, k=a.at)
+    shares = masked_shares(lm, [mask.edit(lm, k)], parts).assign(seed=task.seed, k=k)
     return pd.concat([records, shares.assign(evaluation="shares")], ignore_index=True)
 
 
 def measured(a):
-    lm, own = load(a.model, "cpu"), {"facts": a.facts} if a.facts else {}
-    made = lambda seed: make_task(a.task, lm, forget_size=a.forget_size, seed=seed, **own)
-    kept = lambda name, fn, task, **why: make(a.work and a.work / f"{a.model}-{a.task}-{name}.parquet", dict(revision=lm.revision, task=task.causes(), steps=a.steps, k=a.at, **why), fn)
+    lm, given = load(a.model, "cpu"), {"facts": a.facts} if a.facts else {}
+    made = lambda seed: make_task(a.task, lm, forget_size=a.forget_size, seed=seed, **given)
+    kept = lambda name, fn, task, **why: make(a.work and a.work / f"{a.model}-{a.task}-{name}.parquet", dict(revision=lm.revision, task=task.causes(), steps=a.steps, **why), fn)
     dev = dev_task(made(a.seeds[0]))
     base = training_metrics(lm, dev)
-    table = pd.concat([kept(f"{place}-at-{lr:g}", lambda: trial(lm, dev, base, place, lr, a), dev, lr=lr) for place in RATED for lr in a.rates], ignore_index=True)
+    table = pd.concat([kept(f"{place}-at-{lr:g}", lambda: trial(lm, dev, base, place, lr, a), dev, lr=lr, at=a.at) for place in RATED for lr in a.rates], ignore_index=True)
     print(table.to_string(), flush=True)
-    best = table.loc[table.groupby("localization").score.idxmax()].set_index("localization").lr.to_dict()
-    found = []
+    best = table.loc[table.groupby("localization").score.idxmax()].set_index("localization")
+    lr, k, found = best.lr.to_dict(), int(best.k[RATED[0]]), []
     for seed in a.seeds:
         task = made(seed)
         parts = mechanisms(Evidence(lm, task, progress=False))
         for place in a.places:
-            lr = best.get(place, best[LENT])
-            found.append(kept(f"{place}-{seed}", lambda: cut(lm, task, place, lr, parts, a), task, lr=lr, sizes=a.sizes, most=a.most))
+            own = lr.get(place, lr[LENT])
+            found.append(kept(f"{place}-{seed}", lambda: cut(lm, task, place, own, k, parts, a), task, lr=own, k=k, sizes=a.sizes, most=a.most))
     found = pd.concat(found, ignore_index=True)
     shares, records = ((found[(found.evaluation == "shares") == k].dropna(axis=1, how="all")) for k in (True, False))
     records = records.drop_duplicates([c for c in records if c != "seconds"])
@@ -73,7 +76,7 @@ if __name__ == "__main__":
     ask.add_argument("--seeds", type=numbers(int), default=[0])
     ask.add_argument("--places", type=numbers(str), default=["flu", "late", "all-mlps", "causal-tracing", "nonlocalized"])
     ask.add_argument("--rates", type=numbers(float), default=[300., 1000., 3000., 10000.])
-    ask.add_argument("--at", type=int, default=8000)
+    ask.add_argument("--at", type=numbers(int), default=[2000, 8000])
     ask.add_argument("--sizes", type=numbers(int), default=[500, 1000, 2000, 4000, 8000, 16000, 32000, 64000])
     ask.add_argument("--most", type=int, default=32); ask.add_argument("--steps", type=int, default=25)
     ask.add_argument("--work", type=Path); ask.add_argument("--out", type=Path, default=RECORDED)
