@@ -2,7 +2,7 @@
 
     python benchmarks/masks.py organism --seeds 0,1,2 --work FOLDER
     python benchmarks/masks.py organism --task sports-unlearning --seeds 0,1,2 --work FOLDER
-    python benchmarks/masks.py gemma-3-270m --facts athletes --at 2000,10000,50000 --sizes 1000,2000,5000,10000,20000,50000,200000 --work FOLDER
+    python benchmarks/masks.py gemma-3-270m --facts athletes --at 500,2000,10000 --rates 300,1000,3000 --sizes 200,500,1000,2000,5000,10000,50000 --work FOLDER
 
 For flu, late and all-mlps the rate is chosen on dev facts, by the score in training's format of a mask cut at the best of --at; other places take that of all-mlps.
 One mask a place and seed is learned and cut at every size; shares are taken at the number of zeros that is best for flu. Three tables in nbs/recorded, whose rows of this model and task are replaced: `masks` (what is
@@ -63,7 +63,7 @@ def measured(a):
             own = lr.get(place, lr[LENT])
             found.append(kept(f"{place}-{seed}", lambda: cut(lm, task, place, own, k, parts, a), task, lr=own, k=k, sizes=a.sizes, most=a.most))
     found = pd.concat(found, ignore_index=True)
-    shares, records = ((found[(found.evaluation == "shares") == k].dropna(axis=1, how="all")) for k in (True, False))
+    shares, records = ((found[(found.evaluation == "shares") == of].dropna(axis=1, how="all")) for of in (True, False))
     records = records.drop_duplicates([c for c in records if c != "seconds"])
     return {"masks": mask_rows(records).assign(seeds=len(a.seeds)), "mask_shares": shares.drop(columns="evaluation"), "mask_rates": table}
 
