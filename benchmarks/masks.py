@@ -2,11 +2,12 @@
 
     python benchmarks/masks.py organism --seeds 0,1,2 --work FOLDER
     python benchmarks/masks.py organism --task sports-unlearning --seeds 0,1,2 --work FOLDER
-    python benchmarks/masks.py gemma-3-270m --facts athletes --at 500,2000,10000 --rates 300,1000,3000 --sizes 200,500,1000,2000,5000,10000,50000 --work FOLDER
+    python benchmarks/masks.py gemma-3-270m --facts athletes --at 500,2000,10000 --rates 100,300,1000,3000,10000 --sizes 200,500,1000,2000,5000,10000,50000 --work FOLDER
 
 For flu, late and all-mlps the rate is chosen on dev facts, by the score in training's format of a mask cut at the best of --at; other places take that of all-mlps.
-One mask a place and seed is learned and cut at every size; shares are taken at the number of zeros that is best for flu. Three tables in nbs/recorded, whose rows of this model and task are replaced: `masks` (what is
-answered), `mask_shares` (weights of each mechanism that became zero, by seed) and `mask_rates` (the sweep). What is in --work is not made again.
+One mask a place and seed is learned and cut at every size; shares are taken at the number of zeros that is best for flu. Three tables in nbs/recorded, whose rows of
+this model and task are replaced: `masks` (what is answered), `mask_shares` (weights of each mechanism that became zero, by seed) and `mask_rates` (the sweep).
+What is in --work is not made again.
 """
 import argparse
 from pathlib import Path
