@@ -2,12 +2,11 @@
 
     python benchmarks/masks.py organism --seeds 0,1,2 --work FOLDER
     python benchmarks/masks.py organism --task sports-unlearning --seeds 0,1,2 --work FOLDER
-    python benchmarks/masks.py gemma-3-270m --facts athletes --at 500,2000,10000 --rates 100,300,1000,3000,10000 --sizes 200,500,1000,2000,5000,10000,50000 --work FOLDER
+    python benchmarks/masks.py gemma-3-270m --facts athletes --at 500,2000,10000 --rates 100,300,1000,3000 --sizes 200,500,1000,2000,5000,10000,50000 --work FOLDER
 
-For flu, late and all-mlps the rate is chosen on dev facts, by the score in training's format of a mask cut at the best of --at; other places take that of all-mlps.
-One mask a place and seed is learned and cut at every size; shares are taken at the number of zeros that is best for flu. Three tables in nbs/recorded, whose rows of
-this model and task are replaced: `masks` (what is answered), `mask_shares` (weights of each mechanism that became zero, by seed) and `mask_rates` (the sweep).
-What is in --work is not made again.
+For each place the rate is chosen on dev facts, by the score in training's format of a mask cut at the best of --at. One mask a place and seed is learned and cut
+at every size; shares are taken at the number of zeros that is best for the first place. Three tables in nbs/recorded, whose rows of this model and task are replaced:
+`masks` (what is answered), `mask_shares` (weights of each mechanism that became zero, by seed) and `mask_rates` (the sweep). What is in --work is not made again.
 """
 import argparse
 from pathlib import Path
@@ -22,7 +21,6 @@ from mechunlearn.store import make
 from mechunlearn.tasks import make_task
 
 RECORDED = Path(__file__).parents[1] / "nbs/recorded"
-RATED, LENT = ("flu", "late", "all-mlps"), "all-mlps"
 
 
 def learned(lm, task, place, lr, a):
@@ -53,16 +51,15 @@ def measured(a):
     kept = lambda name, fn, task, **why: make(a.work and a.work / f"{a.model}-{a.task}-{name}.parquet", dict(revision=lm.revision, task=task.causes(), steps=a.steps, **why), fn)
     dev = dev_task(made(a.seeds[0]))
     base = training_metrics(lm, dev)
-    table = pd.concat([kept(f"{place}-at-{lr:g}", lambda: trial(lm, dev, base, place, lr, a), dev, lr=lr, at=a.at) for place in RATED for lr in a.rates], ignore_index=True)
+    table = pd.concat([kept(f"{place}-at-{lr:g}", lambda: trial(lm, dev, base, place, lr, a), dev, lr=lr, at=a.at) for place in a.places for lr in a.rates], ignore_index=True)
     print(table.to_string(), flush=True)
     best = table.loc[table.groupby("localization").score.idxmax()].set_index("localization")
-    lr, k, found = best.lr.to_dict(), int(best.k[RATED[0]]), []
+    lr, k, found = best.lr.to_dict(), int(best.k[a.places[0]]), []
     for seed in a.seeds:
         task = made(seed)
         parts = mechanisms(Evidence(lm, task, progress=False))
         for place in a.places:
-            own = lr.get(place, lr[LENT])
-            found.append(kept(f"{place}-{seed}", lambda: cut(lm, task, place, own, k, parts, a), task, lr=own, k=k, sizes=a.sizes, most=a.most))
+            found.append(kept(f"{place}-{seed}", lambda: cut(lm, task, place, lr[place], k, parts, a), task, lr=lr[place], k=k, sizes=a.sizes, most=a.most))
     found = pd.concat(found, ignore_index=True)
     shares, records = ((found[(found.evaluation == "shares") == of].dropna(axis=1, how="all")) for of in (True, False))
     records = records.drop_duplicates([c for c in records if c != "seconds"])
