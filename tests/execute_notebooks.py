@@ -20,7 +20,7 @@ from zopfli.png import optimize
 
 NBS = Path(__file__).resolve().parents[1] / "nbs"
 SKIP = {"#| slow", "#| gpu", "#| notest", "#| eval: false"}
-COLOURS, ERROR, TEXT = (8, 12, 16, 24, 32, 48, 64), 16, 1000  # of a picture; of 255; characters of a table that is there as HTML as well
+COLOURS, ERROR, TEXT = (8, 12, 16, 24, 32, 48, 64), 16, 200  # of a picture; of 255; characters of a table that is there as HTML as well
 
 
 def runs(cell) -> bool:
@@ -55,7 +55,7 @@ def make_small(notebook) -> None:
         if png := data.get("image/png"):
             data["image/png"] = small_picture(png)
         if html := data.get("text/html"):
-            data["text/html"] = re.sub(r">\s*\n\s*<", "><", html)
+            data["text/html"] = re.sub(r">\s*\n\s*<", "><", re.sub(r"<style scoped>.*?</style>", "", html, flags=re.DOTALL)) # pandas says it again for each table
             if len(data.get("text/plain", "")) > TEXT:
                 del data["text/plain"]
 
