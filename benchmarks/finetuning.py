@@ -1,6 +1,6 @@
 """What does a step of localized fine-tuning cost, and is it the same step?
 
-    python benchmarks/finetuning.py [--models llama-12x512,FOLDER] [--forget 64] [--retain 48] [--texts 8] [--repeat 3] [--threads 1] [--plain-batch 0]
+    python benchmarks/finetuning.py [--models llama-12x512,llama-4x2048,FOLDER] [--forget 64] [--retain 48] [--texts 8] [--repeat 3] [--threads 1] [--plain-batch 0]
         [--only step,memory,savings,masks,words] [--words 262144] [--device cpu] [--save NAME]
 
 One JSON object a line: name, against, ours_s, theirs_s, ratio (theirs / ours; medians of alternating runs), floor (the ratio asked for) and over_floor, max_abs_diff
@@ -11,10 +11,11 @@ One JSON object a line: name, against, ours_s, theirs_s, ratio (theirs / ours; m
     with `peak_mb` and `their_peak_mb`: the highest memory of a process of its own above that of the loaded model, after two steps;
   - `our all-weights step`: every matrix of every head and MLP is trained;
   - `its products alone`: what the products of its linear layers would take at the rate at which this machine multiplies matrices of the model's size. Padding is not counted.
+    What is left (norms, gates, attention, the optimizer) grows with the width, products with its square: so a model LAYERSxWIDTH of any size can be asked for.
 `default-step`: the same without options. `packed-step`, `remembered-step/early`, `remembered-step/late`: each option against the default, with the
 `kept_mb` that it costs. `mask-step`: four steps in which a mask is learned, against four of fine-tuning the same weights. `text-gradient`: texts over a large vocabulary, against logits made twice, and against all logits at once.
 """
-import argparse, copy, json, os, statistics, subprocess, sys
+import argparse, copy, json, os, re, statistics, subprocess, sys
 from pathlib import Path
 import torch
 from localization import LINES, Peak, llama, processor, say, timed
@@ -33,7 +34,8 @@ LR, FLOORS = 1e-5, {"plain loop": 2, "our all-weights step": 1 / .75, "its produ
 # ---- the model, what is trained, and on what
 
 def load_model(name, device):
-    return llama(load("organism", device="cpu").tok, device) if name == "llama-12x512" else load(name, device=device, dtype="float32")
+    if not (size := re.fullmatch(r"llama-(\d+)x(\d+)", name)): return load(name, device=device, dtype="float32")
+    return llama(load("organism", device="cpu").tok, device, *map(int, size.groups()))
 
 def places(lm):
     L, mlps = lm.n_layers, lambda layers: [Component("mlp", l) for l in layers]
@@ -41,7 +43,7 @@ def places(lm):
             "all": build(lm, "nonlocalized", components(lm))}
 
 def batch_of(lm, a):
-    task = make_task("sports-athlete-editing", lm, forget_size=a.forget, **({} if lm.name == "llama-12x512" else {"facts": "athletes"}))
+    task = make_task("sports-athlete-editing", lm, forget_size=a.forget, **({} if lm.name.startswith("llama-") else {"facts": "athletes"}))
     return next(F.draws(F.training_rows(lm, task), dict(forget=a.forget, retain=a.retain, text=a.texts), 1, 0))
 
 

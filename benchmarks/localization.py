@@ -23,11 +23,11 @@ FLOORS = {"causal-tracing": 3, "direct-path/organism": 15, "direct-path/llama-12
 
 # ---- models and prompts
 
-def llama(tok, device, **size):
+def llama(tok, device, layers=12, width=512, **size):
     torch.manual_seed(0)
-    config = dict(hidden_size=512, intermediate_size=1408, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=8, vocab_size=len(tok),
+    config = dict(hidden_size=width, intermediate_size=width * 11 // 4, num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=8, vocab_size=len(tok),
                   bos_token_id=tok.bos_token_id, pad_token_id=tok.pad_token_id, eos_token_id=None, max_position_embeddings=512)
-    return wrap(LlamaForCausalLM(LlamaConfig(**config | size)).to(device), tok, "llama-12x512")
+    return wrap(LlamaForCausalLM(LlamaConfig(**config | size)).to(device), tok, f"llama-{layers}x{width}")
 
 def shapes(tok):
     common = dict(bos_token_id=tok.bos_token_id, pad_token_id=tok.pad_token_id, eos_token_id=None)

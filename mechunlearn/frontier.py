@@ -193,32 +193,25 @@ def plot_rates(
     rows:pd.DataFrame, # from `over_rates`
     guess:Chance|None=None, # from `chance(records)`
 ) -> Figure:
-    "A line for each localization from its smallest learning rate to its largest; small points are seeds; the grey steps join the undominated"
+    "Robustness (left) and side effects (right) against the learning rate, pooled, with intervals; small points are seeds"
     rows = rows.dropna(subset=["robust"])
-    pooled, rates = rows[rows.seed == -1], sorted(rows.lr.unique())
-    size = dict(zip(rates, np.linspace(20, 110, len(rates))))
-    fig, ax = figure(8.4, 4.6)
-    front = at_rate(rows)
-    best = front.set_index("localization").loc[undominated(front)]
-    ax.step([0, *best.kept, best.kept.iloc[-1]], [best.robust.iloc[0], *best.robust, 0], where="pre", color="#BBBBBB", lw=1, zorder=0)
-    for name in ordered(pooled.localization):
-        each = rows[(rows.localization == name) & (rows.seed >= 0)]
-        _draw_line(ax, name, pooled[pooled.localization == name].sort_values("lr"), each, size)
-    for rate in rates: ax.scatter([], [], s=size[rate], color="#777777", label=f"lr {rate:g}")
-    _frontier_axes(ax, rows, guess)
-    ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    fig, axes = figure(9, 3.4, 1, 2, sharex=True)
+    titles = dict(robust=f"old answers not recovered\nby {rows.attacks.iloc[0]}", kept=f"{''.join(_side(rows))}\nthat are still right")
+    for ax, (column, title) in zip(axes, titles.items()):
+        for k, name in enumerate(names := ordered(rows[rows.seed == -1].localization)): _draw_line(ax, rows[rows.localization == name], column, 1.03**(k - len(names)/2))
+        ax.set(title=title, xscale="log", xlabel="learning rate", ylim=(-.03, 1.03))
+    if "power" not in rows and guess and not np.isnan(guess.not_edit): axes[0].axhline(1 - guess.not_edit, color="#666666", ls=":", lw=1, zorder=0, label="a guess")
+    fig.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside right center")
     return fig
 
 # %% ../nbs/43_frontier.ipynb #23628df0
-def _draw_line(ax, name, r, each, size):
-    "A localization from rate to rate, with intervals; small points are seeds"
-    l = look(name)
-    ax.plot(r.kept, r.robust, color=l["color"], ls=l["linestyle"], lw=1, alpha=.8)
-    ax.errorbar(r.kept, r.robust, [r.robust - r.robust_low, r.robust_high - r.robust], [r.kept - r.kept_low, r.kept_high - r.kept],
-                fmt="none", ecolor=l["color"], elinewidth=.6, alpha=.5)
-    ax.scatter(r.kept, r.robust, s=r.lr.map(size), color=l["color"], marker=l["marker"], edgecolor="white", lw=.8, zorder=4)
-    ax.scatter(each.kept, each.robust, s=9, color=l["color"], marker=l["marker"], alpha=.35, lw=0)
-    ax.plot([], [], color=l["color"], marker=l["marker"], ls=l["linestyle"], lw=1, label=name)
+def _draw_line(ax, rows, column, aside):
+    "A localization from rate to rate, a little aside of the others"
+    l, r = look(rows.localization.iloc[0]), rows[rows.seed == -1].sort_values("lr")
+    ends = [r[column] - r[f"{column}_low"], r[f"{column}_high"] - r[column]]
+    ax.errorbar(r.lr*aside, r[column], ends, color=l["color"], ls=l["linestyle"], marker=l["marker"], ms=5, lw=1, elinewidth=.6, label=rows.localization.iloc[0])
+    each = rows[rows.seed >= 0]
+    ax.scatter(each.lr*aside, each[column], s=7, color=l["color"], marker=l["marker"], alpha=.35, lw=0)
 
 # %% ../nbs/43_frontier.ipynb #061393ef
 def say_rates(
