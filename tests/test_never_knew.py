@@ -12,6 +12,7 @@ from mechunlearn.never_knew import (EDITED, NEVER, ORIGINAL, STATISTICS, against
     judge, log_ratio, never_knew_model, never_taught, plot_never_knew, read_texts, run_never_knew, say_never_knew, sentence_scores, set_aside, swapped, with_wrong)
 from mechunlearn.questions import completions
 from mechunlearn.store import Refusal, Run, Unavailable
+from mechunlearn.tasks import make_task
 
 SPORTS = [" baseball", " basketball", " football"]
 
@@ -222,3 +223,19 @@ def test_the_attacks_of_the_field_hold_it(monkeypatch, organism_lm, perfect):
         try: found = attacks.attack(organism_lm, small, attacks=choice, never_knew=dict(max_facts=2), progress=False).records
         except ValueError: found = pd.DataFrame(dict(evaluation=[])) # nothing to concatenate
         assert ("never-knew" in set(found.evaluation)) == there
+
+
+# ---- a real model
+
+@pytest.mark.slow
+def test_gemma_is_told_from_one_that_never_knew_and_noise_is_destruction():
+    try: lm = load("gemma-3-270m", device="cpu")
+    except Refusal as e: pytest.skip(str(e))
+    task = make_task("sports-athlete-editing", lm, forget_size=16, facts="athletes")
+    plain = task.model_copy(update=dict(forget=tuple(f.model_copy(update=dict(paraphrases=f.paraphrases[:1])) for f in task.forget)))
+    before = against_never_knew(lm, plain, max_facts=24)
+    rows = compared(before)
+    assert task.ghosts and judge(rows).verdict == "told apart"
+    level = rows[rows.part == "right"].set_index(["measure", "group"]).value
+    assert level["truth before all wrong answers", "forget"] > .9 > .8 > level["truth before all wrong answers", "ghost"]
+    assert judge(compared(against_never_knew(lm, plain, noise(lm), max_facts=24, beside=before))).verdict == "destroyed"
