@@ -707,8 +707,7 @@ def end_logits(
     if not part.heads: return run(**lm.pad([ids[i] for i in part.rows]), logits_to_keep=n, use_cache=False).logits[:, -n:]
     of, head = torch.tensor(part.of, device=lm.device), lm.pad(part.heads)
     past = run(**head, logits_to_keep=of[:0], use_cache=True).past_key_values # no logits
-    repeat = lambda t: t.index_select(0, of.to(t.device)) if len(t) > 1 else t.expand(len(of), *t.shape[1:])
-    for x in past.layers: x.keys, x.values = map(repeat, (x.keys, x.values))
+    for x in past.layers: x.keys, x.values = (t.index_select(0, of.to(t.device)) for t in (x.keys, x.values))
     batch = lm.pad([ids[i][len(part.heads[k]):] for i, k in zip(part.rows, part.of)])
     batch["position_ids"] += head["attention_mask"].sum(1)[of, None]
     batch["attention_mask"] = torch.cat([head["attention_mask"][of], batch["attention_mask"]], 1)
