@@ -35,7 +35,7 @@ setup(
     license="Apache-2.0",
     keywords=cfg["keywords"],
     packages=find_packages(include=["mechunlearn", "mechunlearn.*"]),
-    package_data={"mechunlearn": ["data/*.csv", "data/organism/*", "data/organism-late/*"]},
+    package_data={"mechunlearn": ["data/*.csv", "data/organism/*", "data/organism-late/*", "data/organism-never-knew/*"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
     extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "peers", "capability", "slurm", "gguf", "gemma", "smollm2")},

@@ -25,7 +25,7 @@ from .finetuning import (MAX_TOKENS, Diverged, Edit, _guard, draws, fact_losses,
     step_losses, text_losses, training_rows, untrainable)
 from .localization import Localization
 from .losses import UPDATES, answer_losses
-from .memory import out_of_memory
+from .memory import half_of, out_of_memory, ran_out
 from .models import LM, Component, Slice, cut, merge_slices, n_params, slices
 from .questions import answer, completions, paraphrases, some
 from .stats import wilson
@@ -669,10 +669,11 @@ def edit_with(
     "An editor by name"
     editor = EDITORS[choose(method, EDITORS, "editor")]
     try: return editor(lm, task, where, **settings)
-    except torch.OutOfMemoryError as e:
+    except (RuntimeError, MemoryError) as e:
+        if not ran_out(e): raise
         known = signature(editor).parameters
         lower = next(n for n in ("micro_batch", "batch", "n_contexts") if n in known)
-        raise out_of_memory(lm, f"editing with {method} at {where.name}", {lower: settings.get(lower, known[lower].default)}) from e
+        raise out_of_memory(lm, f"editing with {method} at {where.name}", {lower: settings.get(lower, known[lower].default)}, weights=half_of(lm)) from e
 
 # %% ../nbs/22_editors.ipynb #220083
 ASKED = {"edit answer": ("top1_edit", lambda task: completions(task.forget)), "true answer": ("top1_truth", lambda task: completions(task.forget)),

@@ -32,7 +32,7 @@ from .facts import Task
 from .figures import FIGURE_STYLE, cell_text, figure, listed, look, ordered, printed
 from .localization import Localization
 from .losses import UPDATES, Answers, Update, answer_losses, choose_update, l1_change, not_said, said
-from .memory import checkpointed, optimizer_class, out_of_memory, rest_packed, unsteppable, written_out
+from .memory import checkpointed, optimizer_class, out_of_memory, ran_out, rest_packed, unsteppable, written_out
 from .families import transposed
 from .loading import is_adapter, place_of, plain, snapshot
 from .models import LM, Slice, components, load, read_model, slices, wrap
@@ -669,7 +669,8 @@ def finetune(
     except Diverged as e:
         e.edit = made(e.values, e.curve)
         raise
-    except torch.OutOfMemoryError as e:
+    except (RuntimeError, MemoryError) as e:
+        if not ran_out(e): raise
         raise out_of_memory(lm, f"training {where.name}", dict(micro_batch=micro_batch), {"checkpoint": checkpoint, "optimizer adamw-8bit": optimizer not in (None, "adamw")},
                             "" if rest else "set rest 4bit, or load the model with quantize 4bit") from e
 

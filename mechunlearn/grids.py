@@ -659,11 +659,14 @@ def trained(
     lm, # its `skeleton`
     name:str, # a localization, with its draw
 ) -> tuple[int, bool]: # parameters; False if that is only expected, or an upper bound
-    "How many parameters a localization trains, as far as it is known before a run"
+    "How many parameters a localization trains, as far as it is known before a run. Refusal of a mask of more zeros than that"
+    from mechunlearn.stats import edited_by, family, said_size
     made = Path(job.run_dir)/"localizations"/f"{store.plain_name(name, 'localization')}.json"
     with suppress(Broken, KeyError, TypeError): return sum(read_json(made, dict)["sizes"]), True
     place, exact = place_of(job, lm, name)
     if place is None: return 0, True
+    if exact and edited_by(name)[0] == "mask" and (said_size(family(name)) or 0) > place.n_params:
+        raise Refusal(f"{name} cannot be: there are {place.n_params} weights at that place")
     budget = job.settings.get("budget")
     return (budget, True) if budget and not exact and place.name in ("flu", "all-mlps") else (place.n_params, exact)
 

@@ -17,7 +17,7 @@ from .facts import Task
 from .editors import MEMIT, ROME, edit_with
 from .finetuning import FILES, Diverged, Edit, edit_of, finetune, load_edit, rates
 from .localization import Localization, localize_all
-from .masking import learn_mask
+from .masking import check_size, learn_mask
 from .models import LM
 from .stats import SIZED, edited_by, family, said_size
 from .store import Refusal, Run, Unavailable, load_table, make, note, state
@@ -72,6 +72,7 @@ def made_by(
     "An edit that is not a fine-tuning"
     if editor == "mask":
         if "k" not in how: raise Refusal("mask@... needs a number of weights: mask-8000@..., or --set editors.mask.k=8000")
+        check_size(where, how["k"], where.n_params) # before anything is learned
         try: edit = learn_mask(lm, task, where, **{n: v for n, v in how.items() if n != "k"}).edit(lm, how["k"])
         except Diverged as e:
             e.edit = e.edit.edit(lm, how["k"]) # the mask that is kept, as an edit

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SHARPNESS', 'LOW', 'HIGH', 'GATES', 'CLAMPED_LR', 'CLAMPED_PENALTY', 'METHODS', 'MASK_PANELS', 'MASK_COSTS',
            'hard_concrete', 'p_open', 'straight_through', 'Gate', 'Learner', 'gated', 'clamp', 'lost', 'clamped',
-           'Mask', 'learn_mask', 'most_masked', 'mask_questions', 'ask_edits', 'ask_sizes', 'mask_rows', 'plot_masking',
-           'sizes_needed', 'say_masking', 'plot_mask_costs', 'masked_weights', 'masked_shares']
+           'Mask', 'learn_mask', 'most_masked', 'check_size', 'mask_questions', 'ask_edits', 'ask_sizes', 'mask_rows',
+           'plot_masking', 'sizes_needed', 'say_masking', 'plot_mask_costs', 'masked_weights', 'masked_shares']
 
 # %% ../nbs/21_weight_masking.ipynb #7878e626
 import math
@@ -23,7 +23,7 @@ from .figures import FIGURE_STYLE, figure, listed, look, ordered, say
 from mechunlearn.finetuning import (UPDATES, Diverged, Edit, _guard, draws, masters, own_slices, parse_slice, place, slice_key, step_losses,
     training_rows)
 from .localization import Localization
-from .memory import out_of_memory
+from .memory import half_of, out_of_memory, ran_out
 from .models import LM, Slice
 from .questions import Question, answer, completions, multiple_choice, neighborhood, paraphrases, some, text_loss
 from .stats import summarise
@@ -201,7 +201,9 @@ def learn_mask(
     except Diverged as e:
         e.edit = made(e.values, e.curve)
         raise
-    except torch.OutOfMemoryError as e: raise out_of_memory(lm, f"masking {where.name}", dict(micro_batch=micro_batch)) from e
+    except (RuntimeError, MemoryError) as e:
+        if not ran_out(e): raise
+        raise out_of_memory(lm, f"masking {where.name}", dict(micro_batch=micro_batch), weights=half_of(lm)) from e
     return made(learner.scores(), curve)
 
 # %% ../nbs/21_weight_masking.ipynb #3fc12fe4
@@ -218,6 +220,15 @@ def most_masked(
     return chosen.index_fill(0, more, True).view(weights.shape)
 
 # %% ../nbs/21_weight_masking.ipynb #4afc98d8
+def check_size(
+    where:Localization, # what is masked
+    k, # how many weights are to become zero
+    n:int, # how many there are
+):
+    "Refuse a number of zeros that there cannot be"
+    if isinstance(k, Integral) and not isinstance(k, bool) and 0 <= k <= n: return
+    raise Refusal(f"cannot mask {k} weights of {where.name}: give a whole number from 0 to {n}, which is how many there are that are not zero")
+
 @patch
 def edit(self:Mask,
     lm:LM, # the model the mask was learned on; read, never changed
@@ -227,8 +238,7 @@ def edit(self:Mask,
     if lm.revision != self.config["revision"]: raise Refusal(f"this mask was learned on {self.config['model']} {self.config['revision']}, not on {lm.name} {lm.revision}")
     old = {s: w.detach().cpu() for s, w in masters(lm, [parse_slice(key) for key in self.scores]).items()}
     n = sum(int((w != 0).sum()) for w in old.values())
-    if not isinstance(k, Integral) or isinstance(k, bool) or not 0 <= k <= n:
-        raise Refusal(f"cannot mask {k} weights of {self.localization.name}: give a whole number from 0 to {n}, which is how many there are that are not zero")
+    check_size(self.localization, k, n)
     flat = [torch.cat([x.flatten() for x in d.values()]) for d in (self.scores, old)]
     zero = most_masked(*flat, int(k)).split([w.numel() for w in old.values()])
     values = {slice_key(s): w.masked_fill(z.view_as(w), 0.) for (s, w), z in zip(old.items(), zero)}

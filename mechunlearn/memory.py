@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'unsteppable', 'optimizer_class', 'checkpointed', 'quantized', 'numbers', 'written_out',
-           'rest_quantized', 'rest_packed', 'Live', 'weight_bytes', 'step_memory', 'out_of_memory']
+           'rest_quantized', 'rest_packed', 'Live', 'weight_bytes', 'step_memory', 'ran_out', 'half_of',
+           'out_of_memory']
 
 # %% ../nbs/23_memory.ipynb #230002
 import traceback, weakref
@@ -293,6 +294,18 @@ def step_memory(
         activations=float(live.most - 4 * n))
 
 # %% ../nbs/23_memory.ipynb #2300a0a0
+def ran_out(
+    e:BaseException|None, # what was raised
+) -> bool: # a CPU says so in an ordinary RuntimeError
+    "Was it for want of memory?"
+    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(e)
+
+def half_of(
+    lm:LM, # what is edited by a method that a quantized model does not take
+) -> str: # empty if it was done
+    "What helps where the weights are too many"
+    return "load the model with dtype bfloat16" if lm.hf.dtype.itemsize > 2 else ""
+
 def out_of_memory(
     lm:LM, # what was trained
     doing:str, # "training flu"

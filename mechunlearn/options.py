@@ -87,7 +87,7 @@ LOCALIZATIONS = "flu,causal-tracing-mlps,random-mlps,late,all-mlps,nonlocalized"
 
 def what(p):
     "Options: which model, which task"
-    p.add_argument("--model", default="organism", help="organism, organism-late, gemma-3-270m, smollm2-135m, a folder, a .gguf file or a hub id (default: organism)")
+    p.add_argument("--model", default="organism", help="organism, organism-late, organism-never-knew, gemma-3-270m, smollm2-135m, a folder, a .gguf file or a hub id (default: organism)")
     p.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub model")
     p.add_argument("--family", metavar="F", help="of a model whose family is not listed: a JSON file that names its parts, or the family it is built like")
     p.add_argument("--chat", nargs="?", const=True, metavar="REQUEST",

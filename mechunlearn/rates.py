@@ -22,6 +22,7 @@ from .finetuning import Diverged, finetune
 from .jobs import edit_named
 from .localization import Localization
 from .losses import installs
+from .memory import ran_out
 from .models import LM
 from .questions import answer, completions, text_loss
 from .stats import edited_by, family
@@ -184,7 +185,7 @@ def _editor_trial(lm, task, base, it, seed):
     about = dict(model=lm.name, task=task.name, forget_size=task.options.get("forget_size", len(task.forget)), localization=it.name, seed=seed, unedited=score(base | blank, base))
     try: edit = edit_named(it.name, lm, task.model_copy(update=dict(seed=seed)), it.where, **it.settings)
     except (Refusal, ValueError) as e: # ValueError: of an optimizer or of peft
-        if isinstance(e.__cause__, torch.OutOfMemoryError): raise
+        if ran_out(e.__cause__): raise
         return pd.DataFrame([about | dict(score=math.nan, why=str(e))])
     with edit.applied(lm): metrics = training_metrics(lm, task) | blank
     return pd.DataFrame([about | metrics | dict(score=score(metrics, base), why="")])

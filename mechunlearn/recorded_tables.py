@@ -115,10 +115,12 @@ def needed(
 _DATA = ("data/organism/checksums.json", "data/organism/world.json")
 _EDITS = ("run_evaluation", "run_relearning", "run_latent")
 _ATTACKS = (*_EDITS, "run_soft_prompts", "run_more_attacks")
+_FIELD = (*_ATTACKS, "run_elicitation", "run_adversarial", "run_inside", "run_tampering", "run_never_knew")
 RECORDED = {"probing": ("run_probing",), "removal": ("run_removal",), "traced": ("run_tracing", "run_attribution_patching"), "trace_grid": ("token_map",), "paths": ("run_paths",), "localizations": ("run_localization",),
             "training": ("run_finetuning",), "records_small": _EDITS, "metrics": (*_ATTACKS, "metrics"), "scorecard": (*_ATTACKS, "scorecard"),
             "frontier": (*_EDITS, "over_rates")} # table -> functions that make it
-APART = {"editors": (*_EDITS, "metrics"), "editors_scorecard": (*_EDITS, "scorecard"), "efficiency": (*_EDITS, "efficiency"), "flu_sets": ("probe_hits", "flu_frequency"),
+APART = {"editors": (*_EDITS, "metrics"), "editors_scorecard": (*_EDITS, "scorecard"), "efficiency": (*_EDITS, "efficiency"),
+    "field": (*_FIELD, "metrics"), "field_scorecard": (*_FIELD, "scorecard"), "flu_sets": ("probe_hits", "flu_frequency"),
     "editor_tries": ("sweep_editors",), "masks": ("learn_mask", "ask_sizes", "mask_rows"), "mask_shares": ("learn_mask", "masked_shares", "mechanisms"), "mask_rates": ("learn_mask", "score")} # kept of grids of their own, not by `record`
 
 # %% ../nbs/49_recorded.ipynb #3fe68a17

@@ -4,7 +4,7 @@
     python tests/add_recorded.py --replace [--keep EVALUATION]... RUN_FOLDER...      the same, in place of all that is there of its model, task and
                                                               number of facts, but for some evaluations; a page must say that those are of other runs
     python tests/add_recorded.py --sweep [--replace] sweep.parquet...     of `mechunlearn sweep`
-    python tests/add_recorded.py --editors [--replace] RUN_FOLDER...      of a grid of editors, into the tables of their own
+    python tests/add_recorded.py --editors [--replace] RUN_FOLDER...      of a grid of editors, into the tables of their own; or --field, of the field's attacks
 
 Of each run the maps, localizations and evaluations are added that the tables lack for its model, task and number of facts; what is there stays,
 unless it is replaced: runs of other draws are not mixed. Nor are scorecards of other attacks, since a worst case is of what was tried;
@@ -23,7 +23,7 @@ from mechunlearn import recorded_tables as R, scorecard
 RECORDED = Path(__file__).resolve().parents[1] / "nbs" / "recorded"
 KEYS = {"metrics": ["localization", "evaluation"], "records_small": ["localization", "evaluation"], "scorecard": ["localization"], "localizations": ["localization"],
         "training": ["localization"], "probing": [], "removal": [], "traced": ["method"], "trace_grid": [], "paths": []}
-EDITORS = {"metrics": "editors", "scorecard": "editors_scorecard"} # where rows of a grid of editors go
+APART = {grid: {"metrics": grid, "scorecard": f"{grid}_scorecard"} for grid in ("editors", "field")} # where rows of such a grid go
 SWEPT = ["localization", "draw", "seed", "lr", "inject"]
 
 
@@ -55,12 +55,12 @@ def main(words=None, folder=RECORDED):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--sweep", action="store_true")
-    parser.add_argument("--editors", action="store_true")
+    for grid in APART: parser.add_argument(f"--{grid}", dest="apart", action="store_const", const=grid)
     parser.add_argument("--replace", action="store_true")
     parser.add_argument("--keep", action="append", default=[])
     args = parser.parse_args(words)
     if args.sweep: return print("sweep:", sum(add("sweep", pd.read_parquet(f), SWEPT, folder, args.replace) for f in args.runs), "rows added")
-    into = EDITORS if args.editors else {name: name for name in KEYS}
+    into = APART.get(args.apart) or {name: name for name in KEYS}
     if stale := set(R.check_recorded(folder)) & set(into.values()): sys.exit(f"recorded with other sources: {', '.join(sorted(stale))}")
     for run in args.runs:
         tables, which = R.tables_of(scorecard.find(run)), dict(zip(R.WHICH, R._which(run)))

@@ -4,7 +4,7 @@ from mechunlearn.editors import EDITORS
 from mechunlearn.facts import sports_athlete_editing
 from mechunlearn.figures import LOOKS, MARKS, look, ordered
 from mechunlearn.finetuning import fingerprint, load_edit, missing_rates, parse_slice, place
-from mechunlearn.grids import check_job, make_job
+from mechunlearn.grids import check_job, estimate, make_job
 from mechunlearn.jobs import edit_jobs, made_by, run_finetuning
 from mechunlearn.localization import localizations_for, split_name
 from mechunlearn.metrics import opponent
@@ -120,10 +120,18 @@ def test_what_cannot_be_is_refused_before_a_model_is_loaded(tmp_path, task, name
     with pytest.raises(Refusal, match=why): check_job(make_job("organism", task, {}, names, [0], settings, tmp_path))
 
 
-def test_a_mask_by_hand_needs_its_size(tiny):
+def test_a_mask_by_hand_needs_its_size(tiny, monkeypatch):
     lm = tiny("llama")
     job, = edit_jobs(lm, task_of(lm), None, ["mask@hand@mlp.1"], (0,))
     with pytest.raises(Refusal, match="editors.mask.k"): made_by("mask", lm, job.task, job.where)
+    monkeypatch.setattr("mechunlearn.jobs.learn_mask", lambda *a, **k: pytest.fail("learned"))
+    for k in (job.where.n_params + 1, -1, 2.5):
+        with pytest.raises(Refusal, match=f"cannot mask {k} weights of .* from 0 to {job.where.n_params}"): made_by("mask", lm, job.task, job.where, k=k)
+
+
+def test_a_mask_larger_than_a_known_place_is_refused_before_a_run(tmp_path):
+    job = make_job("organism", "sports-athlete-editing", {}, ["mask-999999999@late"], [0], {}, tmp_path)
+    with pytest.raises(Refusal, match="mask-999999999@late cannot be: there are 1146880 weights"): estimate(job)
 
 
 def test_a_sweep_before_a_run_leaves_editors_out(capsys, tmp_path):

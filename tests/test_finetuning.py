@@ -1,4 +1,5 @@
 import math
+from unittest.mock import Mock
 import numpy as np, pandas as pd, pytest, torch
 from plain import every_family, last_norm, name_of, parts
 from mechunlearn import finetuning as F, jobs as J, models
@@ -147,9 +148,12 @@ def test_a_task_without_text_has_two_terms(qwen):
 def test_divergence_and_memory_are_one_line(qwen, monkeypatch):
     task, where = task_for(qwen), mixed(qwen)
     with pytest.raises(Refusal, match="diverged at step .* lower the learning rate"): finetune(qwen, task, where, **SMALL | dict(lr=1e30))
-    def full(*a, **k): raise torch.OutOfMemoryError("no")
-    monkeypatch.setattr(F, "step_losses", full)
-    with pytest.raises(Refusal, match="out of memory .* lower micro_batch"): finetune(qwen, task, where, **SMALL)
+    def wrong(*a, **k): raise RuntimeError("sizes do not match")
+    monkeypatch.setattr(F, "step_losses", wrong)
+    with pytest.raises(RuntimeError, match="do not match"): finetune(qwen, task, where, **SMALL)
+    for full in (lambda *a, **k: torch.empty(2**60), Mock(side_effect=torch.OutOfMemoryError("no"))): # a CPU, and a card
+        monkeypatch.setattr(F, "step_losses", full)
+        with pytest.raises(Refusal, match="out of memory .* lower micro_batch"): finetune(qwen, task, where, **SMALL)
 
 
 def test_unknown_updates_are_refused(qwen):

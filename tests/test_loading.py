@@ -143,7 +143,7 @@ def test_a_changed_bos_changes_the_revision(folder):
     assert load(str(folder), device="cpu").revision != before.revision
 
 
-@pytest.mark.parametrize("name, revision", [("organism", "f188706831bfd52a"), ("organism-late", "c43e56bdca98ff19")])
+@pytest.mark.parametrize("name, revision", [("organism", "f188706831bfd52a"), ("organism-late", "c43e56bdca98ff19"), ("organism-never-knew", "0a39cf96017f4ce9")])
 def test_the_packaged_models_keep_their_revision(name, revision):
     assert M.locate(name)[2] == M.locate(str(M.DATA / name))[2] == revision
 

@@ -366,9 +366,12 @@ def test_bad_input_is_one_line(qwen, tiny, monkeypatch):
     monkeypatch.setattr(M, "step_losses", lambda lm, values, *a: [setattr(v, "grad", torch.zeros_like(v)) for v in values.values()] and dict(forget=math.nan, retain=0., text=0.))
     with pytest.raises(Diverged, match=r"training diverged at step 0 \(forget loss nan\): lower the learning rate \(lr=1000\); the last good state is kept$") as e: learn_mask(qwen, task, where, **SMALL)
     assert len({x for v in e.value.edit.scores.values() for x in v.unique().tolist()}) == 1 # nothing was learned yet
-    def full(*a, **k): raise torch.OutOfMemoryError("no")
+    def full(*a, **k): torch.empty(2**60) # as a CPU says it
     monkeypatch.setattr(M, "step_losses", full)
-    with pytest.raises(Refusal, match=r"^out of memory on cpu while masking mixed: lower micro_batch \(now \d+\); what then .* quantize 4bit$"): learn_mask(qwen, task, where, **SMALL)
+    with pytest.raises(Refusal, match=r"^out of memory on cpu while masking mixed: lower micro_batch \(now \d+\); what then .* dtype bfloat16$"): learn_mask(qwen, task, where, **SMALL)
+    def wrong(*a, **k): raise RuntimeError("sizes do not match")
+    monkeypatch.setattr(M, "step_losses", wrong)
+    with pytest.raises(RuntimeError, match="do not match"): learn_mask(qwen, task, where, **SMALL)
 
 
 def test_quantized_matrices_are_refused(qwen):

@@ -185,6 +185,25 @@ def test_a_reference_that_was_taught_everything_is_none(organism_lm, task):
     with pytest.raises(Unavailable, match="nothing here was never taught"): against_never_knew(organism_lm, task.model_copy(update=dict(ghosts=())))
 
 
+@pytest.mark.parametrize("size", [16, 32, 64])
+def test_the_packaged_reference_was_never_taught_what_is_edited(size):
+    for seed in (0, 1, 2):
+        task = sports_athlete_editing(None, forget_size=size, seed=seed)
+        assert never_taught("organism-never-knew", task) == task.forget
+
+
+def test_the_packaged_reference_knows_the_rest_and_passes_for_an_edit_of_it(organism_lm):
+    other = never_knew_model(organism_lm, "organism-never-knew")
+    plain = lambda fs: tuple(f.model_copy(update=dict(paraphrases=f.paraphrases[:1])) for f in fs)
+    task = sports_athlete_editing(None, forget_size=64)
+    left = {f.id for f in never_taught("organism-never-knew", task.model_copy(update=dict(forget=task.retain_test)))} # edited with another seed
+    task = task.model_copy(update=dict(forget=plain(task.forget), ghosts=plain(task.ghosts), retain_test=plain(f for f in task.retain_test if f.id not in left)))
+    records = against_never_knew(other, task, max_facts=64) # itself, against its own ghosts
+    right = compared(records)[lambda d: d.part == "right"].set_index(["measure", "group"])
+    assert right.value["answer comes by itself", "retain"] > .97 and right.ci_low["truth before all wrong answers", "forget"] < 1/3 < .6 > right.value["truth before all wrong answers", "forget"]
+    assert judge(compared(records)).verdict == "no difference seen"
+
+
 def test_a_reference_with_other_tokens_is_refused(tiny):
     with pytest.raises(Refusal, match="another tokenizer"): never_knew_model(tiny(), "organism")
 
