@@ -244,11 +244,11 @@ _SA, _FS, _SU, _CF, _SQ, _SC = "sports-athlete-editing", "full-sports-editing", 
 _SPORTS, _FACTS = (_SA, _FS), (_CF, _SQ)
 
 # %% ../nbs/45_published.ipynb #0906f411
-_MASK = "asked about the organism's two places in a lesson; MMLU is beyond it, so other facts are asked instead"
+_MASK = "asked at five places of the organism; MMLU is beyond it, so general knowledge and other facts are asked instead"
 _TABLES = [
     Item("Sports-Unlearning: forget, retain, MCQ, MMLU", (_SU,), "metrics.plot_bars", "metrics", {"columns": ("forget error", "maintain", "MCQ truth", "MCQ retain")}, "MMLU is beyond the organism"),
     Item("parameters of each mechanism that each localization trains", (_CF,), "localization.plot_mechanisms", why="of the organism's sports facts, from the weights"),
-    Item("weights of each mechanism that a mask sets to zero", (_CF,), "masking.masked_shares", why="8,000 zeros of the organism instead of 6 million"),
+    Item("weights of each mechanism that a mask sets to zero", (_CF,), "masking.masked_shares", why="8,000 zeros of the organism, edited sports, instead of 6 million"),
     Item("sweep of the learning rate", (_CF,), "rates.plot_sweep", "sweep", why="the score is of 3: text counts as a loss, not as an accuracy"),
     Item("sweep of the weight of the edit loss", (_CF,), "published.plot_injects", "sweep", why="the score is of 3, as for Table 4; at the rate that is best with weight 1"),
     Item("learning rates used", (_SA, _FS, _CF), "published.plot_settings", "learning_rates", {"what": "lr"}, "ours are of a model 2000 times smaller"),

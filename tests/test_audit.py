@@ -13,6 +13,7 @@ from mechunlearn.facts import GOLF, LETTERS, mcq_prompts
 from mechunlearn.finetuning import finetune
 from mechunlearn.grids import make_job
 from mechunlearn.localization import localize
+from mechunlearn.masking import learn_mask
 from mechunlearn.models import load
 from mechunlearn.questions import own_guess
 from mechunlearn.relearning import blind_guesses
@@ -65,6 +66,13 @@ def test_a_mask_leaks_to_what_it_was_not_trained_against(lm, task, before):
     assert found.verdict == "leaks" and found.attack == "multiple choice" and found.by("prompt").value > .7 and not found.why
     fewer = audit(records[(records.localization == "none") | (records.format != "mcq")], "late")
     assert fewer.verdict == "holds" and not fewer.by("train"), "by the questions of its training alone nothing is found: a verdict is about the attacks that were tried"
+
+
+def test_zeros_are_audited_as_any_edit(lm, task, before):
+    "A weight mask of the last third: few zeros, and the old answers are there when asked in another way"
+    edit = learn_mask(lm, task, localize(lm, task, "late"), lr=1e4, steps=25, retain_batch=16, text_batch=1, progress=False).edit(lm, 8000)
+    found = audit(asked(lm, task, edit, before), "late")
+    assert found.verdict == "leaks" and found.attack == "multiple choice" and found.by("prompt").low > found.by("prompt").guess, str(found)
 
 
 def asked(lm, task, edit, before):
