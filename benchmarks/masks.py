@@ -1,7 +1,7 @@
 """Weight masks by number of zeros, and which mechanisms they touch (Table 3 and Figures 19 to 27 of the paper).
 
     python benchmarks/masks.py organism --seeds 0,1,2 --work FOLDER
-    python benchmarks/masks.py organism --task sports-unlearning --seeds 0,1,2 --work FOLDER
+    python benchmarks/masks.py organism --task sports-unlearning --forget-size 0 --seeds 0,1,2 --work FOLDER
     python benchmarks/masks.py gemma-3-270m --facts athletes --at 500,2000,10000 --rates 100,300,1000,3000 --sizes 200,500,1000,2000,5000,10000,50000 --work FOLDER
 
 For each place the rate is chosen on dev facts, by the score in training's format of a mask cut at the best of --at. One mask a place and seed is learned and cut
@@ -47,7 +47,7 @@ def cut(lm, task, place, lr, k, parts, a):
 
 def measured(a):
     lm, given = load(a.model, "cpu"), {"facts": a.facts} if a.facts else {}
-    made = lambda seed: make_task(a.task, lm, forget_size=a.forget_size, seed=seed, **given)
+    made = lambda seed: make_task(a.task, lm, seed=seed, **given, **({"forget_size": a.forget_size} if a.forget_size else {}))
     kept = lambda name, fn, task, **why: make(a.work and a.work / f"{a.model}-{a.task}-{name}.parquet", dict(revision=lm.revision, task=task.causes(), steps=a.steps, **why), fn)
     dev = dev_task(made(a.seeds[0]))
     base = training_metrics(lm, dev)
@@ -70,7 +70,7 @@ if __name__ == "__main__":
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     numbers = lambda kind: lambda text: [kind(x) for x in text.split(",")]
     ask.add_argument("model"); ask.add_argument("--task", default="sports-athlete-editing"); ask.add_argument("--facts")
-    ask.add_argument("--forget-size", type=int, default=16)
+    ask.add_argument("--forget-size", type=int, default=16, help="0 for a task that has none")
     ask.add_argument("--seeds", type=numbers(int), default=[0])
     ask.add_argument("--places", type=numbers(str), default=["flu", "late", "all-mlps", "causal-tracing", "nonlocalized"])
     ask.add_argument("--rates", type=numbers(float), default=[300., 1000., 3000., 10000.])
@@ -80,7 +80,7 @@ if __name__ == "__main__":
     ask.add_argument("--work", type=Path); ask.add_argument("--out", type=Path, default=RECORDED)
     args = ask.parse_args()
     for name, new in measured(args).items():
-        new = new.assign(model=args.model, task=args.task, forget_size=float(args.forget_size))
+        new = new.assign(model=args.model, task=args.task, forget_size=float(args.forget_size or "nan"))
         file = args.out / f"{name}.parquet"
         kept = pd.read_parquet(file).query("model != @args.model or task != @args.task") if file.exists() else new.iloc[:0]
         pd.concat([kept, new], ignore_index=True).to_parquet(file, index=False, compression="zstd")

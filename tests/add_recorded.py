@@ -39,7 +39,7 @@ def lacking(old, new, keys): return new[~known(new, old, keys)]
 
 def add(name, new, keys, folder, replace=False, keep=()):
     file = folder / f"{name}.parquet"
-    old = pd.read_parquet(file)
+    old = pd.read_parquet(file) if file.exists() else new.iloc[:0]
     if replace and len(new): old = old[~known(old, new, []) | (old.evaluation.isin(keep) if "evaluation" in old else False)]
     if name.endswith("scorecard") and set(old[known(old, new, [])].attack) not in (set(), set(new.attack)): new = new[:0]
     if name == "records_small" and not pd.concat([old[known(old, new, [])], new]).localization.str.startswith("flu").any(): new = new[:0]

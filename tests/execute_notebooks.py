@@ -55,7 +55,8 @@ def make_small(notebook) -> None:
         if png := data.get("image/png"):
             data["image/png"] = small_picture(png)
         if html := data.get("text/html"):
-            data["text/html"] = re.sub(r">\s*\n\s*<", "><", re.sub(r"<style scoped>.*?</style>", "", html, flags=re.DOTALL)) # pandas says it again for each table
+            html = re.sub(r'<style scoped>.*?</style>| headers="[^"]*"', "", html, flags=re.DOTALL) # pandas and great_tables say it again for each table, or cell
+            data["text/html"] = re.sub(r">\s*\n\s*<", "><", html)
             if len(data.get("text/plain", "")) > TEXT:
                 del data["text/plain"]
 
