@@ -90,3 +90,12 @@ def test_a_grid_of_editors_has_tables_of_its_own(tmp_path, monkeypatch, capsys):
         assert len(table[table.model == "organism"]) == len(recorded(name, forget_size=16))
     monkeypatch.setattr(A.R, "check_recorded", lambda folder: ["editors"])
     with pytest.raises(SystemExit, match="other sources: editors"): A.main(["--editors", str(run)], tmp_path)
+
+
+def test_the_fields_attacks_have_tables_that_are_made_when_they_are_not_there(tmp_path, monkeypatch):
+    run = synthetic_run(tmp_path / "runs", ("flu",), seeds=(0,), n=16, stages=("localizations", "standard", "relearning"), model="invented")
+    monkeypatch.setattr(A.R, "check_recorded", lambda folder: ["metrics", "editors"])
+    A.main(["--field", str(run)], tmp_path)
+    first = pd.read_parquet(tmp_path / "field_scorecard.parquet")
+    A.main(["--field", str(run)], tmp_path) # nothing twice
+    assert sorted(p.stem for p in tmp_path.glob("*.parquet")) == ["field", "field_scorecard"] and len(first) == len(pd.read_parquet(tmp_path / "field_scorecard.parquet"))
