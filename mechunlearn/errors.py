@@ -136,19 +136,22 @@ def say_errors(
     kinds = ", ".join(f"{n} `{k}`" for k, n in table.error.value_counts().items())
     return f"{len(table)} messages of {table.module.nunique()} modules: {kinds}."
 
-SEARCH = "var q=this.value.toLowerCase();document.querySelectorAll('#errors tr.m').forEach(function(r){r.style.display=r.textContent.toLowerCase().includes(q)?'':'none'})"
+SEARCH = ("var q=this.value.toLowerCase();document.querySelectorAll('#errors tbody').forEach(function(b){var a=(b.rows[0].className=='d'&&b.rows[0].textContent.toLowerCase().includes(q)),n=0;"
+          "b.querySelectorAll('tr.m').forEach(function(r){var s=a||r.textContent.toLowerCase().includes(q);n+=s;r.style.display=s?'':'none'});b.style.display=n||b.className=='r'?'':'none'})")
 
 def page(
     table:pd.DataFrame, # of `messages`
     rooms:dict, # page -> section of the site
 ) -> str: # HTML
-    "All messages by room, with a field to search in"
+    "All messages by room and by what to do, with a field to search in"
     def _linked(t): return re.sub(r"\[([^]]*)\]\((?:\d+_)?(\w+)\.ipynb\)", r'<a href="\2.html">\1</a>', html.escape(t))
     code = lambda t: f"<code>{html.escape(t)}</code>"
     rows, order = [], list(dict.fromkeys(rooms.values()))
     table = table.assign(room=table.page.map(lambda p: rooms.get(p, "Reference")))
     for (room, module, home), group in sorted(table.groupby(["room", "module", "page"], sort=False), key=lambda g: (order.index(g[0][0]) if g[0][0] in order else 99, g[0][2])):
-        rows.append(f'<tr><th colspan="3" style="text-align:left">{html.escape(room)}: <a href="{home}.html">{module}</a></th></tr>')
-        rows += [f'<tr class="m"><td>{html.escape(r.message)}</td><td>{code(r.when[:120]) if re.search(r"[=()<>.]", r.when) else html.escape(r.when)}</td><td>{_linked(r.cure)}</td></tr>' for r in group.itertuples()]
+        rows.append(f'<tbody class="r"><tr><th colspan="2" style="text-align:left">{html.escape(room)}: <a href="{home}.html">{module}</a></th></tr></tbody>')
+        for do, those in group.groupby("cure", sort=False):
+            said = "".join(f'<tr class="m"><td>{html.escape(r.message)}</td><td>{code(r.when[:120]) if re.search(r"[=()<>.]", r.when) else html.escape(r.when)}</td></tr>' for r in those.itertuples())
+            rows.append(f'<tbody><tr class="d"><td colspan="2"><b>{_linked(do)}</b></td></tr>{said}</tbody>')
     return (f'<input placeholder="words of the message" style="width:60%" onkeyup="{SEARCH}"><div style="max-height:70vh;overflow:auto"><table id="errors" style="font-size:85%">'
-            '<thead><tr><th>message</th><th>when</th><th>what to do</th></tr></thead><tbody>' + "".join(rows) + "</tbody></table></div>")
+            '<thead><tr><th>what to do: messages</th><th>when</th></tr></thead>' + "".join(rows) + "</table></div>")

@@ -857,9 +857,10 @@ def check_boundary(
     answers, # of each, the answer
 ):
     "Refuse prompts whose last token changes when the answer follows"
+    first = {a: lm.first_token(a) for a in set(answers)}
     before, after = lm.ids(list(prompts)), lm.ids([p + a for p, a in zip(prompts, answers)])
     for p, a, b, c in zip(prompts, answers, before, after):
-        if c[:len(b) + 1] != b + [lm.first_token(a)]:
+        if c[:len(b) + 1] != b + [first[a]]:
             raise Refusal(f"{lm.name}: {p[-20:]!r} followed by {a!r} is tokenized as {lm.tok.convert_ids_to_tokens(c[-3:])}")
 
 # %% ../nbs/01_facts.ipynb #4f6d1a06

@@ -114,9 +114,10 @@ def fact_rows(
     preferred:Sequence[str]=(), # an answer for each that is preferred to it
 ) -> list[Row]:
     "Facts as training examples"
-    def rest(fact, word): return tuple(lm.pieces(word)[1:]) if getattr(fact, "whole", True) else ()
-    ids, better = lm.ids([f.prompt for f in facts]), [(lm.first_token(w), *rest(f, w)) for f, w in zip(facts, preferred)]
-    return [Row(term, i, lm.first_token(w), rest(f, w), b) for f, i, w, b in zip(facts, ids, words, better or [()] * len(facts))]
+    of = {w: (lm.first_token(w), *lm.pieces(w)[1:]) for w in {*words, *preferred}}
+    def tokens(fact, word): return of[word] if getattr(fact, "whole", True) else of[word][:1]
+    ids, better = lm.ids([f.prompt for f in facts]), [tokens(f, w) for f, w in zip(facts, preferred)] or [()] * len(facts)
+    return [Row(term, i, (t := tokens(f, w))[0], t[1:], b) for f, i, w, b in zip(facts, ids, words, better)]
 
 # %% ../nbs/20_finetuning.ipynb #200015
 MAX_TOKENS = 128  # a training text is cut here

@@ -284,19 +284,26 @@ class Inside(BaseModel, extra="forbid"):
 Evaluated = dict[Annotated[str, AfterValidator(_group)], Annotated[Whole, Field(ge=1)]]
 
 # %% ../nbs/38_grids.ipynb #38e0001
+def _settings_of(editor):
+    "Settings of an editor, with their types"
+    from mechunlearn.editors import EDITORS
+    from mechunlearn.finetuning import finetune
+    from mechunlearn.masking import learn_mask
+    from mechunlearn.stats import BY_LOSSES
+    if editor in BY_LOSSES: return {k: t for k, t in get_type_hints(Settings, include_extras=True).items() if k in get_type_hints(finetune) and k != "loss"}
+    has = get_type_hints(learn_mask) | {"k": Annotated[int, Field(ge=1)]} if editor == "mask" else get_type_hints(EDITORS[editor])
+    return {k: t for k, t in has.items() if k not in ("lm", "task", "where", "seed", "progress", "text", "return")}
+
 def _as_read(value, read):
     "What a setting is; a whole number stays one, since artefacts know runs by what was written"
     return value if type(value) is int and type(read) is float else read
 
 def _editors(given):
     "Refuse editors that do not exist, and settings that they do not have, or cannot have"
-    from mechunlearn.editors import EDITORS
-    from mechunlearn.masking import learn_mask
     from mechunlearn.stats import BY_EDITORS, sized
     for named, how in given.items():
         name = store.choose(sized(named.partition("@")[0])[0], BY_EDITORS, "editor")
-        has = get_type_hints(learn_mask) | {"k": Annotated[int, Field(ge=1)]} if name == "mask" else get_type_hints(EDITORS[name])
-        for odd in ("lm", "task", "where", "seed", "progress", "text", "return"): has.pop(odd, None)
+        has = _settings_of(name)
         for option, value in how.items():
             try: read = TypeAdapter(has[store.choose(option, sorted(has), f"setting of {name}")]).validate_python(value) # 1e-3 is a word in YAML
             except ValidationError as e: raise Refusal(f"editors.{named}.{option}: {e.errors()[0]['msg'].lower()}") from None
@@ -576,15 +583,16 @@ def _check_seeds(seeds):
 # %% ../nbs/38_grids.ipynb #38e0002
 def _check_editor(job, name):
     "Refuse an editor where it cannot be"
-    from mechunlearn.stats import edited_by, said_size
+    from mechunlearn.stats import BY_LOSSES, edited_by, said_size
     editor, place = edited_by(name)
     if not editor: return
+    if job.settings.get("loss"): raise Refusal(f"{name}: {editor} has a loss of its own; leave out loss={job.settings['loss']}")
+    if rest := job.settings.get("rest"): raise Refusal(f"{name}: rest={rest} is for fine-tuning; leave it out, or fine-tune: {place}")
+    if editor in BY_LOSSES: return
     if job.task == "sequential-counterfact-editing": raise Refusal(f"{name}: {editor} edits all facts at once, and those of {job.task} come in parts")
     if editor == "mask" and not said_size(name) and "k" not in job.settings.get("editors", {}).get("mask", {}):
         raise Refusal(f"{name} needs a number of weights: mask-8000@{place}, or --set editors.mask.k=8000")
     if how := job.settings.get("quantize"): raise Refusal(f"{name}: {editor} cannot edit a quantized model; leave out quantize={how}, or fine-tune: {place}")
-    if job.settings.get("loss"): raise Refusal(f"{name}: {editor} has a loss of its own; leave out loss={job.settings['loss']}")
-    if rest := job.settings.get("rest"): raise Refusal(f"{name}: rest={rest} is for fine-tuning; leave it out, or fine-tune: {place}")
 
 # %% ../nbs/38_grids.ipynb #400086b
 def _check_localizations(job):

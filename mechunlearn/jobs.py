@@ -17,7 +17,8 @@ from .facts import Task
 from .editors import MEMIT, ROME, edit_with
 from .finetuning import FILES, Diverged, Edit, edit_of, finetune, load_edit, rates
 from .localization import Localization, localize_all
-from .masking import check_size, learn_mask
+from .losses import LOSSES
+from .masking import check_zeros, learn_mask
 from .models import LM
 from .stats import SIZED, edited_by, family, said_size
 from .store import Refusal, Run, Unavailable, load_table, make, note, state
@@ -69,14 +70,17 @@ def made_by(
     where:Localization, # where
     **how, # settings of that editor; `aim` as a table, `k` of a mask
 ) -> Edit: # named after editor and place
-    "An edit that is not a fine-tuning"
+    "An edit that is not a fine-tuning by the task's own loss"
     if editor == "mask":
         if "k" not in how: raise Refusal("mask@... needs a number of weights: mask-8000@..., or --set editors.mask.k=8000")
-        check_size(where, how["k"], where.n_params) # before anything is learned
+        check_zeros(where, how["k"], where.n_params) # before anything is learned
         try: edit = learn_mask(lm, task, where, **{n: v for n, v in how.items() if n != "k"}).edit(lm, how["k"])
         except Diverged as e:
             e.edit = e.edit.edit(lm, how["k"]) # the mask that is kept, as an edit
             raise
+    elif editor in LOSSES:
+        if how.get("lr") is None: raise Refusal(f"{editor}@... needs a learning rate of its own: --set editors.{editor}.lr=..., which `mechunlearn sweep --try {editor}.lr=...` finds")
+        edit = finetune(lm, task, where, loss=editor, **how)
     else:
         if "aim" in how: how["aim"] = (ROME if editor == "rome" else MEMIT)._replace(**how["aim"])
         edit = edit_with(lm, task, where, editor, **how)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHARPNESS', 'LOW', 'HIGH', 'GATES', 'CLAMPED_LR', 'CLAMPED_PENALTY', 'METHODS', 'MASK_PANELS', 'MASK_COSTS',
            'hard_concrete', 'p_open', 'straight_through', 'Gate', 'Learner', 'gated', 'clamp', 'lost', 'clamped',
-           'Mask', 'learn_mask', 'most_masked', 'check_size', 'mask_questions', 'ask_edits', 'ask_sizes', 'mask_rows',
+           'Mask', 'learn_mask', 'most_masked', 'check_zeros', 'mask_questions', 'ask_edits', 'ask_sizes', 'mask_rows',
            'plot_masking', 'sizes_needed', 'say_masking', 'plot_mask_costs', 'masked_weights', 'masked_shares']
 
 # %% ../nbs/21_weight_masking.ipynb #7878e626
@@ -220,7 +220,7 @@ def most_masked(
     return chosen.index_fill(0, more, True).view(weights.shape)
 
 # %% ../nbs/21_weight_masking.ipynb #4afc98d8
-def check_size(
+def check_zeros(
     where:Localization, # what is masked
     k, # how many weights are to become zero
     n:int, # how many there are
@@ -238,7 +238,7 @@ def edit(self:Mask,
     if lm.revision != self.config["revision"]: raise Refusal(f"this mask was learned on {self.config['model']} {self.config['revision']}, not on {lm.name} {lm.revision}")
     old = {s: w.detach().cpu() for s, w in masters(lm, [parse_slice(key) for key in self.scores]).items()}
     n = sum(int((w != 0).sum()) for w in old.values())
-    check_size(self.localization, k, n)
+    check_zeros(self.localization, k, n)
     flat = [torch.cat([x.flatten() for x in d.values()]) for d in (self.scores, old)]
     zero = most_masked(*flat, int(k)).split([w.numel() for w in old.values()])
     values = {slice_key(s): w.masked_fill(z.view_as(w), 0.) for (s, w), z in zip(old.items(), zero)}

@@ -112,7 +112,7 @@ def what(p):
 # %% ../nbs/48_options.ipynb #500009
 def where(p):
     "Options: which localizations, on what machine"
-    p.add_argument("--localizations", type=names, metavar="A,B", help=f"names, or an editor at a place: memit@flu (default: {LOCALIZATIONS})")
+    p.add_argument("--localizations", type=names, metavar="A,B", help=f"names, or an editor or another loss at a place: memit@flu, npo@flu (default: {LOCALIZATIONS})")
     p.add_argument("--layers", metavar="2-7", help="a set of your own, named hand@...: these layers")
     p.add_argument("--components", type=names, metavar="mlp,head.5.1",
                    help="their mlp and head (default: mlp), or components by name")

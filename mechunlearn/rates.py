@@ -21,7 +21,7 @@ from .figures import FIGURE_STYLE, figure, listed, ordered
 from .finetuning import Diverged, finetune
 from .jobs import edit_named
 from .localization import Localization
-from .losses import installs
+from .losses import LOSSES, installs
 from .memory import ran_out
 from .models import LM
 from .questions import answer, completions, text_loss
@@ -179,9 +179,13 @@ def tries_of(
     return found
 
 # %% ../nbs/27_learning_rates.ipynb #27ed0005
+def _installs(editor, how):
+    "Does an editor teach the edit answers?"
+    return installs(editor, how.get("preferred")) if editor in LOSSES else editor != "rmu"
+
 def _editor_trial(lm, task, base, it, seed):
     "One edit by an editor, as a table of one row"
-    blank = {"edit": math.nan} if edited_by(it.name)[0] == "rmu" else {}
+    blank = {} if _installs(edited_by(it.name)[0], it.settings) else {"edit": math.nan}
     about = dict(model=lm.name, task=task.name, forget_size=task.options.get("forget_size", len(task.forget)), localization=it.name, seed=seed, unedited=score(base | blank, base))
     try: edit = edit_named(it.name, lm, task.model_copy(update=dict(seed=seed)), it.where, **it.settings)
     except (Refusal, ValueError) as e: # ValueError: of an optimizer or of peft

@@ -119,7 +119,7 @@ _FIELD = (*_ATTACKS, "run_elicitation", "run_adversarial", "run_inside", "run_ta
 RECORDED = {"probing": ("run_probing",), "removal": ("run_removal",), "traced": ("run_tracing", "run_attribution_patching"), "trace_grid": ("token_map",), "paths": ("run_paths",), "localizations": ("run_localization",),
             "training": ("run_finetuning",), "records_small": _EDITS, "metrics": (*_ATTACKS, "metrics"), "scorecard": (*_ATTACKS, "scorecard"),
             "frontier": (*_EDITS, "over_rates")} # table -> functions that make it
-APART = {"editors": (*_EDITS, "metrics"), "editors_scorecard": (*_EDITS, "scorecard"), "efficiency": (*_EDITS, "efficiency"),
+APART = {"editors": (*_EDITS, "metrics"), "editors_scorecard": (*_EDITS, "scorecard"), "losses": (*_EDITS, "metrics"), "losses_scorecard": (*_EDITS, "scorecard"), "efficiency": (*_EDITS, "efficiency"),
     "field": (*_FIELD, "metrics"), "field_scorecard": (*_FIELD, "scorecard"), "flu_sets": ("probe_hits", "flu_frequency"),
     "editor_tries": ("sweep_editors",), "masks": ("learn_mask", "ask_sizes", "mask_rows"), "mask_shares": ("learn_mask", "masked_shares", "mechanisms"), "mask_rates": ("learn_mask", "score")} # kept of grids of their own, not by `record`
 

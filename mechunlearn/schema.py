@@ -89,7 +89,7 @@ def keys(
     return pd.DataFrame(rows, columns=["key", "type", "default", "meaning", "example", "value"])
 
 # %% ../nbs/65_grid_file.ipynb #650025
-MEANINGS = {"models": "packaged names, folders, hub ids", "localizations": "what is trained: names, sets by hand, or an editor at a place", "seeds": "each draws facts, edit answers and the order of training", "draws": "of each random localization",
+MEANINGS = {"models": "packaged names, folders, hub ids", "localizations": "what is trained: names, sets by hand, or an editor or another loss at a place", "seeds": "each draws facts, edit answers and the order of training", "draws": "of each random localization",
     "out": "folder of the runs", "settings": "options of the stages, below", "keep_edits": "keep the weights of the edits after the attacks", "attacks": "what an edit goes through", "lr": "learning rate", "alpha": "of the adapters", "dropout": "of the adapters",
     "rank": "of the adapters; 0: none, the weights themselves", "steps": "of training", "lora": "adapters of the attacker", "lrs": "learning rates", "dtype": "precision of the weights; default: float32 up to 1e8 parameters, or 1e9 on a processor without bfloat16; else bfloat16", "quantize": "the model is loaded in so many bits (bitsandbytes)", "relearning": "half the facts are taught again, the others asked", "latents": "probes for what is still inside",
     "soft": "prompts of trained vectors", "hardened": "harder multiple choice", "generation": "open answers", "elicitation": "other ways to ask, without training", "capabilities": "what it can do besides", "adversarial": "pushes and suffixes found by gradients", "inside": "the model read layer by layer", "tampering": "rounded, damaged, trained on other text"}

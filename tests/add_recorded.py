@@ -4,7 +4,7 @@
     python tests/add_recorded.py --replace [--keep EVALUATION]... RUN_FOLDER...      the same, in place of all that is there of its model, task and
                                                               number of facts, but for some evaluations; a page must say that those are of other runs
     python tests/add_recorded.py --sweep [--replace] sweep.parquet...     of `mechunlearn sweep`
-    python tests/add_recorded.py --editors [--replace] RUN_FOLDER...      of a grid of editors, into the tables of their own; or --field, of the field's attacks
+    python tests/add_recorded.py --editors [--replace] RUN_FOLDER...      of a grid of editors, into the tables of their own; or --losses, or --field, of the field's attacks
 
 Of each run the maps, localizations and evaluations are added that the tables lack for its model, task and number of facts; what is there stays,
 unless it is replaced: runs of other draws are not mixed. Nor are scorecards of other attacks, since a worst case is of what was tried;
@@ -23,7 +23,7 @@ from mechunlearn import recorded_tables as R, scorecard
 RECORDED = Path(__file__).resolve().parents[1] / "nbs" / "recorded"
 KEYS = {"metrics": ["localization", "evaluation"], "records_small": ["localization", "evaluation"], "scorecard": ["localization"], "localizations": ["localization"],
         "training": ["localization"], "probing": [], "removal": [], "traced": ["method"], "trace_grid": [], "paths": []}
-APART = {grid: {"metrics": grid, "scorecard": f"{grid}_scorecard"} for grid in ("editors", "field")} # where rows of such a grid go
+APART = {grid: {"metrics": grid, "scorecard": f"{grid}_scorecard"} for grid in ("editors", "losses", "field")} # where rows of such a grid go
 SWEPT = ["localization", "draw", "seed", "lr", "inject"]
 
 

@@ -7,13 +7,16 @@ from mechunlearn.finetuning import fingerprint, load_edit, missing_rates, parse_
 from mechunlearn.grids import check_job, estimate, make_job
 from mechunlearn.jobs import edit_jobs, made_by, run_finetuning
 from mechunlearn.localization import localizations_for, split_name
+from mechunlearn.losses import LOSSES
 from mechunlearn.metrics import opponent
-from mechunlearn.stats import BY_EDITORS, edited_by, said_size, sized
+from mechunlearn.rates import _installs
+from mechunlearn.stats import BY_EDITORS, BY_LOSSES, edited_by, said_size, sized
 from mechunlearn.store import Refusal, Run
 
 QUICK = {"rome": dict(n_contexts=1, aim=dict(steps=2, lr=.1)), "memit": dict(n_contexts=1, weight=10., aim=dict(steps=2, lr=.1)),
          "alphaedit": dict(n_contexts=1, l2=.1, threshold=.5, aim=dict(steps=2)), "rmu": dict(steps=2, batch=3, lr=1e-2),
          "lora": dict(steps=2, batch=4, retain_batch=4, text_batch=2, lr=1e-2), "mask": dict(k=7, steps=2, batch=4, retain_batch=4, text_batch=2)}
+QUICK |= {loss: dict(lr=1e-2, steps=2, batch=4, retain_batch=4, text_batch=2) for loss in BY_LOSSES}
 
 
 def task_of(lm):
@@ -25,7 +28,7 @@ def task_of(lm):
 
 
 def test_names():
-    assert set(BY_EDITORS) == {*EDITORS, "mask"} == set(MARKS)
+    assert set(BY_EDITORS) == {*EDITORS, "mask", *LOSSES} == set(MARKS) and list(BY_LOSSES) == list(LOSSES)
     assert edited_by("memit@hand@mlp.1") == ("memit", "hand@mlp.1") and edited_by("edited@x") == ("", "edited@x") and edited_by("mask@") == ("", "mask@")
     assert split_name("memit@random-mlps", draw=2) == ("memit@random-mlps#2", "random-mlps", 2)
     assert localizations_for(["mask@random", "flu"], 2) == ["mask@random#0", "mask@random#1", "flu"]
@@ -78,7 +81,7 @@ def test_each_is_a_job_like_any_other(tiny, tmp_path, editor):
     again = jobs()[0].edit()
     assert all(torch.equal(again.values[k], edit.values[k]) for k in edit.values) and load_edit(first.folder).config == edit.config
     assert jobs(steps=9)[0].causes() == first.causes() # a setting of fine-tuning
-    other = dict(QUICK, **{editor: QUICK[editor] | (dict(k=8) if editor == "mask" else dict(layers=[1]) if editor != "rome" else dict(layer=1))})
+    other = dict(QUICK, **{editor: QUICK[editor] | (dict(k=8) if editor == "mask" else dict(clip=.5) if editor in LOSSES else dict(layers=[1]) if editor != "rome" else dict(layer=1))})
     assert jobs(editors=other)[0].causes() != first.causes()
     with edit.applied(lm): assert fingerprint(lm) != before
     assert fingerprint(lm) == before
@@ -91,6 +94,26 @@ def test_it_is_what_the_editor_makes_by_hand(tiny):
     where = job.where.model_copy(update=dict(name="hand@mlp.1"))
     by_hand = EDITORS["lora"](lm, task, where, **QUICK["lora"])
     assert all(torch.equal(v, job.edit().values[k]) for k, v in by_hand.values.items())
+
+
+@pytest.mark.parametrize("loss", BY_LOSSES)
+def test_a_loss_at_a_place_is_the_fine_tuning_by_that_loss(tiny, loss):
+    lm, how = tiny("llama"), dict(lr=1e-2, steps=2, batch=4, retain_batch=4, text_batch=2)
+    at, = edit_jobs(lm, task_of(lm), None, [f"{loss}@hand@mlp.1"], (0,), editors={loss: how})
+    setting, = edit_jobs(lm, task_of(lm), None, ["hand@mlp.1"], (0,), loss=loss, inject=1., **how)
+    a, b = at.edit(), setting.edit()
+    assert all(torch.equal(v, a.values[k]) for k, v in b.values.items()) and a.curve.equals(b.curve) and a.config == b.config
+
+
+def test_a_loss_at_a_place_needs_a_rate(tiny):
+    lm = tiny("llama")
+    job, = edit_jobs(lm, task_of(lm), None, ["npo@hand@mlp.1"], (0,))
+    with pytest.raises(Refusal, match="npo@... needs a learning rate of its own: --set editors.npo.lr"): job.edit()
+
+
+def test_a_sweep_does_not_ask_for_answers_that_a_loss_does_not_install():
+    assert not _installs("npo", {}) and not _installs("rmu", {}) and not _installs("dpo", {}) and _installs("idk", {"preferred": "edit"})
+    assert _installs("injection", {}) and _installs("rome", {})
 
 
 def test_fine_tunings_beside_them_are_what_they_are_alone(tiny):
@@ -115,6 +138,10 @@ def test_fine_tunings_beside_them_are_what_they_are_alone(tiny):
     ("sports-athlete-editing", ["hand@mlp.1:0"], {}, "give 1 to 384 neurons"),
     ("sports-athlete-editing", ["hand@mlp.1+mlp.1:3"], {}, "not whole already"),
     ("sports-athlete-editing", ["memit@flu"], {"loss": "npo"}, "has a loss of its own"),
+    ("sports-athlete-editing", ["npo@flu"], {"loss": "npo"}, "has a loss of its own"),
+    ("sports-athlete-editing", ["npo@flu"], {"rest": "4bit"}, "rest=4bit is for fine-tuning"),
+    ("sports-athlete-editing", ["npo@flu"], {"editors": {"npo": {"lr": 0}}}, "editors.npo.lr"),
+    ("sports-athlete-editing", ["npo@flu"], {"editors": {"npo": {"loss": "dpo"}}}, "unknown setting of npo 'loss'"),
     ("sequential-counterfact-editing", ["memit@flu"], {}, "come in parts")])
 def test_what_cannot_be_is_refused_before_a_model_is_loaded(tmp_path, task, names, settings, why):
     with pytest.raises(Refusal, match=why): check_job(make_job("organism", task, {}, names, [0], settings, tmp_path))

@@ -78,6 +78,7 @@ def test_dev_facts_of_a_whole_sport(tmp_path, name):
 # ---- real tokenizers, whole tables
 
 NAMES = ("llama-3", "gemma", "qwen3", "gemma-3")
+ONE_OF_EACH = ["llama-3", "gemma-3", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gemma", "qwen3"))] # by bytes, by words
 
 
 @pytest.fixture(scope="session")
@@ -91,7 +92,7 @@ def knows(monkeypatch): monkeypatch.setattr(facts_module, "probabilities", lambd
 
 
 @real
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_the_table_of_athletes_is_taken_whole(reader, name):
     lm = reader(name)
     for size in (16, 64):
@@ -100,7 +101,7 @@ def test_the_table_of_athletes_is_taken_whole(reader, name):
 
 
 @real
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_counterfact_is_taken(reader, knows, name):
     lm = reader(name)
     for kind, paper in ((CF, False), (SEQ, True)):

@@ -24,7 +24,7 @@ def athletes(stand_in):
 
 
 @pytest.mark.parametrize("size", [16, 64])
-@pytest.mark.parametrize("name", ["llama-3", "qwen3", "gemma"])
+@pytest.mark.parametrize("name", ["llama-3", pytest.param("qwen3", marks=pytest.mark.slow), "gemma"])
 def test_the_map_by_token_has_facts(athletes, name, size, tmp_path):
     lm, task = athletes(name, size)
     cases = tracing._alike(lm, task)

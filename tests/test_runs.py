@@ -278,7 +278,7 @@ def descendants(pid): return psutil.Process(pid).children(recursive=True)
 def as_in_a_terminal(): signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
 
-@pytest.mark.parametrize("sig,code", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize("sig,code", [(signal.SIGINT, 130), pytest.param(signal.SIGKILL, -9, marks=pytest.mark.slow)])
 def test_stopped_run_leaves_no_process_and_goes_on(steps, tmp_path, here, sig, code):
     seeds = ["--seeds", "0,1,2,3,4"]
     p = subprocess.Popen(command(tmp_path, steps, *seeds), stderr=subprocess.PIPE, text=True, preexec_fn=as_in_a_terminal)
