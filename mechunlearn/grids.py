@@ -13,6 +13,7 @@ __all__ = ['PIPELINE', 'MAPS', 'ATTACKS', 'STANDARD', 'BENCHMARKS', 'FIELD', 'CH
 # %% ../nbs/38_grids.ipynb #380002
 import itertools, math, os, re, reprlib, tempfile
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, get_args, get_type_hints
@@ -553,19 +554,29 @@ def _base(folder, base):
     return locate(about["base_model_name_or_path"])[0], about.get("revision")
 
 # %% ../nbs/38_grids.ipynb #400089
+@lru_cache(maxsize=8)
+def _read_once(source, commit, stamp): # the stamp of its file
+    from mechunlearn.models import read_tokenizer
+    return read_tokenizer(source, commit)
+
+def _tokenizer(source, commit):
+    "A tokenizer, read once a process"
+    file = Path(source)/"tokenizer.json"
+    return _read_once(source, commit, file.stat().st_mtime_ns if file.is_file() else None)
+
 def skeleton(
     job:Job, # a job
 ): # an LM on the meta device
     "The model without its weights"
-    from mechunlearn.models import configuration, is_adapter, loading, locate, read_tokenizer, skeleton, snapshot, wrap
+    from mechunlearn.models import configuration, is_adapter, loading, locate, skeleton, snapshot, wrap
     source, name, revision = locate(job.model)
     with loading(job.model):
         folder, commit = (Path(source), None) if revision else snapshot(source, job.settings.get("revision"))
-        tok = read_tokenizer(source, commit) if not is_adapter(folder) or (folder/"tokenizer_config.json").is_file() else None
+        tok = _tokenizer(source, commit) if not is_adapter(folder) or (folder/"tokenizer_config.json").is_file() else None
         if is_adapter(folder): source, commit = _base(folder, job.settings.get("base"))
         hf = skeleton(configuration(source, commit), family := job.settings.get("family"))
         hf.hf_device_map = {"": "meta"} # or it would be moved to a real device
-        return wrap(hf, tok or read_tokenizer(source, commit), name, revision or commit, job.settings.get("bos"), family, job.settings.get("chat"))
+        return wrap(hf, tok or _tokenizer(source, commit), name, revision or commit, job.settings.get("bos"), family, job.settings.get("chat"))
 
 # %% ../nbs/38_grids.ipynb #400086a
 def _check_rest(job):

@@ -147,3 +147,15 @@ def test_a_model_that_is_not_here_is_told_about_all_the_same(capsys, monkeypatch
     assert main(["check", "--model", "google/gemma-2-9b", "--card", "A100 40GB"]) == 2
     said = capsys.readouterr()
     assert "9,241,705,984 parameters" in said.out and "card: A100 40GB" in said.out and "bfloat16, adamw" in said.out and "cannot load 'google/gemma-2-9b'" in said.err
+
+
+def test_a_tokenizer_is_read_once_and_again_when_it_has_changed(tmp_path):
+    import os, shutil
+    from mechunlearn.grids import make_job, skeleton
+    from mechunlearn.loading import packaged
+    folder = shutil.copytree(packaged()["organism"], tmp_path / "model")
+    tok = lambda: skeleton(make_job(str(folder), "sports-athlete-editing", {}, ["flu"], [0], {})).tok
+    first = tok()
+    assert tok() is first
+    os.utime(folder / "tokenizer.json", (1, 1))
+    assert tok() is not first
