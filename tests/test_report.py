@@ -7,7 +7,7 @@ import pytest
 from matplotlib.figure import Figure
 from mechunlearn import metrics, recorded_tables, report as r, scorecard, store
 from mechunlearn.evaluation import SCALED, plot_scale
-from mechunlearn.figures import spread
+from mechunlearn.figures import ordered, spread
 from mechunlearn.claims import tally
 from mechunlearn.metrics import holm_by, opponent
 from mechunlearn.frontier import side_of
@@ -544,6 +544,18 @@ def test_what_an_attack_cost_is_read_from_its_artefact(tmp_path):
     assert took.attack.tolist() == ["half retaught"] and took.seconds.item() >= .05
     card = r.scorecard(r.records(run), took)
     assert " s" in r.scorecard_text(card) and card[card.attack == "multiple choice"].seconds.isna().all()
+
+
+def test_names_of_many_edits_stand_in_a_legend():
+    names = [f"{e}@{p}" for p in ("late", "flu") for e in ("rome", "memit", "alphaedit", "rmu", "lora", "npo", "dpo")]
+    rows = pd.DataFrame(dict(localization=[*names, "flu"], seed=-1, kept=.9, kept_low=.8, kept_high=1., robust=.8, robust_low=.7, robust_high=.9, attacks="3 attacks"))
+    fig = r.plot_frontier(None, rows=rows)
+    shown = [t.get_text() for t in fig.legends[0].get_texts()]
+    said = lambda fig: {t.get_text() for t in fig.axes[0].texts} & {*names, "flu"}
+    assert shown == ordered(rows.localization) and shown[0] == "flu" and not said(fig)
+    few = r.plot_frontier(None, rows=rows[rows.localization.isin(names[:3])])
+    assert not few.legends and said(few) == set(names[:3])
+
 
 def test_what_a_new_table_cost_is_read_from_what_it_holds(tmp_path, only):
     only("What an attack costs")
