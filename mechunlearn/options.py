@@ -325,6 +325,15 @@ def sweep_words(
     return ["sweep", *sum(given, []), *sum((["--set", f"{k}={v}"] for k, v in training.items()), [])]
 
 # %% ../nbs/48_options.ipynb #c18a0004
+def _losses_have_rates(job):
+    "Refuse an edit by another loss whose learning rate nobody said"
+    from mechunlearn.stats import BY_LOSSES, edited_by
+    for name in job.localizations:
+        if (loss := edited_by(name)[0]) not in BY_LOSSES: continue
+        from mechunlearn.jobs import editor_settings
+        if editor_settings(name, job.settings.get("editors", {})).get("lr") is None:
+            raise Refusal(f"{name} needs a learning rate of its own: --set editors.{loss}.lr=..., or find one: mechunlearn sweep --localizations {name} --try {loss}.lr=.001,.002,.004,.008")
+
 def ready(
     job, # a Job
     args, # parsed options
@@ -340,6 +349,7 @@ def ready(
     noted = {"lacking": args.lacking} if args.dry_run else {}
     check_job(job, **noted) if getattr(args, "engine", "local") == "local" else check_job(job, here=False, **noted)
     if args.command in ("localize", "sweep") or getattr(args, "sweep", False): return
+    _losses_have_rates(job)
     if missing := no_rates(job):
         said = (f"there is no learning rate for {', '.join(missing)} of {job.model} on {job.task}: give one with --set lr=..., "
                 f"or find them with --sweep or by: {shlex.join(['mechunlearn', *sweep_words(job, missing)])}")

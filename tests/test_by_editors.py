@@ -111,6 +111,13 @@ def test_a_loss_at_a_place_needs_a_rate(tiny):
     with pytest.raises(Refusal, match="npo@... needs a learning rate of its own: --set editors.npo.lr"): job.edit()
 
 
+def test_the_rate_of_a_loss_is_asked_for_before_a_model_is_loaded(tmp_path, capsys):
+    from mechunlearn.cli import main
+    argv = ["run", "--forget-size", "16", "--localizations", "flu,npo@late", "--out", str(tmp_path)]
+    assert main(argv) == 2 and "npo@late needs a learning rate of its own: --set editors.npo.lr=..." in (err := capsys.readouterr().err) and err.count("\n") == 1
+    assert main([*argv, "--dry-run", "--set", "editors.npo.lr=.004"]) == 0
+
+
 def test_a_sweep_does_not_ask_for_answers_that_a_loss_does_not_install():
     assert not _installs("npo", {}) and not _installs("rmu", {}) and not _installs("dpo", {}) and _installs("idk", {"preferred": "edit"})
     assert _installs("injection", {}) and _installs("rome", {})
