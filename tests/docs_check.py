@@ -3,7 +3,6 @@ import json
 import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import nbformat
@@ -71,34 +70,29 @@ def notebooks_are_recorded() -> None:
 
 
 def pages_convert() -> None:
-    from nbconvert import HTMLExporter
+    from nbconvert import MarkdownExporter
 
-    exporter = HTMLExporter()
+    exporter = MarkdownExporter()
     pages = {p.stem for p in NBS.glob("*.ipynb")}
-    with tempfile.TemporaryDirectory() as folder:
-        for path in sorted(NBS.glob("*.ipynb")):
-            body, _ = exporter.from_filename(str(path))
-            (Path(folder) / f"{path.stem}.html").write_text(body)
-            source = "".join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "markdown")
-            for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", source):
-                if target.startswith(("http", "mailto")):
-                    continue
-                stem = Path(target).stem
-                if Path(target).suffix in (".ipynb", ".html") and stem not in pages:
-                    fail(f"{path.name} links to {target}, which is not a page")
-                if Path(target).suffix not in (".ipynb", ".html") and not (NBS / target).exists():
-                    fail(f"{path.name} links to {target}, which does not exist")
+    for path in sorted(NBS.glob("*.ipynb")):
+        exporter.from_filename(str(path))
+        source = "".join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "markdown")
+        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", source):
+            if target.startswith(("http", "mailto")):
+                continue
+            stem = Path(target).stem
+            if Path(target).suffix in (".ipynb", ".html") and stem not in pages:
+                fail(f"{path.name} links to {target}, which is not a page")
+            if Path(target).suffix not in (".ipynb", ".html") and not (NBS / target).exists():
+                fail(f"{path.name} links to {target}, which does not exist")
 
 
-def pages_convert_and_are_processed() -> None:
-    "Both at once: each takes a processor for a minute"
+def pages_are_processed() -> None:
+    "As Quarto would get them: what they show of the library is executed"
     code = "from nbdev.serve import proc_nbs; proc_nbs(n_workers=0, force=True)"
-    with tempfile.TemporaryFile("w+") as said:
-        with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=said) as proc:
-            pages_convert()
-        if proc.returncode:
-            said.seek(0)
-            fail("nbdev's page processing failed:\n" + said.read()[-2000:])
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    if ran.returncode:
+        fail("nbdev's page processing failed:\n" + ran.stderr[-2000:])
 
 
 def outside(text: str) -> str:
@@ -127,6 +121,6 @@ def built_pages_are_right() -> None:
 
 
 if __name__ == "__main__":
-    for check in (exports_are_clean, readme_is_the_index, sidebar_is_whole, notebooks_are_recorded, pages_convert_and_are_processed, built_pages_are_right):
+    for check in (exports_are_clean, readme_is_the_index, sidebar_is_whole, notebooks_are_recorded, pages_convert, pages_are_processed, built_pages_are_right):
         check()
         print(f"docs-check: {check.__name__.replace('_', ' ')}", flush=True)
