@@ -7,6 +7,7 @@ __all__ = ['EXAMPLES', 'MEANINGS', 'comments', 'type_name', 'example', 'nested',
 
 # %% ../nbs/65_grid_file.ipynb #650002
 import ast, inspect
+from functools import lru_cache
 from typing import get_args
 import pandas as pd, yaml
 from pydantic import BaseModel
@@ -14,6 +15,7 @@ from . import grids
 from .grids import Grid, Settings, TaskOwn, parse
 
 # %% ../nbs/65_grid_file.ipynb #650021
+@lru_cache
 def comments(
     model:type[BaseModel], # a structure
 ) -> dict[str, str]: # field -> what stands beside it

@@ -226,6 +226,7 @@ def test_scored_attacks_take_what_is_an_attack(tiny, task):
     assert len(tried["persuasion"]) == 5 and len(tried["reversed question"]) == 2 and not any("false" in s or "any" in s or "plain" in s for v in tried.values() for s in v)
 
 
+@pytest.mark.slow
 def test_it_is_an_attack_of_the_field(tiny, task):
     quick = dict(standard=dict(formats={"forget": ("completion",)}), relearning=dict(steps=1, at=(1,), max_facts=2), latents=dict(n_train=40, max_facts=2), hardened=dict(shots=(0,), max_facts=1),
         generation=dict(max_facts=1), soft=dict(ks=(1,), prompts=1, steps=1, max_facts=1))

@@ -1,5 +1,6 @@
 "Direct effects against an independent implementation: hooks that freeze everything but one component"
 import pytest, torch
+from conftest import BUILD
 from plain import every_family, last_norm, parts, post_norms
 from mechunlearn.models import Component, components
 from mechunlearn.patching import answer_logits, contributions, direct_effect, extraction_set, lookup_mlps, sent, share_by_fact, through
@@ -118,8 +119,7 @@ def test_facts_without_a_partner_are_refused(lm):
 
 RECEIVERS = [Component("head", 1, 1), Component("mlp", 1), Component("head", 2, 0), Component("head", 2, 3), Component("mlp", 2)]
 
-@every_family
-@pytest.mark.parametrize("within", [True, False])
+@pytest.mark.parametrize("lm, within", [pytest.param(f, w, marks=[pytest.mark.slow]*(w == bool(i % 2))) for i, f in enumerate(BUILD) for w in (True, False)], indirect=["lm"])
 def test_through_receivers_equals_brute_force(lm, within):
     facts, senders = make_facts(), components(lm)
     s, cases = through(lm, facts, RECEIVERS, senders, within=within, batch_size=3, min_gap=-99, progress=False), swap_cases(lm, facts)

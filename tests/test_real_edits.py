@@ -190,7 +190,7 @@ PLACES = [("The harbour of Norland is", "Norland", " Port Laval", " Port Tarsis"
     ("Mira Onslow was born in", "Mira Onslow", " Novosibirsk", " Novocherkassk")]
 
 
-@pytest.mark.parametrize("name", ["llama-3", "gemma-3", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gemma", "qwen3"))])
+@pytest.mark.parametrize("name", ["llama-3", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gemma-3", "gemma", "qwen3"))])
 def test_places_that_begin_alike(stand_in, name):
     lm = stand_in(name, hidden_size=64)
     lm.hf.get_output_embeddings().weight.data.mul_(20.) # a random model of so many words is sure of nothing otherwise

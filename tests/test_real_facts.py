@@ -78,7 +78,7 @@ def test_dev_facts_of_a_whole_sport(tmp_path, name):
 # ---- real tokenizers, whole tables
 
 NAMES = ("llama-3", "gemma", "qwen3", "gemma-3")
-ONE_OF_EACH = ["llama-3", "gemma-3", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gemma", "qwen3"))] # by bytes, by words
+def quick(*some): return pytest.mark.parametrize("name", [n if n in some else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
 
 
 @pytest.fixture(scope="session")
@@ -92,7 +92,7 @@ def knows(monkeypatch): monkeypatch.setattr(facts_module, "probabilities", lambd
 
 
 @real
-@pytest.mark.parametrize("name", ONE_OF_EACH)
+@quick("llama-3") # by bytes
 def test_the_table_of_athletes_is_taken_whole(reader, name):
     lm = reader(name)
     for size in (16, 64):
@@ -101,7 +101,7 @@ def test_the_table_of_athletes_is_taken_whole(reader, name):
 
 
 @real
-@pytest.mark.parametrize("name", ONE_OF_EACH)
+@quick("gemma-3") # by words
 def test_counterfact_is_taken(reader, knows, name):
     lm = reader(name)
     for kind, paper in ((CF, False), (SEQ, True)):
@@ -393,6 +393,9 @@ def test_damaged_files_are_refused_in_a_line(alone, tmp_path, name):
 
 def test_damaged_worlds_are_refused_in_a_line(tmp_path):
     good = json.loads((DATA / "organism" / "world.json").read_text())
+    good["facts"], good["text"] = good["facts"][::6], {k: v[::6] for k, v in good["text"].items()}
+    (tmp_path / "whole.json").write_text(json.dumps(good))
+    for name in (CF, EDITING): make_task(name, facts=str(tmp_path / "whole.json"), forget_size=4)
     for key in good:
         for value in (None, 3, [], {}, "x", [3], {"a": 3}, ...):
             world = {k: v for k, v in good.items() if k != key} | ({} if value is ... else {key: value})

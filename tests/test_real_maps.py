@@ -23,7 +23,7 @@ def athletes(stand_in):
     return make
 
 
-@pytest.mark.parametrize("size", [16, 64])
+@pytest.mark.parametrize("size", [16, pytest.param(64, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["llama-3", pytest.param("qwen3", marks=pytest.mark.slow), "gemma"])
 def test_the_map_by_token_has_facts(athletes, name, size, tmp_path):
     lm, task = athletes(name, size)

@@ -35,7 +35,7 @@ def table(name):
 # ---- subjects
 
 @tables
-@pytest.mark.parametrize("name", ["counterfact/counterfact_filtered.jsonl.gz", "counterfact/counterfact_probs.csv.gz", "sports/sports.csv"])
+@pytest.mark.parametrize("name", [pytest.param("counterfact/counterfact_filtered.jsonl.gz", marks=pytest.mark.slow), "counterfact/counterfact_probs.csv.gz", "sports/sports.csv"])
 def test_every_subject_of_the_tables_is_located(words, name):
     prompts, subjects = zip(*table(name))
     assert words.locatable(prompts, subjects) == [None] * len(prompts)

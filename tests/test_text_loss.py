@@ -102,7 +102,7 @@ def test_hidden_states_and_unembedding_make_the_logits(lm):
     with torch.no_grad(): assert torch.equal(lm.unembed(hidden_states(lm, batch)), lm.hf(**batch, use_cache=False).logits)
 
 
-@pytest.mark.parametrize("name", ["gemma", "gemma-3"])
+@pytest.mark.parametrize("name", ["gemma", pytest.param("gemma-3", marks=pytest.mark.slow)])
 def test_a_quarter_of_a_million_words(stand_in, name):
     lm = stand_in(name)
     batch = lm.encode(["The cat sat on the mat, and then it slept through the whole of a long and quiet afternoon by the window."] * 8)

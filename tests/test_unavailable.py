@@ -35,7 +35,7 @@ def stages(lm, task, run):
         soft=run_soft_prompts(*args, soft=dict(ks=[1], prompts=1, steps=1), **HOW), more=run_more_attacks(*args, **HOW), capability=run_capability(*args, **HOW))
 
 
-@pytest.mark.parametrize("n, edits", [(1, True), (2, True), (3, True), (3, False)])
+@pytest.mark.parametrize("n, edits", [(1, True), pytest.param(2, True, marks=pytest.mark.slow), (3, True), pytest.param(3, False, marks=pytest.mark.slow)])
 def test_every_stage_goes_on(tiny, tmp_path, n, edits, capsys):
     lm, task = tiny("llama"), own(n, edits)
     run = Run(tmp_path / "run", lm.name, lm.revision, task.name, {})
