@@ -83,8 +83,7 @@ def test_dropout_drops_its_share_and_changes_from_step_to_step(tiny, task):
         assert not torch.equal(drop(torch.ones(400, 5, 32)), one)
 
 
-@pytest.mark.parametrize("rank", [0, 4])
-@pytest.mark.parametrize("dropout", [0., .3])
+@pytest.mark.parametrize("rank, dropout", [(0, 0.), (4, .3), *(pytest.param(*p, marks=pytest.mark.slow) for p in ((4, 0.), (0, .3)))])
 def test_checkpointed_gradients_give_the_same(lm, task, rank, dropout):
     lora = Lora(rank, 16, 1e-2 if rank else 1e-3, dropout)
     want = relearn(lm, task, None, lora, **SMALL).full_truth.to_numpy()

@@ -179,7 +179,7 @@ def test_rows_that_come_back():
 
 # ---- training
 
-@pytest.mark.parametrize("name", ["sports-athlete-editing", "sequential-counterfact-editing"])
+@pytest.mark.parametrize("name", ["sports-athlete-editing", pytest.param("sequential-counterfact-editing", marks=pytest.mark.slow)])
 def test_edits_are_the_same(lm, name):
     task = task_for(lm) if name.startswith("sports") else make_task(name, lm, forget_size=8)
     where = localize(lm, task, "all-mlps") if task.update == "sequential" else later(lm)
