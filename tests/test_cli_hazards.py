@@ -89,7 +89,7 @@ LACKS = {"no multiple choice": lambda d: d[d.format != "mcq"], "no edited facts"
     "no ghosts": lambda d: d[d.group != "ghost"], "one edited fact": lambda d: d[(d.group != "forget") | d.fact.str.endswith("0000")], "no relation": lambda d: d.assign(relation=None),
     "multiple choice alone": lambda d: d[d.format == "mcq"], "equal values": lambda d: d.assign(prob_truth=1., prob_edit=1., loss=d.loss.where(d.loss.isna(), 2.))}
 
-OFTEN = ("no multiple choice", "no edited facts", "one edited fact") # the others lack less
+OFTEN = ("no multiple choice", "no edited facts", "one edited fact") # the others are slow
 
 @pytest.mark.parametrize("lack", [pytest.param(l, marks=() if l in OFTEN else pytest.mark.slow) for l in LACKS])
 def test_a_report_of_what_there_is(small, tmp_path, lack, monkeypatch):

@@ -1,6 +1,7 @@
 "Each loss against its paper, by plain arithmetic and by autograd of a plain form on tiny models"
 import math
 import numpy as np, pytest, torch
+from conftest import BUILD, FEW
 from mechunlearn import losses as L
 from mechunlearn.facts import Fact, sports_athlete_editing
 from mechunlearn.finetuning import Diverged, fact_rows, fingerprint, finetune, load_edit, masters, say_training, plot_training, slice_key, step_losses, training_rows, with_reference
@@ -110,6 +111,7 @@ def plain_loss(lm, f, name, before, word):
     gain = (logp_of(lm, f.prompt, word, True) - before[f.prompt, word]) - (x - before[f.prompt, f.answer])
     return -torch.log(torch.sigmoid(.1 * gain)) / .1
 
+@pytest.mark.parametrize("lm", [f if f in FEW else pytest.param(f, marks=pytest.mark.slow) for f in BUILD], indirect=True)
 def test_every_loss_and_its_gradient(lm):
     "At weights that are not the unedited ones, so that the reference counts; with micro-batches as without"
     facts, where, word = own_facts(lm, 4), mixed(lm), " the garden"
