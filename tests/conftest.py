@@ -116,7 +116,7 @@ def lm(request, tiny):
     return tiny(family, **(ODD if odd else {}))
 
 
-LONGEST = ["test_report", "test_cli_hazards", "test_planted", "test_runs", "test_relearning", "test_organism", "test_real_edits", "test_real_facts"]
+LONGEST = [f"test_{n}" for n in "report planted cli_hazards runs tracing memory audit editors real_facts hazards published relearning".split()]
 
 
 def pytest_collection_modifyitems(items):
