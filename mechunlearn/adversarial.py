@@ -228,6 +228,7 @@ def typeable(
     "Tokens that a suffix may hold: all of the tokenizer's but special ones"
     return torch.tensor(np.setdiff1d(np.arange(len(lm.tok)), lm.tok.all_special_ids), device=lm.device)
 
+# %% ../nbs/32_adversarial.ipynb #de788bae
 def found_suffix(
     lm:LM, # as it is now, edited or not; its weights are only read
     task:Task, # whose retained facts are taken along

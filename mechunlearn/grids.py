@@ -665,6 +665,7 @@ def as_published(
     from mechunlearn.localization import build
     return build(lm, "flu", found).n_params if (found := _published(job, lm)) else None
 
+# %% ../nbs/38_grids.ipynb #07d03779
 def _published(job, lm):
     "The components of FLU in the authors' runs of this model"
     from types import SimpleNamespace
@@ -673,6 +674,7 @@ def _published(job, lm):
         found = published(lm, SimpleNamespace(name=job.task, forget=range(job.options.get("forget_size") or 64)))
         return found if max(c.layer for c in found) < lm.n_layers else None
 
+# %% ../nbs/38_grids.ipynb #5b464422
 def trained(
     job:Job, # a job
     lm, # its `skeleton`
@@ -689,6 +691,7 @@ def trained(
     budget = job.settings.get("budget")
     return (budget, True) if budget and not exact and place.name in ("flu", "all-mlps") else (place.n_params, exact)
 
+# %% ../nbs/38_grids.ipynb #db1e6d07
 def place_of(
     job:Job, # a job
     lm, # its `skeleton`

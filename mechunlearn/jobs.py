@@ -86,6 +86,7 @@ def made_by(
         edit = edit_with(lm, task, where, editor, **how)
     return replace(edit, localization=edit.localization.model_copy(update=dict(name=f"{editor}@{where.name}")))
 
+# %% ../nbs/24_jobs.ipynb #1c437764
 def editor_settings(
     name:str, # of an edit, e.g. 'mask-2000@late'
     given:dict[str, dict], # settings by editor (mask), size (mask-2000), place (mask@late), or both
@@ -95,6 +96,7 @@ def editor_settings(
     names = dict.fromkeys([editor, own, f"{editor}@{place}", f"{own}@{place}"])
     return {k: v for n in names for k, v in given.get(n, {}).items()} | ({SIZED[editor]: size} if size else {})
 
+# %% ../nbs/24_jobs.ipynb #fa8a0f5d
 def edit_named(
     name:str, # e.g. 'memit@flu'
     lm:LM, # unedited model

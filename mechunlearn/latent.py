@@ -135,6 +135,7 @@ def latent(
     parts = [laps(_read_all(probes(), groups, seen, suffix, k)) for suffix, k, probes in kinds]
     return laps.on(pd.concat(parts, ignore_index=True))
 
+# %% ../nbs/31_latent_knowledge.ipynb #3e27379a
 def _read_all(probes, groups, seen, suffix, k):
     "What the probes say of every group"
     return pd.concat([read(probes, groups[g], x, g, suffix, k) for g, x in seen.items()], ignore_index=True)

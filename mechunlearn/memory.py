@@ -182,11 +182,13 @@ def rest_quantized(
 
 def _whose(slices): return {s.param.rpartition(".")[0] for s in slices}
 
+# %% ../nbs/23_memory.ipynb #a9ba307c
 def _rest(lm, slices):
     "The matrices of the blocks, by name, but for those of some slices"
     blocks = lm.hf.get_submodule(lm.names["layers"]).named_modules(prefix=lm.names["layers"])
     return [(name, m) for name, m in blocks if isinstance(m, (nn.Linear, Conv1D)) and name not in _whose(slices)]
 
+# %% ../nbs/23_memory.ipynb #16ea935c
 def _packed(module, kind, device):
     "The quantized module in the place of one"
     import bitsandbytes as bnb
