@@ -316,8 +316,8 @@ def say_paths(
     except NoExtraction: return "No component says the answer itself, so there is nothing that could listen to the others."
     mlps = path[path.kind == "mlp"]
     heard = [f"{l}" for l in lookup_mlps(mlps.score)]
-    text = (f"{len(extraction)} of {len(direct)} components say a part of the answer themselves, most of it {_most(direct, 3)} "
-            f"(1 = all of it, n={int(direct.n.iloc[0])} facts): the extraction set. ")
+    text = (f"{len(extraction)} of {len(direct)} components say a part of the answer themselves, the largest shares are those of {_most(direct, 3)} "
+            f"(1 = all of it, negative: against it, n={int(direct.n.iloc[0])} facts): the extraction set. ")
     if not heard: return text + "It gets more than 0.02 of the answer from no MLP, so FLU by paths is empty."
     text += f"Each MLP of the layers {listed(heard)} gives it more than 0.02 of the answer (FLU by paths), most of all {_most(mlps, 1)}."
     return text + (f" Probes name the layers {listed([f'{l}' for l in probe])}." if len(probe) else "")

@@ -497,7 +497,7 @@ def say_components(
     ranks = [f"{i + 1}" for i, c in enumerate(table.component) if c in {f"mlp.{l}" for l in flu}]
     tail = f" The MLPs of the FLU layers (blue numbers) have ranks {listed(ranks)} of {len(table)}." if ranks else ""
     n = int(table.n.iloc[0])
-    return f"Restored on its own at all tokens, most of the answer comes back with {listed(top)} (1 = all of it, n={n} facts)." + tail
+    return f"Restored on its own at all tokens, the largest shares of the answer come back with {listed(top)} (1 = all of it, n={n} facts)." + tail
 
 # %% ../nbs/11_output_tracing.ipynb #11m0001
 @mpl.rc_context(FIGURE_STYLE)
