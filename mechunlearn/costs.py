@@ -280,21 +280,21 @@ def _step(sizes, real):
 def activations(
     lm, # an LM in the dtype that it would have
     place, # a Localization
-    settings:dict, # batch, retain_batch, text_batch, micro_batch, checkpoint
+    settings:dict, # batch, retain_batch, text_batch, micro_batch, checkpoint, packed, remember
 ) -> float: # bytes
     "What a step remembers, beside weights and what belongs to the trained ones"
-    how = tuple(place.slices), tuple(settings.get(k) or n for k, n in STEP), bool(settings.get("checkpoint")), settings.get("micro_batch") or 128
+    how = tuple(place.slices), tuple(settings.get(k) or n for k, n in STEP), settings.get("micro_batch") or 128, *(bool(settings.get(k)) for k in ("checkpoint", "packed", "remember"))
     key = lm.name, lm.revision, lm.hf.config.to_json_string(), lm.hf.dtype, LONG, how # every job has an outline of its own
     if key not in _COUNTED: _COUNTED[key] = _remembered(lm, *how)
     return _COUNTED[key]
 
 _COUNTED = {}
 
-def _remembered(lm, slices, sizes, checkpoint, micro_batch):
+def _remembered(lm, slices, sizes, micro_batch, checkpoint, packed, remember):
     from mechunlearn.memory import step_memory
     from mechunlearn.models import wrap
     tok, rows = _step(sizes, lm.hf.num_parameters() >= LONG)
-    return step_memory(wrap(lm.hf, tok), slices, rows, checkpoint=checkpoint, micro_batch=micro_batch)["activations"]
+    return step_memory(wrap(lm.hf, tok), slices, rows, None, checkpoint, micro_batch, None, packed, remember)["activations"]
 
 def _place(lm, where):
     "The components that a kind of localization has"

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['MAX_TOKENS', 'FILES', 'LEARNING_RATES', 'RATE_GROUPS', 'LIKE', 'VISITS', 'DTYPES', 'SAME', 'place', 'offloaded',
            'untrainable', 'masters', 'matrices', 'Row', 'fact_rows', 'training_rows', 'draws', 'end_logits',
-           'last_logits', 'heard', 'fact_losses', 'with_reference', 'text_losses', 'step_losses', 'slice_key',
-           'parse_slice', 'Edit', 'put', 'kept', 'load_edit', 'Rate', 'learning_rate', 'rates', 'missing_rates',
-           'can_train', 'Diverged', 'ask_parts', 'own_slices', 'finetune', 'plot_training', 'say_training',
-           'fingerprint', 'parts_table', 'parts_text', 'plot_parts', 'say_parts', 'export', 'stored_dtype', 'finer',
-           'differences', 'edit_of']
+           'last_logits', 'heard', 'fact_losses', 'with_reference', 'text_losses', 'grouped', 'reads', 'step_losses',
+           'slice_key', 'parse_slice', 'Edit', 'put', 'kept', 'load_edit', 'Rate', 'learning_rate', 'rates',
+           'missing_rates', 'can_train', 'Diverged', 'ask_parts', 'own_slices', 'finetune', 'plot_training',
+           'say_training', 'fingerprint', 'parts_table', 'parts_text', 'plot_parts', 'say_parts', 'export',
+           'stored_dtype', 'finer', 'differences', 'edit_of']
 
 # %% ../nbs/20_finetuning.ipynb #200002
 import math
@@ -296,6 +296,16 @@ def _micro_batches(rows, known, group):
 
 def _in_order(size): return lambda rows: (range(k, min(k + size, len(rows))) for k in range(0, len(rows), size))
 
+def grouped(
+    lm:LM, # model
+    micro_batch:int, # see `step_losses`
+    packed:bool=False, # see `step_losses`
+) -> tuple[Callable, Callable]: # of facts, and of texts: rows -> the places of those that go through the model together
+    "How the rows of a batch are divided"
+    if not packed: return _in_order(micro_batch), _in_order(max(1, micro_batch // 32))
+    return (lambda rows: pack(own_lengths(lm, [r.ids for r in rows]), 32 * micro_batch),
+            lambda rows: chains([len(r.ids) for r in rows], 4 * micro_batch))
+
 def _accumulate(losses, rows, weight, groups):
     "Backward a few rows at a time; each row's own loss"
     each = {}
@@ -306,7 +316,9 @@ def _accumulate(losses, rows, weight, groups):
         each |= zip(group, loss.tolist())
     return [each[i] for i in range(len(rows))]
 
-def _reads(row):
+def reads(
+    row:Row, # of a batch
+) -> list[list[int]]: # token ids
     "What goes through the model for a row: its text, or its prompt with each of its answers but for the last token"
     return [row.ids + [*a][:-1] for a in ((row.target, *row.rest), row.preferred) if a and row.target is not None] or [row.ids]
 
@@ -327,10 +339,9 @@ def step_losses(
     facts, text = [r for r in rows if r.term != "text"], [r for r in rows if r.term == "text"]
     n = {t: sum(r.term == t for r in facts) for t in ("forget", "retain")} | dict(text=sum(len(r.ids) - 1 for r in text))
     weight = lambda r: (inject if r.term == "forget" else 1.) / n[r.term]
-    known = lambda r: frozen is not None and all(i in frozen for i in _reads(r))
+    known = lambda r: frozen is not None and all(i in frozen for i in reads(r))
     kept = lambda part: frozen if known(part[0]) else None
-    by_length, chained = lambda part: pack(own_lengths(lm, [r.ids for r in part]), 32 * micro_batch), lambda part: chains([len(r.ids) for r in part], 4 * micro_batch)
-    together, behind = (by_length, chained) if packed else (_in_order(micro_batch), _in_order(max(1, micro_batch // 32)))
+    together, behind = grouped(lm, micro_batch, packed)
     each = _accumulate(lambda part: fact_losses(lm, values, part, update.loss, own, kept(part)), facts, weight, _micro_batches(facts, known, together))
     each += _accumulate(lambda part: text_losses(lm, values, part, kept(part), packed), text, weight, _micro_batches(text, known, behind))
     return {t: sum(l for r, l in zip(facts + text, each) if r.term == t) / n[t] if n[t] else math.nan for t in n}
@@ -551,7 +562,7 @@ def _train(lm, values, batches, steps, lr, update, inject, micro_batch, clip, pr
     "The loop; one row of the curve a step"
     AdamW = optimizer_class(optimizer, lm.device)
     opt = AdamW(values.values(), lr=lr, weight_decay=0.)
-    frozen = Frozen(lm, list(values), [i for r in again for i in _reads(r)]) if again else None
+    frozen = Frozen(lm, list(values), [i for r in again for i in reads(r)]) if again else None
     schedule, curve = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps), []
     start, good = {s: v.detach().clone() for s, v in values.items() if l1}, {s: v.detach().to("cpu", copy=True) for s, v in values.items()}
     for step, rows in enumerate(tqdm(batches, "steps", steps, leave=False, disable=None if progress else True)):
@@ -672,8 +683,14 @@ def finetune(
         raise
     except (RuntimeError, MemoryError) as e:
         if not ran_out(e): raise
-        raise out_of_memory(lm, f"training {where.name}", dict(micro_batch=micro_batch), {"checkpoint": checkpoint, "optimizer adamw-8bit": optimizer not in (None, "adamw")},
-                            "" if rest else "set rest 4bit, or load the model with quantize 4bit") from e
+        raise out_of_memory(lm, f"training {where.name}", dict(micro_batch=micro_batch), *_smaller(lm, task, checkpoint, optimizer, rest)) from e
+
+def _smaller(lm, task, checkpoint, optimizer, rest):
+    "What takes less memory here -> whether it is used, and what helps where the weights are too many"
+    could = {"checkpoint": checkpoint} | ({} if unsteppable("adamw-8bit", lm.device) else {"optimizer adamw-8bit": optimizer not in (None, "adamw")})
+    if rest: return could, ""
+    whole = task.update == "sequential" or len({p.device for p in lm.hf.parameters()}) > 1 # then there is no rest
+    return could, "set rest 4bit, or " * (not whole) + "load the model with quantize 4bit"
 
 # %% ../nbs/20_finetuning.ipynb #200043
 @mpl.rc_context(FIGURE_STYLE)

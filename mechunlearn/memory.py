@@ -279,21 +279,32 @@ def step_memory(
     checkpoint:bool=False, # compute blocks again on the way back
     micro_batch:int=128, # prompts in one forward
     quantize:str|None=None, # 8bit or 4bit: what the rest would take
+    packed:bool=False, # as `finetune` says
+    remember:bool=False, # and that all rows come back; what is kept of them counts among activations
 ) -> dict[str, float]: # bytes of weights, masters, gradients, states, activations
     "What a step needs at its largest moment. A forward and a backward a row; on the meta device nothing is computed."
-    from mechunlearn.finetuning import fact_losses, masters, text_losses
+    from mechunlearn.finetuning import fact_losses, grouped, masters, text_losses
     from mechunlearn.losses import said
     values = masters(lm, slices)
-    facts, text = [r for r in rows if r.term != "text"], [r for r in rows if r.term == "text"]
-    kinds = (lambda part: fact_losses(lm, values, part, said), facts, micro_batch), (lambda part: text_losses(lm, values, part), text, max(1, micro_batch // 32))
+    facts, text = ([r for r in sorted(rows, key=lambda r: len(r.ids)) if (r.term == "text") == t] for t in (False, True))
     with checkpointed(lm, checkpoint), Live() as live:
-        for losses, those, size in kinds:
-            chunks = [those[k:k + size] for k in range(0, len(those), size)]
+        frozen = _nothing_kept(lm, slices, rows) if remember else None
+        kinds = (lambda part: fact_losses(lm, values, part, said, None, frozen), facts), (lambda part: text_losses(lm, values, part, frozen, packed), text)
+        for (losses, those), group in zip(kinds, grouped(lm, micro_batch, packed)):
+            chunks = [[those[i] for i in some] for some in group(those)]
             if those is text: chunks = sorted(chunks, key=lambda c: -sum(len(r.ids) for r in c))[:1] # the others take no more
             for chunk in chunks: losses(chunk).sum().backward()
     n = sum(v.numel() for v in values.values())
     return dict(weights=weight_bytes(lm, [s.param for s in slices], quantize), masters=4. * n, gradients=4. * n, states=OPTIMIZERS[optimizer or "adamw"] * n,
         activations=float(live.most - 4 * n))
+
+def _nothing_kept(lm, slices, rows):
+    "A `Frozen` whose streams are as large as they would be, and empty; none if the lowest trained layer is the first"
+    from mechunlearn.finetuning import reads
+    from mechunlearn.steps import Frozen
+    frozen = Frozen(lm, slices, [])
+    frozen.kept = {tuple(i): torch.empty(len(i), lm.d_model, dtype=lm.hf.dtype, device=lm.device) for r in rows for i in reads(r)}
+    return frozen if frozen.layer else None
 
 # %% ../nbs/23_memory.ipynb #2300a0a0
 def ran_out(
@@ -316,7 +327,7 @@ def out_of_memory(
     weights:str="load the model with quantize 4bit", # what helps where the weights are too many; empty if it was done
 ) -> Refusal: # to be raised
     "What really helps, the cheapest first"
-    first = " and ".join(f"{name} (now {n})" for name, n in lower.items())
-    more = [name for name, used in (could or {}).items() if not used]
-    last = "" if any(map(quantized, lm.hf.modules())) or not weights else f"; what then still takes most are the weights: {weights}"
-    return Refusal(f"out of memory on {lm.device} while {doing}: lower {first}{', or set ' * bool(more)}{' and '.join(more)}{last}")
+    first, more = [f"{name} (now {n})" for name, n in lower.items() if n > 1], [name for name, used in (could or {}).items() if not used]
+    helps = ", or ".join(f"{do} {' and '.join(what)}" for do, what in (("lower", first), ("set", more)) if what)
+    last = "" if any(map(quantized, lm.hf.modules())) or not weights else f"what {'then still ' * bool(helps)}takes most are the weights: {weights}"
+    return Refusal(f"out of memory on {lm.device} while {doing}: {'; '.join(filter(None, (helps, last))) or 'a smaller localization, or a device with more memory'}")

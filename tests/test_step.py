@@ -135,7 +135,7 @@ def test_frozen_layers_once_have_the_same_gradient(lm):
     task, where = with_own_answers(lm, task_for(lm)), later(lm)
     rows = training_rows(lm, task)
     batch = next(draws(rows, SIZES, 1, 0))
-    some = [i for r in rows["forget"] + rows["text"] for i in F._reads(r)] # retain rows are not kept
+    some = [i for r in rows["forget"] + rows["text"] for i in F.reads(r)] # retain rows are not kept
     frozen, calls = Frozen(lm, where.slices, some), []
     handle = parts(lm.hf, 0).mlp.register_forward_hook(lambda *a: calls.append(1))
     plain, n = gradients(lm, where, batch), len(calls)
@@ -144,7 +144,7 @@ def test_frozen_layers_once_have_the_same_gradient(lm):
     assert frozen.layer == lowest(lm, where.slices) == 1 and 0 < len(calls) - n < n
     assert_same(mine, plain)
     assert_same(gradients(lm, where, batch, frozen=frozen, packed=True, micro_batch=3), plain)
-    assert_same(gradients(lm, where, batch, frozen=Frozen(lm, where.slices, [i for r in batch for i in F._reads(r)])), plain)
+    assert_same(gradients(lm, where, batch, frozen=Frozen(lm, where.slices, [i for r in batch for i in F.reads(r)])), plain)
 
 
 @every_family
