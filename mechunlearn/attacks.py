@@ -68,7 +68,7 @@ def attack(
     batch_size:int=64, # prompts a forward
     progress:bool=True, # show a bar, on a terminal
 ) -> Attacks:
-    "Evaluate, relearn and probe one edit; with `all`, everything the library has but the grid of `relearn_grid`"
+    "Evaluate, relearn and probe one edit; with `all`, soft prompts, hardened questions and free answers, too; with `field`, the attacks of the field as well"
     every = choose(attacks, CHOICES, "choice of attacks") != "standard"
     asked = [(evaluate, standard)] + [(harden, HARD | hardened), (speak, generation)] * every
     poor = {k: v for k, v in relearning.items() if k in ("lora", "sizes", "max_facts")}

@@ -115,7 +115,7 @@ def _say_finding(f):
     if f.verdict == NO_POWER: return f"{where}no power ({f.attack}, {f.n} facts" + (f", {f.kept:.2f} of retained facts right)" if f.kept == f.kept else ")")
     line = f"{where}{say(f.value, f.low, f.high)} of the old answers by {f.attack} (n = {f.n}, guessing {f.guess:.2f})"
     if f.verdict == LEAKS: return line
-    return f"{line}, no more than a guess" + (f"; up to {beyond(f.high, f.guess):.0%} of what guessing leaves could have been missed" if f.high > f.guess else "")
+    return f"{line}, not surely more than a guess" + (f"; up to {beyond(f.high, f.guess):.0%} of what guessing leaves could have been missed" if f.high > f.guess else "")
 
 # %% ../nbs/47_audit.ipynb #28ec112e
 def untried_by(

@@ -90,7 +90,7 @@ def test_what_was_never_known_holds(lm, task):
     "Ghosts in the place of the edited facts: nothing is there to be found, and retained facts show that the attacks work"
     never = task.model_copy(update=dict(forget=task.ghosts[:16], ghosts=(), same_subject=(), update="unlearn"))
     found = attack(lm, never, **QUICK).verdict()
-    assert found.verdict == "holds" and found.by("prompt").verdict == "holds" and found.by("prompt").kept > .9 and "no more than a guess" in str(found), str(found)
+    assert found.verdict == "holds" and found.by("prompt").verdict == "holds" and found.by("prompt").kept > .9 and "not surely more than a guess" in str(found), str(found)
     assert not any(f.verdict == "leaks" for f in found.found) and found.attack
 
 
