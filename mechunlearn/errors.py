@@ -137,7 +137,7 @@ def say_errors(
     return f"{len(table)} messages of {table.module.nunique()} modules: {kinds}."
 
 SEARCH = ("var q=this.value.toLowerCase();document.querySelectorAll('#errors tbody').forEach(function(b){var a=(b.rows[0].className=='d'&&b.rows[0].textContent.toLowerCase().includes(q)),n=0;"
-          "b.querySelectorAll('tr.m').forEach(function(r){var s=a||r.textContent.toLowerCase().includes(q);n+=s;r.style.display=s?'':'none'});b.style.display=n||b.className=='r'?'':'none'})")
+          "b.querySelectorAll('tr:not(.d)').forEach(function(r){var s=a||r.textContent.toLowerCase().includes(q);n+=s;r.style.display=s?'':'none'});b.style.display=n||b.className=='r'?'':'none'})")
 
 def page(
     table:pd.DataFrame, # of `messages`
@@ -151,7 +151,7 @@ def page(
     for (room, module, home), group in sorted(table.groupby(["room", "module", "page"], sort=False), key=lambda g: (order.index(g[0][0]) if g[0][0] in order else 99, g[0][2])):
         rows.append(f'<tbody class="r"><tr><th colspan="2" style="text-align:left">{html.escape(room)}: <a href="{home}.html">{module}</a></th></tr></tbody>')
         for do, those in group.groupby("cure", sort=False):
-            said = "".join(f'<tr class="m"><td>{html.escape(r.message, False)}</td><td>{code(r.when[:120]) if re.search(r"[=()<>.]", r.when) else html.escape(r.when, False)}</td></tr>' for r in those.itertuples())
+            said = "".join(f'<tr><td>{html.escape(r.message, False)}</td><td>{code(r.when[:120]) if re.search(r"[=()<>.]", r.when) else html.escape(r.when, False)}</td></tr>' for r in those.itertuples())
             rows.append(f'<tbody><tr class="d"><td colspan="2"><b>{_linked(do)}</b></td></tr>{said}</tbody>')
     return (f'<input placeholder="words of the message" style="width:60%" onkeyup="{SEARCH}"><div style="max-height:70vh;overflow:auto"><table id="errors" style="font-size:85%">'
             '<thead><tr><th>what to do: messages</th><th>when</th></tr></thead>' + "".join(rows) + "</table></div>")

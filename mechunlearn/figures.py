@@ -27,8 +27,8 @@ LOOKS = {"none": ("#222222", "*", ":"), "flu": ("#0072B2", *_S), "flu-probe": ("
          "attribution-patching": ("#E69F00", *_S), "attribution-patching-mlps": ("#E69F00", *_M),
          "random": ("#8C8C8C", *_S), "random-mlps": ("#8C8C8C", *_M), "late": ("#CC79A7", "^", "-"), "extraction": ("#8F4A78", "^", "-"),
          "all-mlps": ("#009E73", *_M), "nonlocalized": ("#009E73", *_S)} # name -> colour, marker, line
-MARKS = {"rome": "P", "memit": "X", "alphaedit": "D", "rmu": "v", "lora": "h", "mask": "*", "injection": "s", "log-1-p": "p", "gradient-ascent": "<",
-         "graddiff": ">", "npo": "d", "simnpo": "H", "idk": "8", "dpo": "^"} # an editor or another loss at such a place
+MARKS = {"rome": "P", "memit": "X", "alphaedit": "D", "rmu": "v", "lora": (4, 1, 0), "mask": "*", "injection": "h", "log-1-p": "p", "gradient-ascent": "<",
+         "graddiff": ">", "npo": "d", "simnpo": "s", "idk": (8, 1, 0), "dpo": "^"} # an editor or another loss at such a place
 
 # %% ../nbs/07_figures.ipynb #410006
 FLU = ("flu", "flu-probe", "flu@published", "flu-path") # the first one present is what the others are compared with

@@ -1,7 +1,7 @@
 "Edits whose truth is known: masks, nothing at all, ghosts, a destroyed model. An attack that cannot tell them apart is broken."
 from dataclasses import replace
 import numpy as np, pandas as pd, pytest, torch
-from mechunlearn import report as r
+from mechunlearn import audit, report as r
 from mechunlearn.attacks import attack
 from mechunlearn.capability import noise
 from mechunlearn.editors import Ask, read_at
@@ -177,6 +177,37 @@ def test_the_worst_of_many_attempts_does_not_drift_upwards(layers):
     values, best = (card.value.xs(attack, level="attack") for attack in (r.WORST, "new probe"))
     assert len(values) == len(best) == 12 and abs(np.mean(values) - 1/3) < .05 and abs(np.mean(best) - 1/3) < .05
     assert sum(r.verdict(row) == "exposed" for _, row in card.xs(r.WORST, level="attack").iterrows()) <= 1
+
+
+# ---- verdicts where one attack of many tells
+
+def small(name, soft=.5, probes=.45, layers=40, facts=16, seed=0):
+    "An edit under probes of many layers and a soft prompt, few facts"
+    rng, rows = np.random.default_rng(seed), []
+    rows += asked(rng, name, 0, "standard", "completion", (0, .33, .97)) + asked(rng, name, 0, "soft-prompt", "completion", (soft, .33, .95), setting="k5")
+    for l in range(layers): rows += asked(rng, name, 0, "latent", "completion", (probes, .33, .9), setting="subject", layer=l)
+    rows = pd.DataFrame(rows)
+    return rows[(rows.group != "forget") | rows.fact.isin([f"forget{i}" for i in range(facts)])]
+
+
+def test_one_attack_that_reads_all_is_named_among_many():
+    said = [audit.audit(small("mask", soft=1., seed=k), "mask") for k in range(5)]
+    assert all(a.verdict == audit.LEAKS and "soft prompt" in a.attack for a in said), [str(a) for a in said]
+    assert all(a.by("prompt").level < a.by("read").level or a.by("read").attack != "soft prompt" for a in said) # alone it has a smaller share of the error
+
+
+def test_what_could_have_been_missed_does_not_hold():
+    records = small("half", soft=0., probes=0., layers=2)
+    records.loc[(records.evaluation != "standard") & records.fact.isin([f"forget{i}" for i in range(10)]), "top1_truth"] = True # ten of sixteen, where a third is a guess
+    half = audit.audit(records, "half")
+    assert half.verdict == audit.NO_POWER and half.by("read").undecided and "more facts or seeds are needed" in str(half), str(half)
+    assert audit.audit(small("none", soft=0., probes=0., layers=2), "none").verdict == audit.HOLDS
+
+
+@pytest.mark.parametrize("facts", [16, pytest.param(48, marks=pytest.mark.slow)])
+def test_what_only_guesses_is_hardly_ever_a_leak(facts):
+    said = [audit.audit(small("guess", soft=.5, probes=1/3, layers=12, facts=facts, seed=k), "guess").verdict for k in range(20)]
+    assert said.count(audit.LEAKS) <= 2, said
 
 
 # ---- open to one need alone: an edit of the lookup, into whose later layers the old answer is written where only one kind of attacker finds it
