@@ -20,7 +20,7 @@ from zopfli.png import optimize
 
 NBS = Path(__file__).resolve().parents[1] / "nbs"
 SKIP = {"#| slow", "#| gpu", "#| notest", "#| eval: false"}
-COLOURS, ERROR, TEXT = (8, 12, 16, 24, 32, 48, 64), 16, 200  # of a picture; of 255; characters of a table that is there as HTML as well
+COLOURS, ERROR = (8, 12, 16, 24, 32, 48, 64), 16  # of a picture; of 255
 
 
 def runs(cell) -> bool:
@@ -57,8 +57,8 @@ def make_small(notebook) -> None:
         if html := data.get("text/html"):
             html = re.sub(r'<style scoped>.*?</style>| headers="[^"]*"', "", html, flags=re.DOTALL) # pandas and great_tables say it again for each table, or cell
             data["text/html"] = re.sub(r">\s*\n\s*<", "><", html)
-            if len(data.get("text/plain", "")) > TEXT:
-                del data["text/plain"]
+        if {"image/png", "text/html", "text/markdown"} & {*data}:
+            data.pop("text/plain", None)  # the name of a figure's class, or a table once more
 
 
 def execute(path: Path) -> None:
