@@ -215,7 +215,7 @@ def show_scorecard(
     from mechunlearn import report
     found = report.find(run_dir)
     page = report.write_report(run_dir, found=found)
-    said = _verdicts(run_dir, found, getattr(args, "attacks", "all"))
+    said = _verdicts(run_dir, found)
     if args.json: return _json_verdicts(found, said)
     print(report.scorecard_text(found.card, gone=found.gone) + "\n")
     if len(asked := report.capability_table(found.metrics)): print(report.capability_text(asked) + "\n")
@@ -225,16 +225,16 @@ def show_scorecard(
     print(f"\nreport: {page}\nexecuted notebooks: {Path(run_dir)/'notebooks'}")
 
 # %% ../nbs/50_cli.ipynb #eca9007f
-def _verdicts(run_dir, found, attacks):
+def _verdicts(run_dir, found):
     "A verdict about every edit of a run"
-    from mechunlearn.audit import audit, command_of
+    from mechunlearn.audit import attacks_behind, audit, command_of
     from mechunlearn.figures import ordered
     from mechunlearn.progress import jobs_in
     jobs, names, out = jobs_in(run_dir)[0], () if found.facts is None else ordered(found.facts.localization.unique()), []
     missing = dict(zip(found.gone.what, found.gone.why)) if len(found.gone) else {}
     for name in [n for n in names if n != "none"]:
         job = next((j for j in jobs if name in j.localizations), jobs[0] if jobs else None)
-        again = command_of(job.model_copy(update={"attacks": attacks})) if job else ""
+        again = command_of(job.model_copy(update={"attacks": attacks_behind(found.facts)})) if job else ""
         try: out.append(audit(found.facts, name, found.broken, again, **({"model": job.model, "task": job.task} if job else {}), missing=missing))
         except Refusal as e: print(f"no verdict about {name}: {e}", file=sys.stderr)
     return out

@@ -5,7 +5,7 @@ import pytest
 import torch
 from mechunlearn import finetuning as F, loading
 from mechunlearn.attacks import attack
-from mechunlearn.audit import NEEDS, audit, audit_json, command_of, enough, model_card, plot_audit
+from mechunlearn.audit import NEEDS, attacks_behind, audit, audit_json, command_of, enough, model_card, plot_audit
 from mechunlearn.capability import noise
 from mechunlearn.cli import read
 from mechunlearn.evaluation import evaluate
@@ -126,6 +126,13 @@ def test_the_command_describes_the_same_job():
     args = read(shlex.split(command_of(job))[1:])
     assert (args.base, args.edited, args.task, args.facts, args.forget_size, args.seeds) == ("organism", "theirs", TOPIC, "a b.jsonl", 16, [0, 1])
     assert dict(args.set) == {"relearning.steps": 20, "max_facts.retain": 24} and args.attacks == "all"
+    own = make_job("organism", "sports-athlete-editing", {}, ["flu", "random"], [0], {"draws": 3}, attacks="field")
+    args = read(shlex.split(command_of(own))[1:])
+    assert (args.localizations, args.draws, args.attacks) == (["flu", "random"], 3, "field")
+
+
+@pytest.mark.parametrize("evaluations, said", [(["standard", "latent", "relearning"], "standard"), (["standard", "generation"], "all"), (["soft-prompt", "inside"], "field")])
+def test_the_command_makes_what_the_verdict_rests_on(evaluations, said): assert attacks_behind(pd.DataFrame({"evaluation": evaluations})) == said
 
 
 # ---- topics

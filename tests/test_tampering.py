@@ -12,7 +12,7 @@ from mechunlearn.questions import answer, completions
 from mechunlearn.relearning import Lora, blind_guesses, linear_weights
 from mechunlearn.scorecard import SCORED, attempts, scorecard, verdict
 from mechunlearn.stats import Chance, per_fact
-from mechunlearn.store import Refusal, Run, Unavailable
+from mechunlearn.store import Refusal, Run, Unavailable, notes
 from mechunlearn.tampering import (BACK, DESTROYED, HOLDS, KINDS_OF_TEXT, PACKED, edit_directions, layer_of, mixed, noisy, other_training, packed_as, plot_tampering, plot_where,
     pruned, put_back, random_half, relearn_splits, reweighted, run_tampering, say_tampering, tamper, tampered, traced_without, trained_on, verdicts, weight_changes,
     within_rounding, without_direction)
@@ -207,6 +207,14 @@ def test_stage_writes_each_table_once(tiny, task, tmp_path, monkeypatch):
     assert set(first.localization) == {"none", "late"} and (tmp_path / "late/seed0/tampering.parquet").exists()
     monkeypatch.setattr("mechunlearn.tampering.tamper", lambda *a, **kw: pytest.fail("made again"))
     pd.testing.assert_frame_equal(first, run_tampering(lm, lambda seed: task, run, ["late"], [0], **how))
+
+
+@pytest.mark.parametrize("ways, absent", [(["tuned"], {"tuned/unrelated", "tuned/topical"}), (["quantized"], None)])
+def test_stage_says_which_training_there_is_nothing_for(tiny, task, tmp_path, ways, absent):
+    lm = tiny()
+    run, bare = Run(tmp_path, lm.name, lm.revision, task.name, {}), task.model_copy(update=dict(text_train=(), same_subject=()))
+    run_tampering(lm, lambda seed: bare, run, [], [0], tampering=FEW | dict(ways=ways, steps=1, weights=dict(quantized=("int8",)), lora=dict(rank=2)), progress=False)
+    assert set(notes(tmp_path).get("tampering", {})) == (absent or set())
 
 
 def test_only_the_attacks_of_the_field_tamper(tiny, task, monkeypatch):
