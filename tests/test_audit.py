@@ -88,7 +88,7 @@ def test_noise_is_destroyed(lm, task, before):
 
 def test_what_was_never_known_holds(lm, task):
     "Ghosts in the place of the edited facts: nothing is there to be found, and retained facts show that the attacks work"
-    never = task.model_copy(update=dict(forget=task.ghosts[:16], ghosts=(), same_subject=(), update="unlearn"))
+    never = task.model_copy(update=dict(forget=task.ghosts[:48], ghosts=(), same_subject=(), update="unlearn")) # of sixteen half could have been missed
     found = attack(lm, never, **QUICK).verdict()
     assert found.verdict == "holds" and found.by("prompt").verdict == "holds" and found.by("prompt").kept > .9 and "not surely more than a guess" in str(found), str(found)
     assert not any(f.verdict == "leaks" for f in found.found) and found.attack
