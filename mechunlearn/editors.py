@@ -264,6 +264,11 @@ def _lengths(x):
     "Lengths of rows, with a gradient at zero"
     return (x.square().sum(1) + 1e-20).sqrt()
 
+def _odd(each, n, long):
+    "The terms of a search that are no numbers"
+    terms = {"loss of the answers": each[:n], "KL at the subject": each[n:], "length": long}
+    return ", ".join(f"{name} {x.sum().item():g}" for name, x in terms.items() if not x.isfinite().all()) or "their sum"
+
 def _aim_at(lm, layer, asked, essence, sizes, how):
     "The same for a few facts, each of which goes its own way"
     rows, of = [a for some in asked for a in some] + essence, [i for i, some in enumerate(asked) for _ in some] + [*range(len(essence))]
@@ -273,8 +278,9 @@ def _aim_at(lm, layer, asked, essence, sizes, how):
     opt, sizes = torch.optim.Adam([delta], lr=how.lr), sizes.to(delta)
     weight = torch.tensor([1 / len(asked[i]) for i in of[:n]] + [how.kl] * len(essence), device=lm.device)
     for step in range(how.steps):
-        loss = (weight * losses()).sum() + how.decay * (_lengths(delta) / sizes.square()).sum()
-        if not loss.isfinite(): raise Refusal(f"the search for what layer {layer} should write diverged at step {step}: lower its lr (now {how.lr:g})")
+        each, long = weight * losses(), how.decay * (_lengths(delta) / sizes.square()).sum()
+        loss = each.sum() + long
+        if not loss.isfinite(): raise Refusal(f"the search for what layer {layer} should write diverged at step {step} ({_odd(each, n, long)}): lower its lr (now {how.lr:g})")
         opt.zero_grad(); loss.backward(); opt.step()
         with torch.no_grad(): delta *= (how.clamp * sizes / _lengths(delta).clamp(min=1e-12)).clamp(max=1)[:, None]
     with torch.no_grad(): said = losses()[:n]

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PACKED', 'CASTS', 'KINDS_OF_TEXT', 'WITHOUT', 'WAYS', 'SHARES', 'PANELS', 'BACK', 'DESTROYED', 'HOLDS', 'reweighted',
-           'packed_as', 'noisy', 'pruned', 'weight_changes', 'edit_directions', 'traced_without', 'without_direction',
-           'other_training', 'trained_on', 'originals', 'mixed', 'layer_of', 'put_back', 'random_half',
-           'relearn_splits', 'tamper', 'within_rounding', 'tampered', 'plot_tampering', 'verdicts', 'say_tampering',
-           'plot_where', 'run_tampering']
+           'packed_as', 'noisy', 'pruned', 'weight_changes', 'edit_directions', 'usual_writes', 'traced_without',
+           'without_direction', 'other_training', 'trained_on', 'originals', 'mixed', 'layer_of', 'put_back',
+           'random_half', 'relearn_splits', 'tamper', 'within_rounding', 'tampered', 'plot_tampering', 'verdicts',
+           'say_tampering', 'plot_where', 'run_tampering']
 
 # %% ../nbs/32_tampering.ipynb #820b1e6e
 from contextlib import contextmanager, nullcontext
@@ -104,37 +104,64 @@ def weight_changes(
     return ways | {f"damaged/pruned {s:g}": lambda w, i, s=s: pruned(w, s) for s in shares}
 
 # %% ../nbs/32_tampering.ipynb #c1343206
+def _alike(task, max_facts):
+    "Retained facts of the relations that were edited; all, if there are none"
+    return some([f for f in task.retain if f.relation in {f.relation for f in task.forget}] or list(task.retain), max_facts)
+
 def edit_directions(
     lm:LM, # as it is now, edited
     task:Task, # its edited facts, and its retained ones
     max_facts:int=192, # retained facts to read, at most
     batch_size:int=64, # prompts a forward
 ) -> Float[Tensor, "layer position d_model"]: # of length 1; `layer` 0 is the embeddings, l + 1 after block l; positions as in POSITIONS
-    "Where edited facts lie, seen from retained facts with the same answer. One forward a fact."
-    known = [f for f in task.retain if f.relation in {f.relation for f in task.forget}] or list(task.retain)
-    known = some(known, max_facts)
+    "Where edited facts lie, seen from retained facts with the same answer, each coordinate by its standard deviation. One forward a fact."
+    known = _alike(task, max_facts)
     if not known: raise Unavailable("there are no retained facts to compare the edited ones with")
     new, old = (torch.from_numpy(features(lm, facts, batch_size)) for facts in (task.forget, known))
     alike = lambda f: [i for i, g in enumerate(known) if (g.relation, g.answer) == (f.relation, f.edit)] or list(range(len(known)))
-    apart = torch.stack([x - old[alike(f)].mean(0) for x, f in zip(new, task.forget)]).mean(0)
+    apart, spread = torch.stack([x - old[alike(f)].mean(0) for x, f in zip(new, task.forget)]).mean(0), old.std(0, correction=0)
+    apart = apart / torch.maximum(spread, .01*spread.mean(-1, keepdim=True)).clamp(min=1e-12)
     return apart / apart.norm(dim=-1, keepdim=True).clamp(min=1e-12)
 
 # %% ../nbs/32_tampering.ipynb #770a42e4
-def _off(x, r): return x - (x @ r.to(x))[..., None] * r.to(x)
+def _later(mask): return (mask.cumsum(1) > 1) & (mask == 1) # tokens after the first
+
+@torch.no_grad()
+def usual_writes(
+    lm:LM, # as it is now, edited or not
+    prompts:Sequence[str], # texts
+    batch_size:int=64, # prompts a forward
+) -> Float[Tensor, "write d_model"]: # what block 0 reads, then what attention and the MLP of each block add
+    "What enters the stream, at the mean of all tokens but the first. One forward a prompt."
+    total, n = 0, 0
+    for k in range(0, len(prompts), batch_size):
+        inputs, seen = lm.encode(prompts[k:k + batch_size]), []
+        later = _later(inputs["attention_mask"])
+        with lm.nn.trace(inputs):
+            seen.append(lm.layer(0).input[later].float().sum(0))
+            for l in range(lm.n_layers): seen += [lm.attn_add(l).output[later].float().sum(0), lm.mlp_add(l).output[later].float().sum(0)]
+        total, n = total + torch.stack(seen), n + int(later.sum())
+    return total / max(1, n)
+
+# %% ../nbs/32_tampering.ipynb #770a42e6
+def _off(x, r, keep, later): # x @ r becomes `keep` at the later tokens
+    return x - ((x @ r.to(x) - keep.to(x)) * later[:, -x.shape[1]:])[..., None] * r.to(x)
 
 @torch.no_grad()
 def traced_without(
     lm:LM, # model
     prompts:Sequence[str], # texts
     r:Float[Tensor, "d_model"], # of length 1
+    usual:Float[Tensor, "write d_model"], # from `usual_writes`
 ) -> Float[Tensor, "prompt vocab"]: # after the last token
-    "A direction taken out of the stream with nnsight"
-    out = []
-    with lm.nn.trace(lm.encode(prompts)):
-        lm.layer(0).input = _off(lm.layer(0).input, r)
+    "A direction held at its mean with nnsight"
+    out, inputs = [], lm.encode(prompts)
+    later, keep = _later(inputs["attention_mask"]), usual @ r.to(usual)
+    with lm.nn.trace(inputs):
+        lm.layer(0).input = _off(lm.layer(0).input, r, keep[0], later)
         for l in range(lm.n_layers):
-            lm.attn_add(l).output = _off(lm.attn_add(l).output, r)
-            lm.mlp_add(l).output = _off(lm.mlp_add(l).output, r)
+            lm.attn_add(l).output = _off(lm.attn_add(l).output, r, keep[2*l + 1], later)
+            lm.mlp_add(l).output = _off(lm.mlp_add(l).output, r, keep[2*l + 2], later)
         out.append(lm.nn.output.logits[:, -1])
     return out[0]
 
@@ -143,15 +170,19 @@ def traced_without(
 def without_direction(
     lm:LM, # as it is now, edited or not; its weights are only read
     r:Float[Tensor, "d_model"], # of length 1
+    usual:Float[Tensor, "write d_model"], # from `usual_writes`: how much of the direction stays
 ) -> Iterator[LM]: # the same model
-    "A direction taken out of all that enters the stream, at every layer and token, for the length of a `with` block"
+    "A direction held at its mean in all that enters the stream, at every layer and token but the first, for the length of a `with` block"
+    at, keep = {}, usual @ r.to(usual)
+    def starts(module, args, given): at["later"] = _later(given["attention_mask"])
     def enters(module, args, given):
-        if args: return (_off(args[0], r), *args[1:]), given
-        return args, given | dict(hidden_states=_off(given["hidden_states"], r))
-    def added(module, args, out): return _off(out, r)
-    first = lm.hf.get_submodule(f"{lm.names['layers']}.0")
-    handles = [first.register_forward_pre_hook(enters, with_kwargs=True)]
-    handles += [lm.hf.get_submodule(lm.path(key, l)).register_forward_hook(added) for l in range(lm.n_layers) for key in ("attn_add", "mlp_add")]
+        if args: return (_off(args[0], r, keep[0], at["later"]), *args[1:]), given
+        return args, given | dict(hidden_states=_off(given["hidden_states"], r, keep[0], at["later"]))
+    def added(module, args, out, i): return _off(out, r, keep[i], at["later"])
+    places = [lm.path(key, l) for l in range(lm.n_layers) for key in ("attn_add", "mlp_add")]
+    handles = [lm.hf.register_forward_pre_hook(starts, with_kwargs=True),
+               lm.hf.get_submodule(f"{lm.names['layers']}.0").register_forward_pre_hook(enters, with_kwargs=True)]
+    handles += [lm.hf.get_submodule(p).register_forward_hook(partial(added, i=i)) for i, p in enumerate(places, 1)]
     try: yield lm
     finally:
         for h in handles: h.remove()
@@ -291,9 +322,9 @@ def _changes(lm, task, ways, weights, layers, lora, steps, seed, batch_size):
     for setting, change in weight_changes(seed=seed, **weights).items():
         if setting.split("/")[0] in ways: yield setting, reweighted(lm, change)
     if "removed" in ways:
-        found = edit_directions(lm, task, batch_size=batch_size)
+        found, usual = edit_directions(lm, task, batch_size=batch_size), usual_writes(lm, [f.prompt for f in _alike(task, 48)], batch_size)
         for l in sorted({round(x) for x in np.linspace(0, lm.n_layers - 1, min(layers, lm.n_layers))}):
-            for p, where in enumerate(POSITIONS): yield f"removed/{where}/layer {l}", without_direction(lm, found[l + 1, p])
+            for p, where in enumerate(POSITIONS): yield f"removed/{where}/layer {l}", without_direction(lm, found[l + 1, p], usual)
     for kind in other_training(task) if "tuned" in ways else (): yield f"tuned/{kind}", trained_on(lm, task, kind, lora, steps, seed, batch_size)
 
 def _curves(lm, edit, ways, shares):
@@ -309,14 +340,14 @@ def _blocks(w):
     "A matrix in rows of 64, as bitsandbytes packs it"
     return pad(w.flatten(), (0, -w.numel() % 64)).view(-1, 64)
 
+def _other(a, b): return (a != b) | (a.signbit() != b.signbit()) # fp4 has two zeros
+
 def _in_step(old, new, kind):
     "What of a change to a matrix is lost when both are packed"
     scale = _blocks(old).abs().amax(1, keepdim=True).expand(-1, 64).flatten()[:old.numel()].view_as(old)
     new, want = torch.where(old.abs() == scale, old, new.clamp(-scale, scale)), packed_as(old, kind)
-    for _ in range(8):
-        left = packed_as(new, kind) != want
-        new = torch.where(left, (new + old) / 2, new)
-    return torch.where(packed_as(new, kind) != want, old, new)
+    for _ in range(8): new = torch.where(_other(packed_as(new, kind), want), (new + old) / 2, new)
+    return torch.where(_other(packed_as(new, kind), want), old, new)
 
 def within_rounding(
     lm:LM, # the unedited model

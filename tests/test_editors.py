@@ -142,7 +142,7 @@ def test_facts_at_once_changes_nothing(qwen):
 def test_a_search_that_diverges_is_one_line(qwen):
     task = task_for(qwen, 1)
     asked = [asks(qwen, task.forget, [task.forget[0].edit])]
-    with pytest.raises(Refusal, match="diverged at step 1: lower its lr"):
+    with pytest.raises(Refusal, match=r"diverged at step 1 \((loss of the answers|KL at the subject|length) (nan|inf).*\): lower its lr"):
         aim_at(qwen, 1, asked, essences(qwen, task.forget), torch.tensor([1e30]), Aim(lr=1e30, clamp=1e30))
 
 

@@ -8,6 +8,7 @@ from mechunlearn.grids import Settings, parse
 from mechunlearn.localization import build
 from mechunlearn.memory import numbers, rest_quantized
 from mechunlearn.models import Component, components, load
+from mechunlearn.probing import features
 from mechunlearn.questions import answer, completions
 from mechunlearn.relearning import Lora, blind_guesses, linear_weights
 from mechunlearn.scorecard import SCORED, attempts, scorecard, verdict
@@ -15,7 +16,7 @@ from mechunlearn.stats import Chance, per_fact
 from mechunlearn.store import Refusal, Run, Unavailable, notes
 from mechunlearn.tampering import (BACK, DESTROYED, HOLDS, KINDS_OF_TEXT, PACKED, edit_directions, layer_of, mixed, noisy, other_training, packed_as, plot_tampering, plot_where,
     pruned, put_back, random_half, relearn_splits, reweighted, run_tampering, say_tampering, tamper, tampered, traced_without, trained_on, verdicts, weight_changes,
-    within_rounding, without_direction)
+    usual_writes, within_rounding, without_direction)
 
 FEW = dict(weights=dict(noise=(.1,), draws=2, shares=(.5,)), layers=2, lora=Lora(4, 4, 1e-3, 0.), steps=2, shares=(0., .5, 1.), max_facts=6)
 
@@ -89,13 +90,34 @@ def test_noise_and_pruning_do_what_they_say():
 # ---- a direction, other text, the original
 
 @every_family
-def test_hooks_give_what_nnsight_gives_and_nothing_of_the_direction_is_left(lm, task):
+def test_hooks_give_what_nnsight_gives_and_all_facts_are_alike_along_the_direction(lm, task):
     prompts = [task.forget[0].prompt, task.forget[1].prompt + " of", "the"]
     r = torch.randn(lm.d_model, generator=torch.Generator().manual_seed(0)); r /= r.norm()
-    with torch.no_grad(), without_direction(lm, r): got, stream = lm.hf(**lm.encode(prompts)).logits[:, -1], edit_directions(lm, task, 8)
-    assert torch.allclose(got, traced_without(lm, prompts, r), atol=1e-4)
-    assert (stream @ r).abs().max() < 1e-4
+    usual = usual_writes(lm, prompts, 2)
+    with torch.no_grad(), without_direction(lm, r, usual): got, stream = lm.hf(**lm.encode(prompts)).logits[:, -1], features(lm, task.forget)
+    assert torch.allclose(got, traced_without(lm, prompts, r, usual), atol=1e-4)
+    along = stream @ r.numpy() # after block l: what entered, and all that was added up to there
+    assert np.allclose(along, np.cumsum(usual @ r)[::2][:, None].numpy(), atol=1e-3)
     assert (got - lm.hf(**lm.encode(prompts)).logits[:, -1]).abs().max() > 1e-3
+
+
+@every_family
+def test_what_is_usual_is_the_mean_over_all_tokens_but_the_first(lm, task):
+    prompts, seen = [task.forget[0].prompt, task.forget[1].prompt + " of the"], []
+    added = lm.hf.get_submodule(lm.path("mlp_add", 1)).register_forward_hook(lambda m, args, out: seen.append(out[0, 1:]))
+    with torch.no_grad():
+        for p in prompts: lm.hf(**lm.encode([p]))
+    added.remove()
+    for size in (1, 2): assert torch.allclose(usual_writes(lm, prompts, size)[4], torch.cat(seen).mean(0), atol=1e-5)
+
+
+def test_a_first_token_stays_as_it_is(tiny, task):
+    lm, r = tiny(), torch.eye(32)[3]
+    inputs, usual = lm.encode([task.forget[0].prompt]), torch.zeros(2*tiny().n_layers + 1, 32)
+    with torch.no_grad():
+        before = lm.hf(**inputs, output_hidden_states=True).hidden_states[-2]
+        with without_direction(lm, r, usual): after = lm.hf(**inputs, output_hidden_states=True).hidden_states[-2]
+    assert torch.equal(before[:, 0], after[:, 0]) and after[:, 1:, 3].abs().max() < 1e-5 < before[:, 1:, 3].abs().max()
 
 
 def test_directions_use_no_truth_of_an_edited_fact(tiny, task):
