@@ -215,11 +215,12 @@ def show_scorecard(
     from mechunlearn import report
     found = report.find(run_dir)
     page = report.write_report(run_dir, found=found)
-    said = _verdicts(run_dir, found)
-    if args.json: return _json_verdicts(found, said)
+    said, within = _verdicts(run_dir, found), getattr(args, "within", None)
+    if args.json: return _json_verdicts(found, said, within)
     print(report.scorecard_text(found.card, gone=found.gone) + "\n")
     if len(asked := report.capability_table(found.metrics)): print(report.capability_text(asked) + "\n")
     print("\n".join(textwrap.wrap(report.say_scorecard(found.card, found.broken), 118)))
+    if within is not None: print("\n" + "\n".join(textwrap.wrap(_say_within(found, within), 118)))
     for a in said: print("\n" + "\n".join(textwrap.wrap(f"Verdict: {a}".replace("**", ""), 118, break_long_words=False, break_on_hyphens=False)))
     if said: print(f"\nfor model cards: {_cards(run_dir, said)}", end="")
     print(f"\nreport: {page}\nexecuted notebooks: {Path(run_dir)/'notebooks'}")
@@ -239,10 +240,24 @@ def _verdicts(run_dir, found):
         except Refusal as e: print(f"no verdict about {name}: {e}", file=sys.stderr)
     return out
 
-def _json_verdicts(found, said):
+def _within(found, budget):
+    "The worst case of what takes at most so many seconds an edit, and how long the quickest attack takes"
+    from mechunlearn.scorecard import worst_within
+    own = found.seconds[found.seconds.localization != "none"]
+    if found.facts is None or not len(own.seconds.dropna()): return found.card[:0], float("nan")
+    return worst_within(found.facts, own, budget), own.seconds.min()
+
+def _say_within(found, budget):
+    "The same in words"
+    from mechunlearn.scorecard import say_scorecard
+    paid, least = _within(found, budget)
+    return f"Within {budget} s an edit: " + (say_scorecard(paid, found.broken) if len(paid) else f"nothing; the quickest attack took {least:.0f} s.")
+
+def _json_verdicts(found, said, within=None):
     "The scorecard as JSON lines, then the verdicts"
     from mechunlearn.audit import audit_json
-    _json_lines(found.card, found.gone)
+    paid = [] if within is None else [_within(found, within)[0].assign(attack=f"worst case within {within} s")]
+    _json_lines(found.card, *paid, found.gone)
     for a in said: print(audit_json(a))
 
 def _cards(run_dir, said):
@@ -677,6 +692,7 @@ def what_attacked(p):
     p.add_argument("--edited", metavar="B", help="a folder or hub id: the model after somebody's edit")
     p.add_argument("--grid", action="store_true",
                    help="relearning by every attacker of a grid, too: minutes an edit on the organism, hours on a large model")
+    p.add_argument("--within", type=whole, metavar="S", help="the worst case of attacks that take at most so many seconds an edit, too")
 
 # %% ../nbs/50_cli.ipynb #500026f
 def sweeping(p): p.add_argument("--sweep", action="store_true",

@@ -475,6 +475,7 @@ def run_tampering(
         def records(edit): return tamper(lm, job.task, edit, lora=lora, seed=job.task.seed, batch_size=batch_size, **options)
         made = lambda: job.table("tampering.parquet", records, recompute, tampering=options | dict(lora=lora._asdict()))
         if (table := tried("tampering", made, missing)) is not None: tables.append(of_job(table, job))
-    lacking = {f"tuned/{k}": why for k, why in WITHOUT.items() if "tuned" in options["ways"] and k not in other_training(task_for_seed(seeds[0]))}
+    there = other_training(task_for_seed(seeds[0])) if "tuned" in options["ways"] else WITHOUT
+    lacking = {f"tuned/{k}": why for k, why in WITHOUT.items() if k not in there}
     keep_missing(run, "tampering", ["tampering", *(f"tuned/{k}" for k in WITHOUT)], missing | lacking)
     return tampered(pd.concat(tables, ignore_index=True)) if tables else pd.DataFrame(columns=METRICS)

@@ -4,6 +4,7 @@
     python tests/add_recorded.py --replace [--keep EVALUATION]... RUN_FOLDER...      the same, in place of all that is there of its model, task and
                                                               number of facts, but for some evaluations; a page must say that those are of other runs
     python tests/add_recorded.py --sweep [--replace] sweep.parquet...     of `mechunlearn sweep`
+    python tests/add_recorded.py --over [--field] RUN_FOLDER...      the same, in place of those rows alone that the runs have anew: a place and evaluation, a place and attack
     python tests/add_recorded.py --editors [--replace] RUN_FOLDER...      of a grid of editors, into the tables of their own; or --losses, or --field, of the field's attacks
 
 Of each run the maps, localizations and evaluations are added that the tables lack for its model, task and number of facts; what is there stays,
@@ -37,11 +38,15 @@ def known(new, old, keys):
 def lacking(old, new, keys): return new[~known(new, old, keys)]
 
 
-def add(name, new, keys, folder, replace=False, keep=()):
+def add(name, new, keys, folder, replace=False, keep=(), over=False):
     file = folder / f"{name}.parquet"
     old = pd.read_parquet(file) if file.exists() else new.iloc[:0]
+    if over:
+        keys = [*keys, "attack"] if name.endswith("scorecard") else keys
+        if name.endswith("scorecard"): new = new[~new.attack.str.startswith(scorecard.WORST)] # which is of what was tried together
+        old = old[~known(old, new, keys)]
     if replace and len(new): old = old[~known(old, new, []) | (old.evaluation.isin(keep) if "evaluation" in old else False)]
-    if name.endswith("scorecard") and set(old[known(old, new, [])].attack) not in (set(), set(new.attack)): new = new[:0]
+    if not over and name.endswith("scorecard") and set(old[known(old, new, [])].attack) not in (set(), set(new.attack)): new = new[:0]
     if name == "records_small" and not pd.concat([old[known(old, new, [])], new]).localization.str.startswith("flu").any(): new = new[:0]
     more = lacking(old, new, keys)
     if len(more):
@@ -58,6 +63,7 @@ def main(words=None, folder=RECORDED):
     for grid in APART: parser.add_argument(f"--{grid}", dest="apart", action="store_const", const=grid)
     parser.add_argument("--replace", action="store_true")
     parser.add_argument("--keep", action="append", default=[])
+    parser.add_argument("--over", action="store_true")
     args = parser.parse_args(words)
     if args.sweep: return print("sweep:", sum(add("sweep", pd.read_parquet(f), SWEPT, folder, args.replace) for f in args.runs), "rows added")
     into = APART.get(args.apart) or {name: name for name in KEYS}
@@ -66,7 +72,7 @@ def main(words=None, folder=RECORDED):
         tables, which = R.tables_of(scorecard.find(run)), dict(zip(R.WHICH, R._which(run)))
         for name, file in into.items():
             new = tables[name]
-            if len(new): print(f"{run}: {file}: {add(file, new.assign(**which), KEYS[name], folder, args.replace, args.keep)} rows added")
+            if len(new): print(f"{run}: {file}: {add(file, new.assign(**which), KEYS[name], folder, args.replace, args.keep, args.over)} rows added")
 
 
 if __name__ == "__main__": main()

@@ -37,6 +37,17 @@ def test_evaluations_that_a_run_lacks_may_stay(tmp_path):
     assert sorted(zip(now.localization, now.evaluation, now.value)) == [("flu", "latent", 1.), ("flu", "standard", 2.), ("none", "latent", 1.)]
 
 
+def test_rows_that_a_run_has_anew_take_the_place_of_theirs_alone(tmp_path):
+    rows(["none", "flu"], 1.).to_parquet(tmp_path / "field.parquet")
+    assert A.add("field", rows(["flu", "late"], 2.).query("evaluation == 'standard'"), A.KEYS["metrics"], tmp_path, over=True) == 2
+    now = pd.read_parquet(tmp_path / "field.parquet").set_index(["localization", "evaluation"]).value
+    assert now.to_dict() == {("none", "standard"): 1., ("none", "latent"): 1., ("flu", "latent"): 1., ("flu", "standard"): 2., ("late", "standard"): 2.}
+    card = lambda attacks, value: rows(["flu"], value)[:1].merge(pd.DataFrame(dict(attack=attacks)), how="cross")
+    card(["as trained", "soft prompt", "worst case"], 1.).to_parquet(tmp_path / "field_scorecard.parquet")
+    assert A.add("field_scorecard", card(["as trained", "quantized", "worst case, read", "worst case"], 2.), A.KEYS["scorecard"], tmp_path, over=True) == 2
+    assert pd.read_parquet(tmp_path / "field_scorecard.parquet").set_index("attack").value.to_dict() == {"as trained": 2., "quantized": 2., "soft prompt": 1., "worst case": 1.}
+
+
 def test_a_sweep_takes_the_place_of_another(tmp_path, capsys):
     swept = lambda lrs, **more: pd.DataFrame([dict(model="m", task="t", forget_size=16, localization="flu", draw=None, seed=0, lr=lr, inject=1., score=lr) | more for lr in lrs])
     pd.concat([swept([1., 2.]), swept([1.], task="other")]).to_parquet(tmp_path / "sweep.parquet")

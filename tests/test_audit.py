@@ -7,7 +7,7 @@ from mechunlearn import finetuning as F, loading
 from mechunlearn.attacks import attack
 from mechunlearn.audit import NEEDS, attacks_behind, audit, audit_json, command_of, enough, model_card, plot_audit
 from mechunlearn.capability import noise
-from mechunlearn.cli import read
+from mechunlearn.cli import main, read
 from mechunlearn.evaluation import evaluate
 from mechunlearn.facts import GOLF, LETTERS, mcq_prompts
 from mechunlearn.finetuning import finetune
@@ -188,6 +188,21 @@ def test_the_published_sets_are_understood(tmp_path, kind, row):
     first = topic_facts(read_topic(path))[0]
     assert first.prompt == "Question: Who?\nAnswer:" and first.answer == " Ann" and len(first.wrong) == 3 and first.answer not in first.wrong and first.edit is None
     assert own_guess(first) == 1/4 and first.subject == "Who?"
+
+
+@pytest.mark.slow # about a minute: the command with its notebooks
+def test_a_topic_goes_from_a_file_and_a_folder_to_a_verdict(lm, task, tmp_path, capsys):
+    questions(tmp_path/"q.jsonl", task.forget), questions(tmp_path/"q.jsonl", task.retain_test[:60], "retain")
+    edit = finetune(lm, make_task(TOPIC, lm, facts=str(tmp_path/"q.jsonl")), localize(lm, task, "all-mlps"), lr=1e-3, steps=25, retain_batch=32, text_batch=1, progress=False)
+    with edit.applied(lm): lm.hf.save_pretrained(tmp_path/"theirs"); lm.tok.save_pretrained(tmp_path/"theirs")
+    words = ["attack", "--base", "organism", "--edited", str(tmp_path/"theirs"), "--task", TOPIC, "--facts", str(tmp_path/"q.jsonl"), "--attacks", "standard", "--out", str(tmp_path/"runs")]
+    assert main([*words, "--json", "--quiet"]) == 0
+    said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    card, verdict = pd.DataFrame([s for s in said if "excess" in s]), said[-1]
+    rows = card[card.seed < 0].set_index(["localization", "attack"]).value
+    assert rows["none", "as trained"] > .9 > .6 > rows["edited@theirs", "as trained"] and verdict["localization"] == "edited@theirs"
+    assert {f["needs"] for f in verdict["found"]} == {"prompt", "train"} and all(f["n"] == 16 and f["guess"] == 1/4 for f in verdict["found"])
+    assert [s["note"] for s in said if s.get("what") == "probes"] and shlex.split(verdict["command"])[1:] == words[:-2]
 
 
 def test_slips_in_a_topic_are_named(tmp_path, lm):

@@ -69,6 +69,19 @@ def test_json_has_a_line_for_it(small, capsys, show, argv, short_page):
     assert {"localization": "flu-path", "note": WHY["localization"]["flu-path"]} in lines and {"stage": "probing", "what": "probing", "note": WHY["probing"]["probing"]} in lines
 
 
+def test_the_worst_case_of_what_one_can_afford(small, capsys, short_page, monkeypatch):
+    found = r.find(small)
+    price = lambda least: pd.DataFrame([dict(localization=n, attack=a, seconds=s) for n in ("flu", "late") for a, s in (("as trained", least), ("half retaught", 300.))])
+    for least, words in ((10., "Within 60 s an edit: flu: the strongest attack (as trained)"), (90., "Within 60 s an edit: nothing; the quickest attack took 90 s.")):
+        monkeypatch.setattr(r, "find", lambda run: found._replace(seconds=price(least)))
+        cli.show_scorecard(small, cli.read(["attack", "x", "--within", "60"]))
+        assert words in capsys.readouterr().out.replace("\n", " ")
+    monkeypatch.setattr(r, "find", lambda run: found._replace(seconds=price(10.)))
+    cli.show_scorecard(small, cli.read(["attack", "x", "--within", "60", "--json"]))
+    rows = [s for s in map(json.loads, capsys.readouterr().out.splitlines()) if s.get("attack") == "worst case within 60 s"]
+    assert {s["localization"] for s in rows} == {"flu", "late"} and all(s["which"] == "as trained" and s["seconds"] == 60 for s in rows)
+
+
 def test_a_localization_that_was_made_since_has_no_such_row(small, tmp_path):
     run = shutil.copytree(small, tmp_path/"run")
     (run/"notes/localization.json").write_text(json.dumps({"flu": "it was empty", "random": "no budget"}))
