@@ -4,7 +4,7 @@
     python tests/add_recorded.py --replace [--keep EVALUATION]... RUN_FOLDER...      the same, in place of all that is there of its model, task and
                                                               number of facts, but for some evaluations; a page must say that those are of other runs
     python tests/add_recorded.py --sweep [--replace] sweep.parquet...     of `mechunlearn sweep`
-    python tests/add_recorded.py --over [--field] RUN_FOLDER...      the same, in place of those rows alone that the runs have anew: a place and evaluation, a place and attack
+    python tests/add_recorded.py --over [--field] RUN_FOLDER...      the same, in place of those rows alone that the runs have anew: a place, evaluation and setting; a place and attack
     python tests/add_recorded.py --editors [--replace] RUN_FOLDER...      of a grid of editors, into the tables of their own; or --losses, or --field, of the field's attacks
 
 Of each run the maps, localizations and evaluations are added that the tables lack for its model, task and number of facts; what is there stays,
@@ -42,7 +42,7 @@ def add(name, new, keys, folder, replace=False, keep=(), over=False):
     file = folder / f"{name}.parquet"
     old = pd.read_parquet(file) if file.exists() else new.iloc[:0]
     if over:
-        keys = [*keys, "attack"] if name.endswith("scorecard") else keys
+        keys = [*keys, *(c for c in ("setting", "attack") if c in new)]
         if name.endswith("scorecard"): new = new[~new.attack.str.startswith(scorecard.WORST)] # which is of what was tried together
         old = old[~known(old, new, keys)]
     if replace and len(new): old = old[~known(old, new, []) | (old.evaluation.isin(keep) if "evaluation" in old else False)]

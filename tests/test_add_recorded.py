@@ -38,10 +38,12 @@ def test_evaluations_that_a_run_lacks_may_stay(tmp_path):
 
 
 def test_rows_that_a_run_has_anew_take_the_place_of_theirs_alone(tmp_path):
-    rows(["none", "flu"], 1.).to_parquet(tmp_path / "field.parquet")
-    assert A.add("field", rows(["flu", "late"], 2.).query("evaluation == 'standard'"), A.KEYS["metrics"], tmp_path, over=True) == 2
-    now = pd.read_parquet(tmp_path / "field.parquet").set_index(["localization", "evaluation"]).value
-    assert now.to_dict() == {("none", "standard"): 1., ("none", "latent"): 1., ("flu", "latent"): 1., ("flu", "standard"): 2., ("late", "standard"): 2.}
+    rows(["none", "flu"], 1.).assign(setting="plain").to_parquet(tmp_path / "field.parquet")
+    A.add("field", rows(["flu"], 1.).assign(setting="turned"), A.KEYS["metrics"], tmp_path, over=True)
+    assert A.add("field", rows(["flu", "late"], 2.).query("evaluation == 'standard'").assign(setting="plain"), A.KEYS["metrics"], tmp_path, over=True) == 2
+    now = pd.read_parquet(tmp_path / "field.parquet").set_index(["localization", "evaluation", "setting"]).value
+    assert now.to_dict() == {(l, e, "plain"): 1. + ((l, e) in (("flu", "standard"), ("late", "standard"))) for l, e in
+        (("none", "standard"), ("none", "latent"), ("flu", "latent"), ("flu", "standard"), ("late", "standard"))} | {("flu", e, "turned"): 1. for e in ("standard", "latent")}
     card = lambda attacks, value: rows(["flu"], value)[:1].merge(pd.DataFrame(dict(attack=attacks)), how="cross")
     card(["as trained", "soft prompt", "worst case"], 1.).to_parquet(tmp_path / "field_scorecard.parquet")
     assert A.add("field_scorecard", card(["as trained", "quantized", "worst case, read", "worst case"], 2.), A.KEYS["scorecard"], tmp_path, over=True) == 2
