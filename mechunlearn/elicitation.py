@@ -54,7 +54,7 @@ def in_context(
     "A prompt behind statements about other subjects"
     pool = [f for f in others if f.subject != fact.subject]
     head, own = parted(fact)
-    drawn = seeded("in context", seed, fact.id).sample(pool, min(k, len(pool)))
+    drawn = seeded("in context", seed, fact.id).sample(pool, k) if k < len(pool) else pool # all in one order: it is read once
     said = [stated(f, (denied(f, seed) if what == "false" else None) or f.answer, what == "document") for f in drawn]
     return head + "".join(said) + own
 

@@ -123,6 +123,7 @@ def test_in_context_shows_others_only_and_repeats(task):
         assert all(f"{g.subject} plays the sport of{g.edit}\n" in in_context(f, taught, 3, "false") for g in shown)
     assert len({in_context(held[0], taught, 2, seed=s) for s in range(6)}) > 1
     assert in_context(task.forget[0], task.forget[:1], 4) == task.forget[0].prompt # nobody else is there
+    assert len({in_context(f, taught, len(taught)).removesuffix(parted(f)[1]).removeprefix(parted(f)[0]) for f in held}) == 1 # where all are shown, one order: it is read once
 
 
 def test_no_fact_stands_in_its_own_context(task):
