@@ -8,7 +8,7 @@ __all__ = ['LLAMA', 'GEMMA2', 'OLMO2', 'PHI3', 'GPT2', 'GPT_NEOX', 'FAMILIES', '
            'check_structure', 'read_family']
 
 # %% ../nbs/00_families.ipynb #00fa03
-import json
+import json, math
 from difflib import get_close_matches
 from pathlib import Path
 from torch import nn
@@ -67,6 +67,8 @@ def missing_module(
     return next((p for p in paths if p not in have), None)
 
 # %% ../nbs/00_families.ipynb #000012
+def _number(x): return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+
 def option(
     config, # a Hugging Face configuration
     names:dict, # an entry of `FAMILIES`
@@ -79,7 +81,9 @@ def option(
     if not isinstance(own, str): return own
     field = own.removeprefix("1/")
     if not hasattr(config, field): raise Refusal(f"the family says that {key} is {field!r} of the configuration, which has no such field")
-    return 1 / getattr(config, field) if own != field else getattr(config, field)
+    value = getattr(config, field)
+    if key != "parallel" and not (value is None and own == field) and not (_number(value) and (value or own == field)): raise Refusal(f"the family says that {key} is {own!r} of the configuration, where {field} is {value!r}: a number is needed" + " other than 0" * (own != field))
+    return 1 / value if own != field else value
 
 # %% ../nbs/00_families.ipynb #000012a
 def sizes(
@@ -178,5 +182,5 @@ def _check_value(key, value, where):
     "Refuse a value that is not of its key's kind"
     named, bare = isinstance(value, str) and value.strip(), isinstance(value, bool)
     if key in LLAMA: good, wants = named or (value is None and key in NULLABLE), "the path of a module" + (" or null" if key in NULLABLE else "")
-    else: good, wants = dict(interleaved=bare, parallel=bare or named).get(key, named or (isinstance(value, (int, float) if key in FACTORS else int) and not bare and value > 0)), OPTIONS[key]
+    else: good, wants = dict(interleaved=bare, parallel=bare or named).get(key, named or (_number(value) and (key in FACTORS or isinstance(value, int)) and value > 0)), OPTIONS[key]
     if not good: raise Refusal(f"{where}: {key} is {wants}, not {json.dumps(value)[:80]}")

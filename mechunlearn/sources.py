@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['AUTHORS_URL', 'ROME_URL', 'SOURCES', 'KINDS', 'MAX_BYTES', 'BUILDERS', 'SPLIT_NAMES', 'READERS', 'WHITE', 'UNSPACED',
-           'Text', 'Texts', 'Prompt', 'Answer', 'Other', 'WHY', 'ROME', 'FLAT', 'QUESTION', 'NEEDED', 'LISTS',
-           'MAX_OWN', 'TOPIC_NAMES', 'PASSED', 'Source', 'cached', 'fetch', 'Missing', 'find', 'read_rows', 'once',
-           'trim', 'spaced', 'check', 'ragged', 'CounterFact', 'read_counterfact', 'QuestionRow', 'read_questions',
-           'AtlasRow', 'read_atlas', 'OwnFact', 'OwnFacts', 'read_own', 'TopicRow', 'read_topic', 'shape_of', 'TextRow',
-           'python_texts', 'read_texts']
+           'Text', 'Texts', 'Prompt', 'Answer', 'Other', 'WHY', 'ROME', 'FLAT', 'QUESTION', 'WITHDRAWN', 'NEEDED',
+           'LISTS', 'MAX_OWN', 'TOPIC_NAMES', 'PASSED', 'Source', 'cached', 'fetch', 'Missing', 'find', 'read_rows',
+           'once', 'trim', 'spaced', 'check', 'ragged', 'CounterFact', 'read_counterfact', 'QuestionRow',
+           'read_questions', 'AtlasRow', 'read_atlas', 'OwnFact', 'OwnFacts', 'read_own', 'TopicRow', 'read_topic',
+           'shape_of', 'TextRow', 'python_texts', 'read_texts']
 
 # %% ../nbs/02_sources.ipynb #020003
 import csv, difflib, gzip, hashlib, io, json, math, os, re, reprlib, shutil, sys, unicodedata, urllib.request, zlib
@@ -473,9 +473,12 @@ class AtlasRow(BaseModel):
     subject: Text  # a country, or a city
     answer: Text   # the truth
 
-def read_atlas() -> pd.DataFrame: # relation, subject, answer
+WITHDRAWN = {("language", "South Africa"), ("language", "Iraq"), ("country", "Islington")} # twelve official languages, two, a part of London; the other rows keep their numbers
+
+def read_atlas() -> pd.DataFrame: # relation, subject, answer; numbered as in the file
     "The packaged facts of geography"
-    return pd.DataFrame([check(AtlasRow, where, row).model_dump() for where, row in read_rows(DATA/"atlas.csv")])
+    rows = pd.DataFrame([check(AtlasRow, where, row).model_dump() for where, row in read_rows(DATA/"atlas.csv")])
+    return rows[[(r.relation, r.subject) not in WITHDRAWN for r in rows.itertuples()]]
 
 # %% ../nbs/02_sources.ipynb #020084
 class OwnFact(BaseModel, frozen=True):

@@ -422,7 +422,7 @@ def atlas_facts(
         texts = {p: getattr(ways, p).replace("{s}", r.subject) for p in ATLAS_PROMPTS}
         return Fact(id=f"{r.relation}/{i:04d}", relation=r.relation, subject=r.subject, prompt=texts.pop(prompt), answer=f" {r.answer}",
             candidates=answers[r.relation], paraphrases=tuple(texts.values()), question=ways.asked.replace("{s}", r.subject))
-    return tuple(fact(i, r) for i, r in enumerate(rows.itertuples()))
+    return tuple(fact(r.Index, r) for r in rows.itertuples())
 
 # %% ../nbs/06_tasks.ipynb #0a60f016
 def distinct(

@@ -29,8 +29,8 @@ PLAIN = {"CD": "Democratic Republic of the Congo", "CG": "Republic of the Congo"
 CAPITALS = set("BO ZA SZ LK MY BJ CI TZ ME BI KZ GQ ID YE MM".split())
 # in two continents, or counted to either
 CONTINENTS = set("RU TR KZ AZ GE AM CY EG ID TL AU".split())
-# a language that is official no more, or is called by two names
-LANGUAGES = set("ME ML BF NE ET MV RS BA HR".split())
+# a language that is official no more, is called by two names, or is one of several that are official in the whole country
+LANGUAGES = set("ME ML BF NE ET MV RS BA HR ZA IQ".split())
 # a currency of late, two, or one that circulates beside another
 CURRENCIES = set("HR BG ZW PA EC SV TL LR KH BT LS NA SZ CU VE LT LV EE ME YE UZ BA".split())
 CURRENCY = {"Yuan Renminbi": "yuan", "Belarusian ruble": "ruble"}
@@ -41,14 +41,14 @@ NO_CITY = {"Sevastopol", "Simferopol", "Donetsk", "Luhansk", "Makiyivka", "Horli
     "Iztapalapa", "Gustavo Adolfo Madero", "Salvador", "Leon de los Aldama", "Abobo", "Camama", "Kikolo", "Hoji ya Henda", "Mirpur Model Thana", "Pallabi",
     "Al Mawsil al Jadidah", "Al Basrah al Qadimah", "Sadr City", "Madinat an Nasr", "Shubra al Khaymah", "Puente Alto", "Warder", "Nice",
     "Brooklyn", "Queens", "Manhattan", "The Bronx", "Brent", "Birkenhead", "Budta", "Malingao", "Taguig", "Bannu", "Darnytsya", "Pravyi Bereh",
-    "Kakamega", "Khartoum North", "Goyang-si", "South Tangerang", "Touba", "Pikine", "Camayenne", "Bunamwaya", "Winejok", "Balbala", "Yunusobod", "Cho Lon", "Abu Ghurayb", "Sultanah", "Maianga", "Golfe", "Ra's Bayrut"}
+    "Kakamega", "Khartoum North", "Goyang-si", "South Tangerang", "Touba", "Pikine", "Camayenne", "Bunamwaya", "Winejok", "Balbala", "Yunusobod", "Cho Lon", "Abu Ghurayb", "Sultanah", "Maianga", "Golfe", "Ra's Bayrut", "Islington"}
 ENGLISH = {"Koln": "Cologne", "Sevilla": "Seville", "Makkah": "Mecca", "Madinah": "Medina", "Frankfurt am Main": "Frankfurt", "Łodz": "Lodz",
     "Wrocław": "Wroclaw", "Basrah": "Basra", "Zaporizhzhya": "Zaporizhzhia", "Mykolayiv": "Mykolaiv", "Kryvyy Rih": "Kryvyi Rih"}
 
 
 def plain(text):
     "A name without accents"
-    return "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c)).replace("’", "'")
+    return "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c)).replace("’", "'").replace("ı", "i")
 
 
 def heard(subject, answer):
