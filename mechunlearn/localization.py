@@ -270,7 +270,7 @@ def flu(self:Evidence) -> list[Component]: # one for each layer
 def flu_probe(self:Evidence) -> list[Component]: # one for each FLU layer
     "MLPs of the layers where the probe learns the answer; EmptyFLU if there are none"
     if self.layers: return [Component("mlp", l) for l in self.layers]
-    raise EmptyFLU("probe accuracy at the subject rises in no layer: FLU is empty and gives no budget; "
+    raise EmptyFLU("probe accuracy at the subject rises in no layer before the answer begins to arrive at the last token: FLU is empty and gives no budget; "
                    "give one (budget=N parameters), or use late, all-mlps or nonlocalized")
 
 # %% ../nbs/13_localization.ipynb #deda3d5f
