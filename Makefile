@@ -48,9 +48,10 @@ run: .venv/.installed
 	$(BIN)/mechunlearn run --model organism --task sports-athlete-editing --forget-size 64 --seeds 0 \
 	  --localizations flu,causal-tracing-mlps,random-mlps,late,all-mlps,nonlocalized --draws 1 --out $(OUT)
 
-# the docs are checked beside the notebooks: one process of three
+# pages are checked beside the notebooks
 test: .venv/.peers
-	@export OMP_NUM_THREADS=1; $(BIN)/python tests/docs_check.py & docs=$$!; \
+	$(BIN)/python tests/docs_check.py exports
+	@export OMP_NUM_THREADS=1; $(BIN)/python tests/docs_check.py pages & docs=$$!; \
 	$(BIN)/nbdev_test --n_workers 2 --timing; notebooks=$$?; wait $$docs && exit $$notebooks
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -n 2 --dist loadfile --no-loadscope-reorder --durations 20 -m "not slow and not gpu"
 

@@ -1,4 +1,9 @@
-"""What can be said of the docs without Quarto: exports and notebooks are clean, every page converts, every link leads somewhere."""
+"""What can be said of the docs without Quarto: exports and notebooks are clean, every page converts, every link leads somewhere.
+
+    python tests/docs_check.py [exports | pages]
+
+`exports` writes files anew, if only as they were: nothing may read them meanwhile. `pages` reads alone, and may go on beside the tests.
+"""
 import json
 import re
 import subprocess
@@ -120,7 +125,9 @@ def built_pages_are_right() -> None:
                 fail(f"{path.name} shows a figure without a description")
 
 
+PARTS = {"exports": (exports_are_clean,), "pages": (readme_is_the_index, sidebar_is_whole, notebooks_are_recorded, pages_convert, pages_are_processed, built_pages_are_right)}
+
 if __name__ == "__main__":
-    for check in (exports_are_clean, readme_is_the_index, sidebar_is_whole, notebooks_are_recorded, pages_convert, pages_are_processed, built_pages_are_right):
+    for check in (check for part in sys.argv[1:] or PARTS for check in PARTS[part]):
         check()
         print(f"docs-check: {check.__name__.replace('_', ' ')}", flush=True)
