@@ -251,7 +251,7 @@ def _say_within(found, budget):
     "The same in words"
     from mechunlearn.scorecard import say_scorecard
     paid, least = _within(found, budget)
-    return f"Within {budget} s an edit: " + (say_scorecard(paid, found.broken) if len(paid) else f"nothing; the quickest attack took {least:.0f} s.")
+    return f"Within {budget} s an edit: " + (say_scorecard(paid, found.broken) if len(paid) else "nothing" + (f"; the quickest attack took {least:.0f} s." if least == least else ": no attack says how long it took."))
 
 def _json_verdicts(found, said, within=None):
     "The scorecard as JSON lines, then the verdicts"

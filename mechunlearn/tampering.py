@@ -104,7 +104,7 @@ def weight_changes(
     return ways | {f"damaged/pruned {s:g}": lambda w, i, s=s: pruned(w, s) for s in shares}
 
 # %% ../nbs/32_tampering.ipynb #c1343206
-def _alike(task, max_facts):
+def _comparable(task, max_facts):
     "Retained facts of the relations that were edited; all, if there are none"
     return some([f for f in task.retain if f.relation in {f.relation for f in task.forget}] or list(task.retain), max_facts)
 
@@ -115,7 +115,7 @@ def edit_directions(
     batch_size:int=64, # prompts a forward
 ) -> Float[Tensor, "layer position d_model"]: # of length 1; `layer` 0 is the embeddings, l + 1 after block l; positions as in POSITIONS
     "Where edited facts lie, seen from retained facts with the same answer, each coordinate by its standard deviation. One forward a fact."
-    known = _alike(task, max_facts)
+    known = _comparable(task, max_facts)
     if not known: raise Unavailable("there are no retained facts to compare the edited ones with")
     new, old = (torch.from_numpy(features(lm, facts, batch_size)) for facts in (task.forget, known))
     alike = lambda f: [i for i, g in enumerate(known) if (g.relation, g.answer) == (f.relation, f.edit)] or list(range(len(known)))
@@ -174,7 +174,9 @@ def without_direction(
 ) -> Iterator[LM]: # the same model
     "A direction held at its mean in all that enters the stream, at every layer and token but the first, for the length of a `with` block"
     at, keep = {}, usual @ r.to(usual)
-    def starts(module, args, given): at["later"] = _later(given["attention_mask"])
+    def starts(module, args, given):
+        ids, mask = given.get("input_ids", args[0] if args else None), given.get("attention_mask")
+        at["later"] = _later(torch.ones_like(ids) if mask is None else mask)
     def enters(module, args, given):
         if args: return (_off(args[0], r, keep[0], at["later"]), *args[1:]), given
         return args, given | dict(hidden_states=_off(given["hidden_states"], r, keep[0], at["later"]))
@@ -322,7 +324,7 @@ def _changes(lm, task, ways, weights, layers, lora, steps, seed, batch_size):
     for setting, change in weight_changes(seed=seed, **weights).items():
         if setting.split("/")[0] in ways: yield setting, reweighted(lm, change)
     if "removed" in ways:
-        found, usual = edit_directions(lm, task, batch_size=batch_size), usual_writes(lm, [f.prompt for f in _alike(task, 48)], batch_size)
+        found, usual = edit_directions(lm, task, batch_size=batch_size), usual_writes(lm, [f.prompt for f in _comparable(task, 48)], batch_size)
         for l in sorted({round(x) for x in np.linspace(0, lm.n_layers - 1, min(layers, lm.n_layers))}):
             for p, where in enumerate(POSITIONS): yield f"removed/{where}/layer {l}", without_direction(lm, found[l + 1, p], usual)
     for kind in other_training(task) if "tuned" in ways else (): yield f"tuned/{kind}", trained_on(lm, task, kind, lora, steps, seed, batch_size)

