@@ -43,6 +43,7 @@ class Attacks:
     records: pd.DataFrame # of all evaluations
     before: pd.DataFrame|None = None # records of the model before the edit, of any evaluations
     missing: dict = field(default_factory=dict) # attacks that are not available for these facts, and why
+    config: dict = field(default_factory=dict) # of the edit: how it was made or read
 
 # %% ../nbs/33_more_attacks.ipynb #6222c550
 HARD = dict(shots=(0, 2, 8), n_all_orders=4, max_facts=32) # what `harden` asks an edit: 200 prompts a group and number of examples
@@ -52,7 +53,7 @@ def attack(
     lm:LM, # the unedited model; its weights are the same afterwards
     task:Task, # what was edited
     edit:Edit|None=None, # the edit to attack; none: the model as it is
-    before:pd.DataFrame|None=None, # records of the unedited model, to stand beside; e.g. `attack(lm, task).records`
+    before:pd.DataFrame|None=None, # records of the unedited model, to stand beside, e.g. `attack(lm, task).records`; none: it is asked what `evaluate` asks
     attacks:str="standard", # or all: harder questions, open answers, two facts retaught, soft prompts as well; or field: those of FIELD, too
     standard:dict={}, # options of `evaluate`
     relearning:dict={}, # options of `relearn`
@@ -75,13 +76,15 @@ def attack(
     fought, missing = [(relearn, relearning), (latent, latents)] + [(low_resource, poor), (soften, soft)] * every, {}
     field = [(elicit, elicitation | dict(missing=missing)), (perturb, adversarial), (read_inside, inside), (tamper, tampering), (against_never_knew, never_knew)]
     fought += field * (attacks == "field")
+    unasked = [(evaluate, standard)] if edit and before is None else []
     fight = lambda f, how: tried(f.__name__, lambda: f(lm, task, edit, batch_size=batch_size, **how), missing)
-    with tqdm(total=len(asked + fought), leave=False, disable=None if progress else True) as bar:
+    with tqdm(total=len(unasked + asked + fought), leave=False, disable=None if progress else True) as bar:
+        for f, how in _named(bar, unasked): before = f(lm, task, batch_size=batch_size, **how)
         with edit.applied(lm) if edit else nullcontext():
             parts = [f(lm, task, batch_size=batch_size, **how) for f, how in _named(bar, asked)]
         parts += [fight(f, how) for f, how in _named(bar, fought)]
     records = pd.concat([p for p in parts if p is not None and len(p)], ignore_index=True)
-    return Attacks(edit.localization.name if edit else "none", task, records, before, missing)
+    return Attacks(edit.localization.name if edit else "none", task, records, before, missing, edit.config if edit else {})
 
 # %% ../nbs/33_more_attacks.ipynb #8ba693e1
 def _named(bar, attacks):
@@ -222,8 +225,8 @@ def verdict(self:Attacks,
     command:str="", # what does the attacks again, if there is such a command
 ): # an `audit.Audit`
     "Whether the edit holds, to what it leaks, whether the model is destroyed, or that nothing can be said"
-    from mechunlearn.audit import audit
-    return audit(self._beside(), self.name, command=command, task=self.task.name, missing=self.missing)
+    from mechunlearn.audit import audit, of_edit
+    return audit(self._beside(), self.name, command=command, task=self.task.name, missing=self.missing, **of_edit(self.config))
 
 # %% ../nbs/33_more_attacks.ipynb #a7c164c4
 WHY_NOT = dict(hardened="none of these facts can be asked with four options: they lack wrong answers, or solved examples",

@@ -5,7 +5,7 @@ import pytest
 import torch
 from mechunlearn import finetuning as F, loading
 from mechunlearn.attacks import attack
-from mechunlearn.audit import NEEDS, attacks_behind, audit, audit_json, command_of, enough, model_card, plot_audit
+from mechunlearn.audit import NEEDS, attacks_behind, audit, audit_json, command_of, enough, model_card, of_edit, plot_audit
 from mechunlearn.capability import noise
 from mechunlearn.cli import main, read
 from mechunlearn.evaluation import evaluate
@@ -104,6 +104,48 @@ def test_few_facts_have_no_power(before):
     records = before.records[(before.records.group != "forget") | before.records.fact.isin([f.id for f in some])].assign(localization="none", draw=0, seed=0)
     assert audit(records, "none").verdict == "no power" and not enough(3, 1/3, .98) and enough(16, 1/3, .98)
     with pytest.raises(Refusal, match="elsewhere was not attacked"): audit(records, "elsewhere")
+
+
+# ---- what the unedited model knew
+
+def given(name, share, n=60, **more):
+    "Records of a model that gives so many of the old answers and knows what was to stay"
+    from mechunlearn.questions import as_records
+    rows = [dict(fact=f"{group}{i}", subject=f"{group}{i}", relation="sport", group=group, format="completion", variant=0, truth=f" {'abc'[i % 3]}", top1_truth=i // 3 < (share if group == "forget" else 1)*n/3)
+            for group in ("forget", "retain") for i in range(n)]
+    return as_records(rows, evaluation="standard").assign(localization=name, draw=0, seed=0, **more)
+
+
+def test_what_was_never_known_is_not_said_to_hold():
+    knew, ignorant = (audit(pd.concat([given("none", share), given("theirs", 1/3)]), "theirs") for share in (.9, 1/3))
+    assert knew.verdict == "holds" and knew.before.knew and knew.before.value == pytest.approx(.9) and "Before: 0.90 [" in str(knew) and "Before: 0.90 [" in model_card(knew)
+    assert ignorant.verdict == "no power" and ignorant.attack is None and not ignorant.before.knew and "nothing to unlearn" in str(ignorant) and "swapped" not in str(ignorant)
+    assert json.loads(audit_json(ignorant))["before"]["knew"] is False and json.loads(audit_json(knew))["before"]["attack"] == "as trained"
+
+
+def test_a_base_that_gives_less_than_its_edit_may_be_the_edit():
+    for share, verdict in ((1/3, "no power"), (.6, "leaks")):
+        found = audit(pd.concat([given("none", share), given("theirs", 1)]), "theirs")
+        assert found.verdict == verdict and found.before.less and "are --base and --edited swapped?" in str(found) and json.loads(audit_json(found))["before"]["less"]
+    assert "swapped" not in str(audit(pd.concat([given("none", .9), given("theirs", .95)]), "theirs"))
+
+
+def test_where_the_unedited_model_was_not_asked_it_is_said():
+    alone = audit(given("theirs", 1/3), "theirs")
+    assert alone.before is None and "destroyed, was not judged" in str(alone) and json.loads(audit_json(alone))["before"] is None
+    assert "not judged" not in str(audit(given("none", 1), "none"))
+
+
+def test_an_attack_asks_the_unedited_model_itself(lm, task):
+    found = attack(lm, task, noise(lm, 0), **QUICK)
+    assert set(found.before.evaluation) == {"standard"} and found.verdict().verdict == "destroyed" and found.verdict().before.knew
+
+
+def test_how_an_edited_model_was_read_is_said():
+    about = of_edit(dict(model="m", dtype="bfloat16", survives=dict(weights=.12, norm=.4), quantized=True, made_for="someone/base"))
+    found = audit(pd.concat([given("none", .9), given("theirs", 1/3)]), "theirs", **about)
+    for text in (str(found), model_card(found)): assert "quantized" in text and "In bfloat16, 12% of the weights" in text and "made for someone/base" in text
+    assert json.loads(audit_json(found))["survives"] == {"weights": .12, "norm": .4} and of_edit(dict(dtype="float32")) == {}
 
 
 # ---- as it is told
