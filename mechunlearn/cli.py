@@ -15,7 +15,7 @@ from contextlib import suppress
 from functools import reduce
 from pathlib import Path
 from . import __version__
-from .options import SWEEP, Parser, card, engine, job_of, manner, over, ready, rates, settings_of, slurm_of, sweep_words
+from .options import SWEEP, Parser, card, edited_name, engine, job_of, manner, over, ready, rates, settings_of, slurm_of, sweep_words
 from .options import task_options_of, trained_in, trial, what, where, whole, _paths_of
 from .store import Broken, Refusal, choose
 
@@ -228,15 +228,19 @@ def show_scorecard(
 # %% ../nbs/50_cli.ipynb #eca9007f
 def _verdicts(run_dir, found):
     "A verdict about every edit of a run"
-    from mechunlearn.audit import attacks_behind, audit, command_of
+    from mechunlearn.audit import attacks_behind, audit, command_of, of_edit
     from mechunlearn.figures import ordered
+    from mechunlearn.jobs import edited_elsewhere
     from mechunlearn.progress import jobs_in
     jobs, names, out = jobs_in(run_dir)[0], () if found.facts is None else ordered(found.facts.localization.unique()), []
     missing = dict(zip(found.gone.what, found.gone.why)) if len(found.gone) else {}
     for name in [n for n in names if n != "none"]:
         job = next((j for j in jobs if name in j.localizations), jobs[0] if jobs else None)
-        again = command_of(job.model_copy(update={"attacks": attacks_behind(found.facts)})) if job else ""
-        try: out.append(audit(found.facts, name, found.broken, again, **({"model": job.model, "task": job.task} if job else {}), missing=missing))
+        try:
+            theirs = edited_elsewhere(run_dir, name)
+            if job and theirs: job = job.model_copy(update={"settings": job.settings | {"edited": theirs["folder"]}})
+            again = command_of(job.model_copy(update={"attacks": attacks_behind(found.facts)})) if job else ""
+            out.append(audit(found.facts, name, found.broken, again, **({"model": job.model, "task": job.task} if job else {}), missing=missing, **of_edit(theirs)))
         except Refusal as e: print(f"no verdict about {name}: {e}", file=sys.stderr)
     return out
 
@@ -302,16 +306,20 @@ def edit(args):
 def _job_of_edited(args, base):
     "The job that attacks somebody's edit, or edits that are made for it"
     _paths_of(args)
-    if args.edited: args.localizations, base = [f"edited@{Path(args.edited).expanduser().resolve().name}"], base | {"edited": args.edited}
-    args.model = args.base or args.model
-    return job_of(args, base)
+    if not args.edited and args.base: raise Refusal(f"--base {args.base} is a model before somebody's edit: name the one after it with --edited, or have edits made for it with --model {args.base}")
+    if not args.edited: return job_of(args, base)
+    if not args.base: raise Refusal(f"--edited {args.edited}: name the model that it was made from with --base")
+    if args.model not in ("organism", args.base): raise Refusal(f"--model {args.model} and --base {args.base}: the model that was edited is one; leave out --model")
+    args.model, args.localizations = args.base, [edited_name(args.edited, "")]
+    job = job_of(args, base | {"edited": args.edited})
+    return job.model_copy(update={"localizations": [edited_name(args.edited, job.run_dir)]})
 
 # %% ../nbs/50_cli.ipynb #500019d
 def attack(args):
     "every attack on the edits of a run, or on a model edited by anyone: the scorecard"
     from mechunlearn.grids import ATTACKS
     from mechunlearn.runs import drop_edits
-    if args.run and args.edited: raise Refusal("name either a run folder or --edited, not both")
+    if args.run and (args.edited or args.base): raise Refusal("name either a run folder, whose edits are known, or --base and --edited, not both")
     base, code = {"relearning": {"low_resource": True, "grid": {}}} if args.grid else {}, 0
     if args.run: job, code = job_in(args.run, args, base)
     else: job = _job_of_edited(args, base)
@@ -688,8 +696,8 @@ def what_attacked(p):
     "Options of attack: whose edits"
     p.add_argument("run", nargs="?", help="a run folder; default: the run that the options describe")
     p.add_argument("--attacks", default="all", help="standard, all (the default), or field: those of the field beyond the paper, too")
-    p.add_argument("--base", metavar="A", help="the model that was edited (with --edited)")
-    p.add_argument("--edited", metavar="B", help="a folder or hub id: the model after somebody's edit")
+    p.add_argument("--base", metavar="A", help="the model before somebody's edit (with --edited)")
+    p.add_argument("--edited", metavar="B", help="a folder or hub id: the model after it (with --base)")
     p.add_argument("--grid", action="store_true",
                    help="relearning by every attacker of a grid, too: minutes an edit on the organism, hours on a large model")
     p.add_argument("--within", type=whole, metavar="S", help="the worst case of attacks that take at most so many seconds an edit, too")

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['LOCALIZATIONS', 'SLURM', 'SWEEP', 'Parser', 'names', 'whole', 'numbers', 'rates', 'setting', 'trial', 'what', 'where',
            'card', 'manner', 'pair', 'engine', 'slurm_of', 'hand_made', 'task_options_of', 'benchmarks_of', 'over',
-           'settings_of', 'job_of', 'trained_in', 'no_rates', 'groups_of', 'sweep_words', 'ready']
+           'settings_of', 'edited_name', 'job_of', 'trained_in', 'no_rates', 'groups_of', 'sweep_words', 'ready']
 
 # %% ../nbs/48_options.ipynb #480002
-import argparse, json, math, re, shlex, sys
+import argparse, hashlib, json, math, re, shlex, sys
 from contextlib import suppress
 from pathlib import Path
 from .store import Refusal
@@ -252,6 +252,17 @@ def _paths_of(args):
         if getattr(args, option, None) == "": raise Refusal(f"--{option} is empty")
         try: Path(getattr(args, option, None) or "").expanduser()
         except RuntimeError: raise Refusal(f"--{option} {getattr(args, option)}: there is no such user") from None
+
+# %% ../nbs/48_options.ipynb #c27a0004d
+def edited_name(
+    folder:str, # of a model edited elsewhere, or its hub id
+    run_dir, # where it is attacked
+) -> str: # edited@..., which no other model has there
+    "The name of somebody's edit: that of its folder, and some letters more where another folder has taken it"
+    from mechunlearn.jobs import edited_elsewhere, whole_place
+    name, place = f"edited@{Path(folder).expanduser().resolve().name.replace('#', '-')}", whole_place(folder)
+    taken = edited_elsewhere(run_dir, name).get("place", place) != place
+    return f"{name}-{hashlib.sha256(place.encode()).hexdigest()[:6]}" if taken else name
 
 # %% ../nbs/48_options.ipynb #c27a0004
 def job_of(

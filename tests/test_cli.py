@@ -6,6 +6,8 @@ import pandas as pd, pytest
 
 from mechunlearn import cli, grids, options, progress, runs
 from mechunlearn.cli import main, read
+from mechunlearn.jobs import labelled
+from mechunlearn.store import save_json
 
 
 @pytest.fixture
@@ -29,7 +31,9 @@ def nothing_starts(monkeypatch):
     (["batch"], "required: grid"), (["batch", "no.yaml"], "cannot read the grid no.yaml"), (["status", "nowhere"], "there are no runs in nowhere"), (["report", "nowhere"], "there are no runs in nowhere"),
     (["organism", "--retrain"], "--retrain needs --out"), (["organism", "--without", "f.csv"], "give --retrain as well"), (["localize", "--task", "x"], "unknown task 'x'"), (["check", "--model", "no/such/model"], "model"), (["localise"], "did you mean 'localize'"),
     (["localize", "--layers", "2-99"], "has 12 layers"), (["localize", "--components", "mlp"], "Say --layers"), (["sweep", "--lrs", "0"], "--lrs: positive numbers"),
-    (["attack", "nowhere"], "nowhere is not a run folder"), (["attack", "x", "--edited", "y"], "not both"), (["attack", "--edited", "nowhere"], "nowhere"),
+    (["attack", "nowhere"], "nowhere is not a run folder"), (["attack", "x", "--edited", "y"], "not both"), (["attack", "--base", "organism", "--edited", "nowhere"], "nowhere"),
+    (["attack", "--edited", "nowhere"], "with --base"), (["attack", "--base", "organism-late"], "with --model organism-late"), (["attack", "x", "--base", "organism"], "not both"),
+    (["attack", "--model", "organism-late", "--base", "organism", "--edited", "y"], "leave out --model"),
     (["run", "--localizations", "edited@x"], "name its folder with --edited"), (["run", "--attacks", "some"], "Valid: standard, all"),
     (["run", "--task", "full-sports-editing", "--sport", "curling"], "unknown sport"), (["run", "--task", "full-sports-editing", "--forget-size", "3"], "unknown option"), (["localize", "--layers", "x"], "names no components")])
 def test_wrong_input_is_one_line_and_two(argv, message, capsys, nothing_starts, tmp_path, monkeypatch):
@@ -236,3 +240,20 @@ def test_attack_takes_up_what_a_run_left(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cli, "do_jobs", lambda jobs, args, stages, show: seen.append((jobs[0], stages)) or 0)
     assert main(["attack", "--base", "organism", "--edited", "organism-late", "--forget-size", "3"]) == 0
     assert seen[1][0].localizations == ["edited@organism-late"] and seen[1][0].settings["edited"] == "organism-late" and seen[1][0].attacks == "all"
+
+
+def test_two_folders_of_one_name_are_two_edits(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    monkeypatch.setattr(cli, "do_jobs", lambda jobs, args, stages, show: seen.append(jobs[0]) or 0)
+    monkeypatch.setattr(grids, "check_job", lambda *a, **k: None)
+    monkeypatch.setattr(options, "no_rates", lambda job: [])
+    def named(folder):
+        (tmp_path/folder).mkdir(parents=True, exist_ok=True)
+        assert main(["attack", "--base", "organism", "--edited", folder]) == 0
+        job = seen[-1]
+        save_json(tmp_path/job.run_dir/f"edited/{job.localizations[0]}.json", {"folder": folder, "place": str((tmp_path/folder).resolve())}, {})
+        return job.localizations[0]
+    first, second, odd, final = map(named, ("a/theirs", "b/theirs", "x#1", "x#final"))
+    assert first == named("a/theirs") == "edited@theirs" and second == named("b/theirs") != first and second.startswith("edited@theirs-")
+    assert (odd, final) == ("edited@x-1", "edited@x-final") and labelled(pd.DataFrame({"fact": ["f"]}), final).draw.item() == 0

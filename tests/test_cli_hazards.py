@@ -69,6 +69,16 @@ def test_json_has_a_line_for_it(small, capsys, show, argv, short_page):
     assert {"localization": "flu-path", "note": WHY["localization"]["flu-path"]} in lines and {"stage": "probing", "what": "probing", "note": WHY["probing"]["probing"]} in lines
 
 
+def test_how_an_edited_model_was_read_comes_with_its_verdict(small, tmp_path, capsys, short_page):
+    run = shutil.copytree(small, tmp_path/"run")
+    store.save_json(run/"edited/late.json", {"quantized": True, "dtype": "bfloat16", "survives": {"weights": .12, "norm": .4}, "folder": "my/late", "place": "/my/late"}, {})
+    cli.show_scorecard(run, cli.read(["attack", "x", "--json"]))
+    said = {s["localization"]: s for s in map(json.loads, capsys.readouterr().out.splitlines()) if "verdict" in s}
+    assert said["late"]["quantized"] and said["late"]["survives"]["weights"] == .12 and "quantized" not in said["flu"] and said["late"]["before"]["n"] == 4
+    cli.show_scorecard(run, cli.read(["attack", "x"]))
+    assert "The edited model is quantized" in " ".join(capsys.readouterr().out.split()) and "12% of the weights" in (run/"model_card.md").read_text()
+
+
 def test_the_worst_case_of_what_one_can_afford(small, capsys, short_page, monkeypatch):
     found = r.find(small)
     price = lambda least: pd.DataFrame([dict(localization=n, attack=a, seconds=s) for n in ("flu", "late") for a, s in (("as trained", least), ("half retaught", 300.))])
@@ -200,7 +210,7 @@ def test_an_option_and_the_same_setting(capsys, nothing_starts):
 @pytest.mark.parametrize("argv,message", [(["run", "--device", "cpu", "--set", "optimizer=paged-adamw-8bit"], "only a CPU"), (["edit", "--device", "mps", "--set", "optimizer=adamw-8bit", "--localizations", "late"], "mps"),
     (["run", "--device", "cuda:77"], "is not there"), (["run", "--device", "gpu"], "device"), (["localize", "--device", "cuda:77"], "is not there"), (["sweep", "--set", "lr=1e-3"], "--lrs"), (["sweep", "--set", "budget=9"], "does not use the setting budget"),
     (["sweep", "--task", "sequential-counterfact-editing"], "no facts set aside"), (["run", "--model", "~nouser-here/x"], "no such user"), (["run", "--facts", "~nouser-here/x.csv"], "no such user"),
-    (["run", "--out", "~nouser-here/x"], "no such user"), (["attack", "--edited", "~nouser-here/x"], "no such user"), (["check", "--model", "~nouser-here/x"], "no such user"),
+    (["run", "--out", "~nouser-here/x"], "no such user"), (["attack", "--base", "organism", "--edited", "~nouser-here/x"], "no such user"), (["check", "--model", "~nouser-here/x"], "no such user"),
     (["run", "--set", "edited=organism-late"], "attack --base A --edited B"), (["attack", "--edited", ""], "--edited is empty"), (["run", "--model", ""], "--model is empty"), (["run", "--out", ""], "--out is empty")])
 def test_said_before_work(argv, message, capsys, nothing_starts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

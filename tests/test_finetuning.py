@@ -5,7 +5,7 @@ from plain import every_family, last_norm, name_of, parts
 from mechunlearn import finetuning as F, jobs as J, models
 from mechunlearn.facts import sports_athlete_editing
 from mechunlearn.finetuning import FILES, LEARNING_RATES, RATE_GROUPS, UPDATES, draws, finetune, fingerprint, last_logits, learning_rate, load_edit, masters, matrices, parse_slice, rates, slice_key, step_losses, training_rows
-from mechunlearn.jobs import Job, edit_jobs, run_finetuning
+from mechunlearn.jobs import Job, edit_jobs, edited_elsewhere, run_finetuning
 from mechunlearn.rates import best_rates, dev_task, score, sweep
 from mechunlearn.localization import build
 from mechunlearn.models import Component, Slice, begin_alike, components
@@ -404,6 +404,27 @@ def test_what_is_no_edit_is_refused(qwen, tiny, tmp_path):
     with pytest.raises(Refusal, match="name its folder"): edit_jobs(qwen, lambda seed: None, None, ["edited@x"])
 
 
+def test_one_edit_is_asked_about_one_forget_set(qwen, tmp_path):
+    theirs, task = elsewhere(qwen, tmp_path / "theirs", lambda hf: hf.get_parameter("model.layers.1.mlp.down_proj.weight").add_(.5)), task_for(qwen)
+    how = dict(lm=qwen, run=None, localizations=["edited@theirs"], seeds=(0, 1), edited=str(theirs))
+    assert len(edit_jobs(task_for_seed=lambda seed: task.model_copy(update=dict(seed=seed, forget=task.forget[::1 - 2*seed])), **how)) == 2
+    with pytest.raises(Refusal, match="edited@theirs was edited once.*give one seed"): edit_jobs(task_for_seed=lambda seed: task_for(qwen, seed), **how)
+
+
+def test_an_adapter_of_another_base_is_noted(tiny, tmp_path):
+    import copy
+    from peft import LoraConfig, get_peft_model
+    from mechunlearn.models import load
+    base = load(str(elsewhere(tiny("qwen3"), tmp_path / "base", lambda hf: None)), device="cpu")
+    for made_for in (str(tmp_path / "base"), "someone/other"):
+        model = get_peft_model(copy.deepcopy(base.hf), LoraConfig(r=4, target_modules=["down_proj"], layers_to_transform=[1], base_model_name_or_path=made_for))
+        model.peft_config["default"].base_model_name_or_path = made_for
+        with torch.no_grad(): [p.add_(.1) for n, p in model.named_parameters() if "lora" in n]
+        model.save_pretrained(tmp_path / "adapter")
+        job, = edit_jobs(base, lambda seed: task_for(base), None, ["edited@adapter"], edited=str(tmp_path / "adapter"))
+        assert job.given.config.get("made_for") == (None if made_for.startswith("/") else made_for)
+
+
 def test_anyones_edit_goes_through_a_stage(qwen, tmp_path):
     from mechunlearn.evaluation import run_evaluation
     theirs = elsewhere(qwen, tmp_path / "theirs", lambda hf: hf.get_parameter("model.layers.1.mlp.down_proj.weight").add_(.5))
@@ -412,7 +433,7 @@ def test_anyones_edit_goes_through_a_stage(qwen, tmp_path):
     got = run_evaluation(qwen, lambda seed: task, run, ["edited@theirs"], [0], edited=str(theirs), **few)
     assert set(got.localization) == {"none", "edited@theirs"} and (tmp_path / "run/localizations/edited@theirs.json").exists()
     prob = got[(got.group == "retain") & (got.measure == "prob")].groupby("localization").value.first()
-    assert prob["none"] != prob["edited@theirs"]
+    assert prob["none"] != prob["edited@theirs"] and edited_elsewhere(run.root, "edited@theirs")["place"] == str(theirs) and edited_elsewhere(run.root, "x") == {}
     first = read_meta(tmp_path / "run/edited@theirs/seed0/evaluation.parquet")["hash"]
     theirs = elsewhere(qwen, tmp_path / "again/theirs", lambda hf: hf.get_parameter("model.layers.1.mlp.down_proj.weight").add_(.6))
     run_evaluation(qwen, lambda seed: task, run, ["edited@theirs"], [0], edited=str(theirs), **few)
