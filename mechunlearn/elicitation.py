@@ -51,8 +51,8 @@ def in_context(
     what:str="true", # one of SHOWN
     seed:int=0, # draws, for each fact on its own
 ) -> str: # a prompt
-    "A prompt behind statements about other subjects"
-    pool = [f for f in others if f.subject != fact.subject]
+    "A prompt behind statements about other subjects; where all are about one, behind those that answer other questions"
+    pool = [f for f in others if f.subject != fact.subject] or [f for f in others if f.prompt != fact.prompt]
     head, own = parted(fact)
     drawn = seeded("in context", seed, fact.id).sample(pool, k) if k < len(pool) else pool # all in one order: it is read once
     said = [stated(f, (denied(f, seed) if what == "false" else None) or f.answer, what == "document") for f in drawn]
@@ -72,8 +72,10 @@ def context_questions(
         groups = asked_in_attacks(task.model_copy(update=dict(forget=held)), max_facts)
         plain = [q._replace(format="elicited") for g, facts in groups.items() for q in completions(facts, g)]
         for k in dict.fromkeys(min(k, len(taught)) for k in ks):
-            for what in SHOWN:
-                out[f"half{half}/in context/{what} {k}"] = [q._replace(prompt=in_context(q.fact, taught, k, what, seed)) for q in plain]
+            by = {what: [q._replace(prompt=in_context(q.fact, taught, k, what, seed)) for q in plain] for what in SHOWN}
+            if [q.prompt for q in by["true"]] == [q.prompt for q in plain]: raise Unavailable("there is no other question whose answer could be shown in context")
+            if by["document"] == by["true"]: del by["document"] # no fact can be stated in other words
+            out |= {f"half{half}/in context/{what} {k}": qs for what, qs in by.items()}
     return out
 
 # %% ../nbs/32_elicitation.ipynb #3250012

@@ -581,6 +581,12 @@ def _many(value):
     if isinstance(value, str): return [t for v in value.split("|") if (t := trim(v))]
     return [t for v in value if (t := trim(str(v)))] if isinstance(value, (list, tuple)) else [str(value)]
 
+def _right(answer, choices):
+    "The place of the right answer: a text that is a choice is that choice; else it is a place, counted from 0; -1: neither"
+    if isinstance(answer, str) and (said := trim(answer)) in choices: return choices.index(said)
+    try: return int(answer)
+    except (TypeError, ValueError): return -1
+
 def _topic_cells(where, row, named):
     "A row by our names: wrong answers together, the place of an answer replaced by the answer"
     cells, wrong = {}, []
@@ -591,8 +597,7 @@ def _topic_cells(where, row, named):
         elif name: cells.setdefault(name, value)
     if choices := cells.pop("choices", None):
         choices = _many(choices)
-        try: right = int(cells["answer"])
-        except (KeyError, TypeError, ValueError): right = choices.index(trim(str(cells["answer"]))) if trim(str(cells.get("answer"))) in choices else -1
+        right = _right(cells.get("answer"), choices)
         if not 0 <= right < len(choices): raise Refusal(f"{where}, column 'answer': it is neither one of the {len(choices)} choices nor the place of one, counted from 0")
         cells["answer"], wrong = choices[right], [*wrong, *(c for i, c in enumerate(choices) if i != right)]
     return {k: str(v) if k != "paraphrases" else v for k, v in cells.items()} | ({"wrong": list(dict.fromkeys(wrong))} if wrong else {})

@@ -247,6 +247,13 @@ def test_a_topic_goes_from_a_file_and_a_folder_to_a_verdict(lm, task, tmp_path, 
     assert [s["note"] for s in said if s.get("what") == "probes"] and shlex.split(verdict["command"])[1:] == words[:-2]
 
 
+@pytest.mark.parametrize("answer, want", [("3", "3"), (3, "7"), ("0", "2"), ("7", "7"), (" 5 ", "5"), (1.0, "3")])
+def test_a_choice_that_is_a_number_is_a_choice(tmp_path, answer, want):
+    (tmp_path/"t.jsonl").write_text(json.dumps({"question": "Which prime?", "choices": ["2", "3", "5", "7"], "answer": answer}))
+    row, = read_topic(tmp_path/"t.jsonl")
+    assert row.answer.strip() == want and sorted([want, *(w.strip() for w in row.wrong)]) == ["2", "3", "5", "7"]
+
+
 def test_slips_in_a_topic_are_named(tmp_path, lm):
     def refused(*rows):
         (tmp_path/"t.jsonl").write_text("\n".join(map(json.dumps, rows)))

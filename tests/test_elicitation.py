@@ -16,7 +16,7 @@ from mechunlearn.questions import answer, completions
 from mechunlearn.relearning import halves
 from mechunlearn.sources import read_atlas
 from mechunlearn.stats import Chance
-from mechunlearn.store import Refusal, Run, notes
+from mechunlearn.store import Refusal, Run, Unavailable, notes
 from mechunlearn.tasks import atlas_facts
 
 FEW = dict(ks=(2,), n=3, max_facts=4)
@@ -131,6 +131,19 @@ def test_no_fact_stands_in_its_own_context(task):
         assert int(setting.rsplit(" ", 1)[1]) <= 4 # half of eight
         assert all(q.prompt.count(q.fact.subject) == 1 and q.prompt.endswith(q.fact.prompt.rsplit("\n", 1)[1]) for q in qs)
         assert len([q for q in qs if q.group == "forget"]) == 4
+
+
+def about_one(n, **more): # questions of a topic, all about one person
+    facts = [Fact(id=f"topic/forget/{i}", relation="topic", subject="Ann", prompt=f"Question: What {w} has Ann?\nAnswer:", answer=f" {w}", candidates=(f" {w}", " hat"), paraphrases=(f"Q: {w}?\nA:",)) for i, w in enumerate(["dog", "cat", "cow", "fox"][:n])]
+    return Task(name="unlearned-topic", source="topic", forget=tuple(facts), retain=(), retain_test=(), update="unlearn")
+
+
+def test_where_all_questions_have_one_subject_the_others_are_shown():
+    found = context_questions(about_one(4), (2,), 99)
+    assert set(found) == {f"half{h}/in context/{what} 2" for h in (0, 1) for what in ("true", "false")}, "nothing can be stated in other words"
+    for q in found["half0/in context/true 2"]: assert q.prompt.count("Question:") == 3 and q.prompt.count(q.fact.prompt) == 1
+    same = about_one(2).model_copy(update=dict(forget=(about_one(1).forget[0],)*2))
+    with pytest.raises(Unavailable, match="no other question"): context_questions(same, (2,), 99)
 
 
 def test_four_subjects_have_other_answers(task):
