@@ -16,7 +16,7 @@ from typing import Callable, Iterator, NamedTuple, Sequence
 import matplotlib as mpl, numpy as np, pandas as pd, torch
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
-from .facts import Fact, Task
+from .facts import Fact, Task, seeded
 from .figures import FIGURE_STYLE, baseline, extremes, figure, listed, look, margin_labels, ordered, printed
 from .finetuning import UPDATES, Edit, draws, fact_rows, kept, masters, offloaded, place, put, step_losses, training_rows, untrainable
 from .jobs import Job, edit_jobs, keep_missing, tried
@@ -161,9 +161,25 @@ def halves(
     task:Task, # whose forget set is cut in two
     half:int, # 0 or 1: the half that is taught
 ) -> tuple[tuple[Fact, ...], tuple[Fact, ...]]: # taught, held
-    "Every other forget fact; the order of the forget set is random"
+    "Every other forget fact, for their order is random; of a file, which has an order, drawn by the seed"
     if len(task.forget) < 2: raise Unavailable("half of the forget facts are taught and the others asked: forget_size must be at least 2")
-    return task.forget[half::2], task.forget[1 - half::2]
+    first, second = _drawn(task) if task.forget[0].id.startswith(("topic/", "own/")) else (task.forget[::2], task.forget[1::2])
+    return (second, first) if half else (first, second)
+
+def _drawn(task):
+    "Two halves of the facts of a file, one subject on one side if neither side gets less than a third"
+    by = {}
+    for f in task.forget: by.setdefault(f.subject, []).append(f)
+    sides = _dealt(list(by.values()), task.seed)
+    if 3*min(map(len, sides)) < len(task.forget): sides = _dealt([[f] for f in task.forget], task.seed)
+    first = {f.id for f in sides[0]}
+    return tuple(tuple(f for f in task.forget if (f.id in first) == mine) for mine in (True, False))
+
+def _dealt(groups, seed):
+    "Groups in a random order, the largest first, each to the smaller side"
+    sides = [], []
+    for group in sorted(seeded("halves", seed).sample(groups, len(groups)), key=len, reverse=True): min(sides, key=len).extend(group)
+    return sides
 
 # %% ../nbs/30_relearning.ipynb #dd7f2be7
 def asked(
@@ -223,7 +239,7 @@ def blind_guesses(
     for f in task.forget + task.retain: known.setdefault(f.relation, set()).add(f.answer)
     uniform = [own_guess(f) or 1 / len(known[f.relation]) for f in task.forget]
     not_edit = [own_guess(f) or 1 / len(known[f.relation] - {f.edit}) for f in task.forget]
-    common = [pd.Series([(f.relation, f.answer) for f in task.forget[k::2]]).value_counts() for k in (0, 1)]
+    common = [pd.Series([(f.relation, f.answer) for f in half]).value_counts() for half in (halves(task, 0) if len(task.forget) > 1 else [task.forget])]
     best = sum(c.groupby(lambda key: key[0]).max().sum() for c in common)
     return Blind(np.mean(uniform), best / len(task.forget), np.mean(not_edit))
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPORT_NAMES', 'N_STRANGERS', 'OPEN_RELATIONS', 'N_NEIGHBORS', 'N_OPEN_DEV', 'SAME', 'BEGINS', 'TWICE', 'N_ASIDE',
            'ATLAS_PROMPTS', 'ATLAS', 'N_EXAMPLES', 'MIN_RETAIN', 'N_WRONG', 'FACTS', 'TARGETS', 'TRIMMED', 'TOPIC',
-           'N_TOPIC_SHOTS', 'TASKS', 'EVERY', 'one_sport_sets', 'paper_sport_sets', 'athletes_of',
+           'N_TOPIC_SHOTS', 'N_SUBJECTS', 'TASKS', 'EVERY', 'one_sport_sets', 'paper_sport_sets', 'athletes_of',
            'full_sports_editing', 'sports_unlearning', 'invent', 'with_strangers', 'open_fact', 'with_neighbors',
            'by_turns', 'open_fixed', 'open_seeded', 'open_world_sets', 'told_apart', 'editable', 'fit_for',
            'counterfact_facts', 'counterfact_sets', 'AtlasRelation', 'atlas_facts', 'distinct', 'atlas_sets',
@@ -507,7 +507,7 @@ def own_sets(
     edited, kept = [f for f in own if f.edit], [f for f in own if not f.edit]
     check_size(forget_size or 1, len(edited), "facts with a new answer in the file")
     edited = edited[:forget_size]
-    return _kept_sets(edited, kept, own, seed, more, f"add rows with an empty `edit` ({MIN_RETAIN} or more are best), or set "
+    return _kept_sets(edited, kept, own, seed, more, f"add rows with an empty `edit` ({MIN_RETAIN} or more are best, about as many subjects), or set "
                       "MECHUNLEARN_COUNTERFACT, whose facts are then kept")
 
 def _kept_sets(edited, kept, own, seed, more, cure):
@@ -521,7 +521,8 @@ def _kept_sets(edited, kept, own, seed, more, cure):
     fill = {k: without(more.get(k, ()), own) if n < MIN_RETAIN else [] for k in mine}
     out = {k: tuple(v) + tuple(fill[k]) for k, v in mine.items()}
     if not (out["retain"] and out["retain_test"]):
-        raise Refusal(f"there is nothing to keep: {cure}")
+        few = f"the {n} facts to keep are about {len(who)} subject{'s'*(len(who) > 1)}, and a subject is trained on or asked, not both" if n else "there is nothing to keep"
+        raise Refusal(f"{few}: {cure}")
     rest = {k: tuple(without(more[k], own)) for k in ("shots", "general", "other_relation", "ghosts") if k in more}
     return rest | out | dict(forget=tuple(edited), same_subject=tuple(same))
 
@@ -668,6 +669,7 @@ def counterfact_at_scale(
 
 # %% ../nbs/06_tasks.ipynb #ebd13742
 TOPIC, N_TOPIC_SHOTS = "unlearned-topic", 8
+N_SUBJECTS = 10 # with fewer subjects, the questions to keep are told apart by question
 
 def topic_facts(
     rows, # from `sources.read_topic`
@@ -710,16 +712,28 @@ def unlearned_topic(
     own, dropped = fit_for(lm, topic_facts(rows, world), choose(known, KNOWN_BY, "known"))
     topic, kept = ([f for f in own if f.id.startswith(f"topic/{s}/")] for s in ("forget", "retain"))
     check_size(forget_size or 1, len(topic), f"questions to forget in {facts}{left_out(dropped)}")
-    shots, more = kept[:min(N_TOPIC_SHOTS, len(kept)//4)], _beside_topic(lm, seed, world)
-    topic = topic[:forget_size]
-    shots = without(shots, topic)
-    sets = _kept_sets(topic, without(kept, shots), own, seed, more, f"add rows with split retain ({MIN_RETAIN} or more are best)")
+    topic, more = topic[:forget_size], _beside_topic(lm, seed, world)
+    same, rest, shots, said = _topic_kept(topic, kept)
+    sets = _kept_sets(topic, [*same, *without(rest, shots)], own, seed, more, f"add rows with split retain ({MIN_RETAIN} or more are best)")
     sets["shots"] = (*shots, *sets.get("shots", ()))
+    sets["ghosts"] = tuple(g for g in sets.get("ghosts", ()) if g.relation in {f.relation for f in topic}) # strangers of another relation are no comparison
+    if filled := sum(not f.id.startswith("topic/") for k in ("retain", "retain_test", "dev_retain") for f in sets[k]):
+        said |= {f"facts to keep come from elsewhere: fewer than {MIN_RETAIN} of the file's are left": filled}
+    if lost := len(rest) - len(shots) - len(without(rest, shots)): dropped |= {"about a subject of which another question is an example": lost}
     options = dict(forget_size=len(topic), facts=str(facts)) | ({"text": text} if text else {}) | ({"known": known} if known != "all" else {})
-    task = Task(name=TOPIC, source="world" if world else "topic", update="unlearn", seed=seed, options=options, dropped=dropped, **sets,
+    task = Task(name=TOPIC, source="world" if world else "topic", update="unlearn", seed=seed, options=options, dropped=dropped, mended=said, **sets,
                 **texts("world" if world else "own", place=text))
     if lm is not None: check_task(lm, task)
     return task
+
+# %% ../nbs/06_tasks.ipynb #06dbf8d1
+def _topic_kept(topic, kept):
+    "Questions to keep: those about the topic's subjects, the others, those of them that are examples; what was done to them"
+    same, rest, said = [f for f in kept if f.subject in {t.subject for t in topic}], without(kept, topic), {}
+    if (subjects := len({f.subject for f in rest})) < min(N_SUBJECTS, len(rest)):
+        rest = [f.model_copy(update={"subject": f.question}) for f in rest]
+        said = {f"questions to keep stand each for itself: they are about {subjects} subject{'s'*(subjects > 1)}": len(rest)}
+    return same, rest, rest[:min(N_TOPIC_SHOTS, len(rest)//4)], said
 
 # %% ../nbs/06_tasks.ipynb #f40143de
 def _beside_topic(lm, seed, world):

@@ -16,7 +16,7 @@ from mechunlearn.localization import localize
 from mechunlearn.masking import learn_mask
 from mechunlearn.models import load
 from mechunlearn.questions import own_guess
-from mechunlearn.relearning import blind_guesses
+from mechunlearn.relearning import blind_guesses, halves
 from mechunlearn.sources import read_topic
 from mechunlearn.stats import chance
 from mechunlearn.store import Refusal
@@ -245,6 +245,46 @@ def test_a_topic_goes_from_a_file_and_a_folder_to_a_verdict(lm, task, tmp_path, 
     assert rows["none", "as trained"] > .9 > .6 > rows["edited@theirs", "as trained"] and verdict["localization"] == "edited@theirs"
     assert {f["needs"] for f in verdict["found"]} == {"prompt", "train"} and all(f["n"] == 16 and f["guess"] == 1/4 for f in verdict["found"])
     assert [s["note"] for s in said if s.get("what") == "probes"] and shlex.split(verdict["command"])[1:] == words[:-2]
+
+
+def about(path, n, subjects, split="retain"):
+    "Questions about so many people, of whom each has several"
+    with open(path, "a") as out: out.writelines(json.dumps({"question": f"What is number {i} of {split} Person{i % subjects}?", "answer": f"Thing{split}{i}", "split": split, "subject": f"{split} Person{i % subjects}"}) + "\n" for i in range(n))
+    return str(path)
+
+
+@pytest.mark.parametrize("subjects", [1, 2, 9])
+def test_questions_about_few_subjects_are_all_kept(tmp_path, subjects):
+    file = about(tmp_path/"t.jsonl", 6, 1, "forget"), about(tmp_path/"t.jsonl", 40, subjects)
+    task = make_task(TOPIC, facts=file[0])
+    mine = [f for s in ("retain", "retain_test", "dev_retain", "shots") for f in getattr(task, s) if f.id.startswith("topic/")]
+    assert len(mine) == len({f.id for f in mine}) == 40 and len(task.retain_test) > 4 and not task.dropped and f"about {subjects} subject" in task.remarks()
+    assert "elsewhere" not in task.remarks() and {f.subject for f in task.forget} == {"forget Person0"}
+
+
+def test_what_a_topic_lost_and_what_it_was_filled_up_with_is_said(tmp_path):
+    about(tmp_path/"t.jsonl", 6, 1, "forget"), about(tmp_path/"t.jsonl", 60, 20)
+    task = make_task(TOPIC, facts=str(tmp_path/"t.jsonl"))
+    assert task.dropped == {"about a subject of which another question is an example": 16} and not task.mended and len({f.subject for f in task.retain}) < len(task.retain)
+    about(tmp_path/"few.jsonl", 6, 1, "forget"), about(tmp_path/"few.jsonl", 12, 12)
+    few = make_task(TOPIC, facts=str(tmp_path/"few.jsonl"))
+    filled = [f for s in ("retain", "retain_test", "dev_retain") for f in getattr(few, s) if not f.id.startswith("topic/")]
+    assert filled and few.mended == {"facts to keep come from elsewhere: fewer than 20 of the file's are left": len(filled)}
+
+
+def test_strangers_of_another_relation_are_no_ghosts_of_a_topic(lm, task, tmp_path):
+    made = lambda file, relation: make_task(TOPIC, lm, facts=str(questions(questions(tmp_path/file, task.forget, relation=relation), task.retain_test[:60], "retain", relation=relation)))
+    assert not made("sport.jsonl", "sport").ghosts and {g.relation for g in made("language.jsonl", "language").ghosts} == {"language"}
+
+
+@pytest.mark.parametrize("subjects, apart", [(4, True), (12, True), (1, False)])
+def test_halves_of_a_topic_are_drawn_and_keep_subjects_apart(tmp_path, subjects, apart):
+    about(tmp_path/"t.jsonl", 12, subjects, "forget"), about(tmp_path/"t.jsonl", 60, 20)
+    tasks = [make_task(TOPIC, facts=str(tmp_path/"t.jsonl"), seed=seed) for seed in range(4)]
+    cuts = [halves(t, 0) for t in tasks]
+    assert all(sorted(map(len, c)) == [6, 6] and halves(t, 1) == c[::-1] and set(c[0] + c[1]) == set(t.forget) for t, c in zip(tasks, cuts))
+    assert len({frozenset(f.id for f in a) for a, _ in cuts}) > 1 and cuts[0] == halves(tasks[0], 0)
+    assert apart == all(not {f.subject for f in a} & {f.subject for f in b} for a, b in cuts)
 
 
 @pytest.mark.parametrize("answer, want", [("3", "3"), (3, "7"), ("0", "2"), ("7", "7"), (" 5 ", "5"), (1.0, "3")])

@@ -179,6 +179,11 @@ def test_own_facts_about_one_subject(organism, tmp_path, edits):
     except Refusal as e: assert rows[0]["subject"] in str(e)
 
 
+def test_own_facts_to_keep_about_one_subject_say_so(tmp_path):
+    rows = [dict(subject="Ann", prompt="Ann is in", answer="Rome", edit="Bonn")] + [dict(subject="Bob", prompt=f"Bob has {i} of", answer="river", edit=None) for i in range(20)]
+    assert "20 facts to keep are about 1 subject, and" in refusal(make_task, CF, None, facts=write(tmp_path / "own.csv", rows))
+
+
 def test_own_facts_need_no_wrong_answers(organism, tmp_path):
     rows = [{k: r[k] for k in ("subject", "prompt", "answer", "edit")} for r in rows_of(*three())]
     assert len(make_task(CF, organism, facts=write(tmp_path / "own.csv", rows)).forget) == 3
