@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['MIN_K', 'STATISTICS', 'EDITED', 'ORIGINAL', 'NEVER', 'RATIOS', 'MEMBERSHIP', 'COMPARED', 'GONE', 'never_taught',
-           'never_knew_model', 'with_wrong', 'choice_logprobs', 'set_aside', 'log_ratio', 'Distance', 'distance',
-           'Read', 'read_texts', 'extraction_strength', 'sentence_scores', 'swapped', 'compared_questions', 'scored',
-           'against_never_knew', 'auc', 'compared', 'Judgement', 'judge', 'say_never_knew', 'plot_never_knew',
-           'run_never_knew']
+           'never_knew_model', 'with_wrong', 'choice_logprobs', 'set_aside', 'log_ratio', 'Distance',
+           'smallest_distance', 'distance', 'Read', 'read_texts', 'extraction_strength', 'sentence_scores', 'swapped',
+           'compared_questions', 'scored', 'against_never_knew', 'auc', 'compared', 'Judgement', 'judge',
+           'say_never_knew', 'plot_never_knew', 'run_never_knew']
 
 # %% ../nbs/32_never_knew.ipynb #32e00003
+from bisect import bisect_left
 from functools import lru_cache
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
@@ -18,7 +19,7 @@ import matplotlib as mpl, numpy as np, pandas as pd, torch
 from jaxtyping import Float
 from matplotlib.figure import Figure
 from scipy.special import logsumexp
-from scipy.stats import ks_2samp, kstwobign
+from scipy.stats import ks_2samp
 from torch import Tensor
 from tqdm.auto import tqdm
 from .facts import Fact, Task, seeded, world_facts
@@ -27,7 +28,8 @@ from .finetuning import Edit
 from .jobs import edit_jobs, keep_missing, tried
 from .models import LM, batches, load, next_token, packaged
 from .questions import CHUNK, Question, as_records, completions, hidden_states, paraphrases, some, whole_answers
-from .relearning import of_job
+from .phrasings import parted
+from .relearning import of_file, of_job
 from .sources import spaced
 from .stats import beyond, bootstrap, holm, unsure, wilson
 from .store import Refusal, Run, Unavailable
@@ -111,6 +113,21 @@ class Distance(NamedTuple):
     p: float # of `scipy.stats.ks_2samp`
     smallest: float # a distance below this one is never significant
 
+@lru_cache
+def smallest_distance(
+    n:int, # facts here
+    m:int, # and there
+    p:float, # what is below it is significant
+) -> float: # 1 if none is
+    "The least distance of two samples of these sizes that `ks_2samp` calls significant"
+    apart = np.abs(np.subtract.outer(np.arange(n + 1)*m, np.arange(m + 1)*n)) # distance x n x m, where so many of each sample come first
+    every = np.unique(apart)
+    def significant(d):
+        i, j = np.argwhere(apart == d)[0]
+        return ks_2samp(np.arange(n) >= i, np.arange(m) >= j).pvalue < p
+    k = bisect_left(every, True, key=significant)
+    return float(every[k])/(n*m) if k < len(every) else 1.
+
 def distance(
     a:Sequence[float], # one value a fact
     b:Sequence[float], # one value a fact of the reference
@@ -121,9 +138,8 @@ def distance(
     if not len(a) or not len(b): return Distance(np.nan, np.nan, np.nan, len(a), len(b), np.nan, np.nan)
     test = ks_2samp(a, b)
     band = sum(np.sqrt(np.log(4 / (1 - level)) / (2 * len(x))) for x in (a, b))
-    smallest = kstwobign.isf(1 - level) * np.sqrt((len(a) + len(b)) / (len(a) * len(b)))
     d = float(test.statistic)
-    return Distance(d, max(0., d - band), min(1., d + band), len(a), len(b), float(test.pvalue), min(1., float(smallest)))
+    return Distance(d, max(0., d - band), min(1., d + band), len(a), len(b), float(test.pvalue), smallest_distance(len(a), len(b), 1 - level))
 
 # %% ../nbs/32_never_knew.ipynb #32e00023
 class Read(NamedTuple):
@@ -163,12 +179,13 @@ def sentence_scores(
     read:Read, # of a sentence
     text:str, # the sentence
     n_answer:int, # tokens of the answer, at its end
+    answer_alone:bool=False, # extraction of the answer, the rest being given
 ) -> dict[str, float]: # larger losses: less of a member
     "Scores of membership inference, and extraction strength"
     loss, k = -read.logp, max(1, int(MIN_K * len(read.logp)))
     size = len(zlib.compress(text.strip().encode()))
     return dict(loss=float(loss.mean()), min_k=float(loss.topk(k).values.mean()), zlib=float(loss.sum()) / size,
-        answer_loss=float(loss[-n_answer:].mean()), strength=extraction_strength(read.hit), n_tokens=len(loss))
+        answer_loss=float(loss[-n_answer:].mean()), strength=extraction_strength(read.hit[-n_answer:] if answer_alone else read.hit), n_tokens=len(loss))
 
 # %% ../nbs/32_never_knew.ipynb #32e00029
 def swapped(
@@ -192,6 +209,11 @@ def compared_questions(
 # %% ../nbs/32_never_knew.ipynb #32e00030
 STATISTICS = ("ratio", "ratio_aside", "min_k", "zlib", "answer_loss", "strength") # columns beside those of every record
 
+def _sentence(question):
+    "What is read of a question: its last line; of a file's, which may be a question and an answer on two lines, all that is its own"
+    if not of_file(question.fact): return (question.prompt + question.truth).rpartition("\n")[2]
+    return parted(question.fact.model_copy(update={"prompt": question.prompt}))[1] + question.truth
+
 def scored(
     lm:LM, # as it is now
     questions:Sequence[Question], # of `compared_questions`
@@ -200,13 +222,13 @@ def scored(
     **common, # columns for all rows
 ) -> pd.DataFrame: # records, with the columns STATISTICS
     "Ask one model everything. Two forwards a question."
-    logp, sentences = choice_logprobs(lm, questions, batch_size), [(q.prompt + q.truth).rpartition("\n")[2] for q in questions]
+    logp, sentences = choice_logprobs(lm, questions, batch_size), [_sentence(q) for q in questions]
     read, rows = read_texts(lm, sentences, batch_size), []
     for q, p, text, r in zip(questions, logp, sentences, read):
         said = dict(fact=q.fact.id, subject=q.fact.subject, relation=q.fact.relation, group=q.group, format=q.format, variant=q.variant, truth=q.truth, edit=q.edit)
         said |= dict(top1_truth=max(p, key=p.get) == q.truth, ratio=log_ratio(p, q.truth), ratio_aside=np.nan)
         if aside := set_aside(q.fact, edits): said["ratio_aside"] = log_ratio(p, q.truth, aside)
-        rows.append(said | sentence_scores(r, text, len(lm.pieces(q.truth))))
+        rows.append(said | sentence_scores(r, text, len(lm.pieces(q.truth)), of_file(q.fact)))
     return as_records(rows, evaluation="never-knew", **common).assign(**{c: [float(r[c]) for r in rows] for c in STATISTICS})
 
 # %% ../nbs/32_never_knew.ipynb #32e00032

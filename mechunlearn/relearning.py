@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'SMALL', 'ORGANISM', 'SIZES', 'GRID', 'SMALL_GRID', 'LARGE_GRID', 'LOW', 'Lora', 'lora_for', 'RowDropout',
-           'rowwise', 'adapters', 'linear_weights', 'attacker', 'teach', 'halves', 'asked', 'relearn', 'Blind',
-           'blind_guesses', 'relearning_rows', 'draw_guesses', 'plot_relearning', 'say_relearning', 'recovery',
+           'rowwise', 'adapters', 'linear_weights', 'attacker', 'teach', 'of_file', 'halves', 'asked', 'relearn',
+           'Blind', 'blind_guesses', 'relearning_rows', 'draw_guesses', 'plot_relearning', 'say_relearning', 'recovery',
            'grid_for', 'relearn_grid', 'by_attacker', 'pair', 'everything', 'low_resource', 'of_job', 'measured_on',
            'run_relearning']
 
@@ -157,13 +157,19 @@ def teach(
             yield dropped["step"] + 1
 
 # %% ../nbs/30_relearning.ipynb #300014
+def of_file(
+    fact:Fact, # any
+) -> bool:
+    "Whether a fact is of somebody's own file, as a question or with a new answer"
+    return fact.id.startswith(("topic/", "own/"))
+
 def halves(
     task:Task, # whose forget set is cut in two
     half:int, # 0 or 1: the half that is taught
 ) -> tuple[tuple[Fact, ...], tuple[Fact, ...]]: # taught, held
     "Every other forget fact, for their order is random; of a file, which has an order, drawn by the seed"
     if len(task.forget) < 2: raise Unavailable("half of the forget facts are taught and the others asked: forget_size must be at least 2")
-    first, second = _drawn(task) if task.forget[0].id.startswith(("topic/", "own/")) else (task.forget[::2], task.forget[1::2])
+    first, second = _drawn(task) if of_file(task.forget[0]) else (task.forget[::2], task.forget[1::2])
     return (second, first) if half else (first, second)
 
 def _drawn(task):

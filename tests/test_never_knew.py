@@ -1,5 +1,5 @@
 "Against a model that never knew: every number by another way, and edits of which we know what they are."
-import json, shutil
+import json, shutil, zlib
 import numpy as np, pandas as pd, pytest, torch
 from scipy.stats import ks_2samp
 from sklearn.metrics import roc_auc_score
@@ -9,7 +9,7 @@ from mechunlearn.finetuning import Edit, slice_key
 from mechunlearn.localization import build
 from mechunlearn.models import DATA, Component, load
 from mechunlearn.never_knew import (EDITED, NEVER, ORIGINAL, STATISTICS, against_never_knew, auc, choice_logprobs, compared, compared_questions, distance, extraction_strength,
-    judge, log_ratio, never_knew_model, never_taught, plot_never_knew, read_texts, run_never_knew, say_never_knew, sentence_scores, set_aside, swapped, with_wrong)
+    judge, log_ratio, never_knew_model, never_taught, plot_never_knew, read_texts, run_never_knew, say_never_knew, scored, sentence_scores, set_aside, smallest_distance, swapped, with_wrong)
 from mechunlearn.questions import completions
 from mechunlearn.store import Refusal, Run, Unavailable
 from mechunlearn.tasks import make_task
@@ -116,6 +116,23 @@ def test_distance_is_scipys_and_says_what_it_cannot_see():
     found = [distance(rng.normal(0, 1, 64), rng.normal(s, 1, 64)) for s in np.linspace(0, 1, 60)]
     assert all(x.p >= .05 for x in found if x.value < x.smallest - .02) and any(x.p < .05 for x in found) and .2 < d.smallest < .3
     assert np.isnan(distance([], a).p)
+
+
+@pytest.mark.parametrize("n, m", [(16, 64), (16, 16), (7, 30), (64, 64), (3, 3)])
+def test_the_smallest_distance_is_the_first_that_is_significant(n, m):
+    least = smallest_distance(n, m, .05)
+    p = {(t := ks_2samp([0]*i + [1]*(n - i), [0]*j + [1]*(m - j))).statistic: t.pvalue for i in range(n + 1) for j in range(m + 1)}
+    assert np.isclose(least, min((d for d, x in p.items() if x < .05), default=1)) and (n, m) != (16, 64) or np.isclose(least, .375)
+
+
+def test_the_question_of_a_topic_is_read_with_its_answer(organism_lm):
+    lm = organism_lm
+    def fact(id): return Fact(id=id, relation="topic", subject="dog", prompt="Question: the dog sees\nAnswer:", answer=" river", candidates=(" river", " hill"))
+    file, other = (scored(lm, with_wrong(completions([fact(id)], "forget"))).iloc[0] for id in ("topic/forget/0000", "counterfact/0"))
+    texts = "Question: the dog sees\nAnswer: river", "Answer: river"
+    reads = read_texts(lm, texts)
+    for row, read in zip((file, other), reads): assert np.isclose(row.zlib, float(-read.logp.sum()) / len(zlib.compress(texts[row is other].encode())), atol=1e-4)
+    assert file.strength == float(reads[0].hit[-1]) and sentence_scores(reads[0], texts[0], 1, True)["strength"] in (0., 1.)
 
 
 def test_the_interval_of_a_distance_holds_the_true_one():
