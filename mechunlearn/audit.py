@@ -168,14 +168,14 @@ def _say_finding(f):
 # %% ../nbs/47_audit.ipynb #b3f0a004
 def _powerless(a):
     "Why nothing can be said"
-    if a.before and not a.before.knew: return "the unedited model gives no more of the old answers than a guess, so there was nothing to unlearn that could be seen"
+    if a.before and not a.before.knew: return "the unedited model does not surely give more of the old answers than a guess, so nothing can be seen to have been unlearned"
     return "more facts or seeds are needed to say anything" if any(f.undecided for f in a.found) else "nothing can be said"
 
 def _say_before(a):
     "What the unedited model knew"
     if a.name == "none": return ""
     if not (b := a.before): return " The unedited model was not asked: whether it knew the old answers, and whether the edited one is destroyed, was not judged."
-    swapped = " The edited model gives far more of them than the unedited one: are --base and --edited swapped?" if b.less else ""
+    swapped = " The edited model gives far more of them than the unedited one" + (": are --base and --edited swapped?" if a.name.startswith("edited@") else ".") if b.less else ""
     return f" Before: {say(b.value, b.low, b.high)} of the old answers, {b.attack} (n = {b.n}, guessing {b.guess:.2f}).{swapped}"
 
 # %% ../nbs/47_audit.ipynb #b3f0a006

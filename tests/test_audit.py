@@ -119,15 +119,16 @@ def given(name, share, n=60, **more):
 def test_what_was_never_known_is_not_said_to_hold():
     knew, ignorant = (audit(pd.concat([given("none", share), given("theirs", 1/3)]), "theirs") for share in (.9, 1/3))
     assert knew.verdict == "holds" and knew.before.knew and knew.before.value == pytest.approx(.9) and "Before: 0.90 [" in str(knew) and "Before: 0.90 [" in model_card(knew)
-    assert ignorant.verdict == "no power" and ignorant.attack is None and not ignorant.before.knew and "nothing to unlearn" in str(ignorant) and "swapped" not in str(ignorant)
+    assert ignorant.verdict == "no power" and ignorant.attack is None and not ignorant.before.knew and "nothing can be seen to have been unlearned" in str(ignorant) and "swapped" not in str(ignorant)
     assert json.loads(audit_json(ignorant))["before"]["knew"] is False and json.loads(audit_json(knew))["before"]["attack"] == "as trained"
 
 
 def test_a_base_that_gives_less_than_its_edit_may_be_the_edit():
     for share, verdict in ((1/3, "no power"), (.6, "leaks")):
-        found = audit(pd.concat([given("none", share), given("theirs", 1)]), "theirs")
+        found = audit(pd.concat([given("none", share), given("edited@theirs", 1)]), "edited@theirs")
         assert found.verdict == verdict and found.before.less and "are --base and --edited swapped?" in str(found) and json.loads(audit_json(found))["before"]["less"]
-    assert "swapped" not in str(audit(pd.concat([given("none", .9), given("theirs", .95)]), "theirs"))
+    assert "swapped" not in str(audit(pd.concat([given("none", .9), given("edited@theirs", .95)]), "edited@theirs"))
+    assert "far more of them than the unedited one." in str(audit(pd.concat([given("none", .6), given("flu", 1)]), "flu"))
 
 
 def test_where_the_unedited_model_was_not_asked_it_is_said():
