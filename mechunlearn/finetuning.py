@@ -32,7 +32,7 @@ from .facts import Task
 from .figures import FIGURE_STYLE, cell_text, figure, listed, look, ordered, printed
 from .localization import Localization
 from .losses import UPDATES, Answers, Update, answer_losses, choose_update, l1_change, not_said, said
-from .memory import checkpointed, optimizer_class, out_of_memory, ran_out, rest_packed, unsteppable, written_out
+from .memory import checkpointed, half_of, optimizer_class, out_of_memory, ran_out, rest_packed, unsteppable, written_out
 from .families import transposed
 from .loading import is_adapter, place_of, plain, snapshot
 from .models import LM, Slice, components, load, read_model, slices, wrap
@@ -229,11 +229,11 @@ def _unembedding(lm, values):
     "The unembedding with its slices put in, if there are any"
     return matrices(lm, {s: v for s, v in values.items() if lm.weight(s.param) is lm.hf.get_output_embeddings().weight})
 
-def _said(lm, values, rows, own=None, frozen=None, whole=False):
-    "-log p of the answers, what it was read from (of a large vocabulary hidden states, unless `whole` logits are asked for), and the answers"
-    chunked = not whole and large(lm, sum(1 + len(r.rest) + len(r.preferred) for r in rows))
+def _said(lm, values, rows, own=None, frozen=None):
+    "What tells -log p of answers, what it is told from (of a large vocabulary hidden states, else logits), and the answers"
+    chunked = large(lm, sum(1 + len(r.rest) + len(r.preferred) for r in rows))
     read, answers = _read_answers(lm, values, rows, own, frozen, _end_hidden if chunked else end_logits)
-    return answers_said(lm, read, answers, _unembedding(lm, values)) if chunked else answer_losses(read, answers), read, answers
+    return partial(answers_said, lm, weights=_unembedding(lm, values)) if chunked else answer_losses, read, answers
 
 # %% ../nbs/20_finetuning.ipynb #985c92f4
 def fact_losses(
@@ -246,13 +246,14 @@ def fact_losses(
 ) -> Tensor: # one loss a row
     "Loss at the answers of the prompts"
     where = [i for i, r in enumerate(rows) if r.term == "forget"]
-    every, logits, answers = _said(lm, values, rows, own, frozen, whole=forget_loss is not_said and bool(where))
+    say, read, answers = _said(lm, values, rows, own, frozen)
+    every = say(read, answers)
     nll, better = every[:len(rows)], every[len(rows):]
     if forget_loss is said or not where: return nll
-    if forget_loss is not_said:
-        return torch.where(torch.tensor([r.term == "forget" for r in rows], device=logits.device), answer_losses(logits, answers, not_said), nll)
+    put = lambda losses: nll.index_put((torch.tensor(where, device=nll.device),), losses)
+    if forget_loss is not_said: return put(say(read[where], [answers[i] for i in where], loss=not_said))
     reference, tokens = (torch.tensor(x, device=nll.device) for x in ([rows[i].reference for i in where], [len(answers[i]) for i in where]))
-    return nll.index_put((torch.tensor(where, device=nll.device),), forget_loss(Answers(-nll[where], tokens, reference, -better)))
+    return put(forget_loss(Answers(-nll[where], tokens, reference, -better)))
 
 # %% ../nbs/20_finetuning.ipynb #20a1f002
 @torch.no_grad()
@@ -264,7 +265,8 @@ def with_reference(
     "What the unedited model says to the answers. A forward a row, and one for each preferred answer."
     out = []
     for part in (rows[k:k + micro_batch] for k in range(0, len(rows), micro_batch)):
-        logp = -_said(lm, {}, part)[0]
+        say, read, answers = _said(lm, {}, part)
+        logp = -say(read, answers)
         out += [r._replace(reference=tuple(x.tolist())) for r, x in zip(part, logp.view(-1, len(part)).T)]
     return out
 
@@ -689,8 +691,9 @@ def _smaller(lm, task, checkpoint, optimizer, rest):
     "What takes less memory here -> whether it is used, and what helps where the weights are too many"
     could = {"checkpoint": checkpoint} | ({} if unsteppable("adamw-8bit", lm.device) else {"optimizer adamw-8bit": optimizer not in (None, "adamw")})
     if rest: return could, ""
-    whole = task.update == "sequential" or len({p.device for p in lm.hf.parameters()}) > 1 # then there is no rest
-    return could, "set rest 4bit, or " * (not whole) + "load the model with quantize 4bit"
+    if unsteppable("adamw-8bit"): return could, half_of(lm) # nothing to quantize with
+    no_rest = task.update == "sequential" or len({p.device for p in lm.hf.parameters()}) > 1 or lm.device.type == "cpu" # where what waits would stay in the same memory
+    return could, "set rest 4bit, or " * (not no_rest) + "load the model with quantize 4bit"
 
 # %% ../nbs/20_finetuning.ipynb #200043
 @mpl.rc_context(FIGURE_STYLE)

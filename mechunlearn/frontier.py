@@ -164,7 +164,8 @@ def at_worst(
     worst = with_power(card)[lambda d: (d.attack == WORST) & (d.localization != "none")].set_index(["localization", "seed"])
     robust = {to: 1 - worst[c].clip(lower=0) for to, c in (("robust", "excess"), ("robust_low", "excess_high"), ("robust_high", "excess_low"))}
     out = pd.DataFrame({"attack": worst.which, **robust, "kept": kept.value, "kept_low": kept.ci_low, "kept_high": kept.ci_high, "n": worst.n, "power": worst.power})
-    return out.assign(attacks=f"the worst of {(~card.attack.drop_duplicates().str.startswith(WORST)).sum()} attacks", side=side).dropna(subset=["attack", "kept"]).reset_index()
+    tried = [a for a in card.attack[card.localization != "none"].unique() if not a.startswith(WORST)]
+    return out.assign(attacks=f"the worst of {len(tried)} attacks", side=side).dropna(subset=["attack", "kept"]).reset_index()
 
 # %% ../nbs/43_frontier.ipynb #dba88b2d
 def over_rates(

@@ -301,6 +301,7 @@ def _as_read(value, read):
 
 def _editors(given):
     "Refuse editors that do not exist, and settings that they do not have, or cannot have"
+    from mechunlearn.editors import EDITORS, check_numbers
     from mechunlearn.stats import BY_EDITORS, sized
     for named, how in given.items():
         name = store.choose(sized(named.partition("@")[0])[0], BY_EDITORS, "editor")
@@ -308,6 +309,7 @@ def _editors(given):
         for option, value in how.items():
             try: read = TypeAdapter(has[store.choose(option, sorted(has), f"setting of {name}")]).validate_python(value) # 1e-3 is a word in YAML
             except ValidationError as e: raise Refusal(f"editors.{named}.{option}: {e.errors()[0]['msg'].lower()}") from None
+            if name in EDITORS or name == "mask": check_numbers(f"editors.{named}", {option: read}) # a loss has the bounds of fine-tuning
             how[option] = {k: _as_read(v, getattr(read, k)) for k, v in value.items()} if isinstance(value, dict) else _as_read(value, read)
     return given
 
@@ -598,8 +600,8 @@ def _check_editor(job, name):
     editor, place = edited_by(name)
     if not editor: return
     if job.settings.get("loss"): raise Refusal(f"{name}: {editor} has a loss of its own; leave out loss={job.settings['loss']}")
-    if rest := job.settings.get("rest"): raise Refusal(f"{name}: rest={rest} is for fine-tuning; leave it out, or fine-tune: {place}")
     if editor in BY_LOSSES: return
+    if rest := job.settings.get("rest"): raise Refusal(f"{name}: rest={rest} is for fine-tuning; leave it out, or fine-tune: {place}")
     if job.task == "sequential-counterfact-editing": raise Refusal(f"{name}: {editor} edits all facts at once, and those of {job.task} come in parts")
     if editor == "mask" and not said_size(name) and "k" not in job.settings.get("editors", {}).get("mask", {}):
         raise Refusal(f"{name} needs a number of weights: mask-8000@{place}, or --set editors.mask.k=8000")
@@ -619,6 +621,15 @@ def _check_localizations(job):
         locate(job.settings["edited"])
 
 # %% ../nbs/38_grids.ipynb #400086
+def _check_layers(job, name):
+    "Refuse an editor at a place that has no whole MLP, and in layers that the model lacks, as far as both are known"
+    from mechunlearn.editors import EDITORS, mlp_layers
+    from mechunlearn.jobs import editor_settings
+    from mechunlearn.stats import edited_by
+    editor, place = edited_by(name)
+    layers = editor_settings(name, job.settings.get("editors", {})).get("layers")
+    if editor in EDITORS and (layers or place.startswith("hand@")): mlp_layers(lm := skeleton(job), place_of(job, lm, name)[0], layers)
+
 class Absent(Refusal):
     "A package that this machine lacks"
 
@@ -654,6 +665,7 @@ def check_job(
             raise Absent("benchmarks need the package lm-eval: pip install mechunlearn[capability]")
     if job.settings.get("family") or job.settings.get("chat"): skeleton(job)
     for name in (p for _, p in map(edited_by, job.localizations) if p.startswith("hand@")): by_hand_in_part(skeleton(job), name.removeprefix("hand@"))
+    for name in job.localizations: _check_layers(job, name)
     with _noted(lacking): make_task(job.task, skeleton(job) if of_own(job.task, job.options) else None, **job.options, seed=job.seeds[0])
 
 # %% ../nbs/38_grids.ipynb #400090
@@ -681,15 +693,19 @@ def trained(
     name:str, # a localization, with its draw
 ) -> tuple[int, bool]: # parameters; False if that is only expected, or an upper bound
     "How many parameters a localization trains, as far as it is known before a run. Refusal of a mask of more zeros than that"
-    from mechunlearn.stats import edited_by, family, said_size
-    made = Path(job.run_dir)/"localizations"/f"{store.plain_name(name, 'localization')}.json"
-    with suppress(Broken, KeyError, TypeError): return sum(read_json(made, dict)["sizes"]), True
+    from mechunlearn.editors import written
+    from mechunlearn.jobs import editor_settings
+    from mechunlearn.stats import edited_by
+    made, editor = Path(job.run_dir)/"localizations"/f"{store.plain_name(name, 'localization')}.json", edited_by(name)[0]
+    how = editor_settings(name, job.settings.get("editors", {}))
+    with suppress(Broken, KeyError, TypeError): return written(lm, sum(read_json(made, dict)["sizes"]), editor, how.get("layers")), True
     place, exact = place_of(job, lm, name)
     if place is None: return 0, True
-    if exact and edited_by(name)[0] == "mask" and (said_size(family(name)) or 0) > place.n_params:
+    if exact and editor == "mask" and how.get("k", 0) > place.n_params:
         raise Refusal(f"{name} cannot be: there are {place.n_params} weights at that place")
     budget = job.settings.get("budget")
-    return (budget, True) if budget and not exact and place.name in ("flu", "all-mlps") else (place.n_params, exact)
+    n, exact = (budget, True) if budget and not exact and place.name in ("flu", "all-mlps") else (place.n_params, exact)
+    return written(lm, n, editor, how.get("layers")), exact
 
 # %% ../nbs/38_grids.ipynb #db1e6d07
 def place_of(
@@ -718,17 +734,22 @@ def estimate(
     from mechunlearn.costs import activations, outline
     from mechunlearn.loading import as_dtype, usual_dtype
     from mechunlearn.localization import localizations_for
+    from mechunlearn.editors import CLOSED
     from mechunlearn.memory import OPTIMIZERS, weight_bytes
+    from mechunlearn.stats import edited_by
     lm = outline(job)
     asked, total = job.settings, sum(p.numel() for p in lm.hf.parameters())
-    dtype, quantize = as_dtype(asked.get("dtype") or usual_dtype(total, asked.get("device") == "cpu")), asked.get("quantize")
+    cpu = asked.get("device") == "cpu" # then what waits, and the last good state, lie in the same memory
+    dtype, quantize = as_dtype(asked.get("dtype") or usual_dtype(total, cpu)), asked.get("quantize")
     weights = weight_bytes(lm, quantize=quantize, dtype=dtype)
-    each = 8 + OPTIMIZERS[asked.get("optimizer") or "adamw"] + (dtype.itemsize if quantize else 0) # master, gradient, states, and the weight written out
+    every_weight = 8 + 4*cpu + OPTIMIZERS[asked.get("optimizer") or "adamw"] + (dtype.itemsize if quantize else 0) # master, gradient, last good state, states, and the weight written out
     every = localizations_for(job.localizations, job.settings.get("draws", 1))
     lm.hf.to(dtype)
     def step(name, n):
-        place, _ = place_of(job, lm, name)
-        around = weight_bytes(lm, [s.param for s in place.slices], asked["rest"], dtype) if asked.get("rest") and place else weights
+        place, editor = place_of(job, lm, name)[0], edited_by(name)[0]
+        if editor in CLOSED: return weights + 8*n + 16*n*lm.d_mlp/lm.d_model # old and new values; a second moment and what is solved with, of each layer
+        each = {"lora": 8, "mask": 24 + 4*cpu}.get(editor, every_weight) # masters and what is merged; scores, gradients and gates
+        around = weight_bytes(lm, [s.param for s in place.slices], asked["rest"], dtype, cpu) if asked.get("rest") and place else weights
         held = around + each*n
         return max(weights + 4*n, held + (activations(lm, place, asked) if place and held <= most else 0)) # a rest comes back beside what was trained
     rows = [(job.run_dir, name, len(job.seeds), *trained(job, lm, name)) for name in every]

@@ -138,6 +138,7 @@ class Mask:
     config: dict # model, revision, task, seed, method, lr, penalty, ...
 
     def __repr__(self):
+        if self.curve.empty: return f"Mask({self.localization.name}, {self.config['method']} over {self.localization.n_params:,} weights, 0 steps)"
         first, last = self.curve.iloc[0], self.curve.iloc[-1]
         return (f"Mask({self.localization.name}, {self.config['method']} over {self.localization.n_params:,} weights, {len(self.curve)} steps: "
                 f"forget loss {first.forget:.2f} -> {last.forget:.3f}, retain {last.retain:.3f})")

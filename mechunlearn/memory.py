@@ -261,12 +261,15 @@ def weight_bytes(
     params:Sequence[str]=(), # names of the trained weights
     quantize:str|None=None, # 8bit or 4bit, if it will be
     dtype:torch.dtype|None=None, # of what is not quantized; none: the model's
+    beside:bool=False, # what is quantized stays in the same memory, as with a quantized rest on a CPU
 ) -> float:
     "What the weights take; of a quantized model, the trained matrices are written out beside"
     size = torch.empty(0, dtype=dtype or lm.hf.dtype).element_size()
-    if not quantize: return sum(p.numel() for p in lm.hf.parameters()) * size
+    whole = sum(p.numel() for p in lm.hf.parameters()) * size
+    if not quantize: return whole
     each = {"8bit": 1., "4bit": .5 + 4/64}[quantize] # 64 weights of 4 bits share a float32
     linear = {m.weight for m in lm.hf.get_submodule(lm.names["layers"]).modules() if isinstance(m, (nn.Linear, Conv1D))}
+    if beside: return whole + each * sum(p.numel() for p in linear - {lm.weight(n) for n in params})
     extra = sum(lm.weight(p).numel() for p in dict.fromkeys(params))
     return sum(p.numel() * (each if p in linear else size) for p in lm.hf.parameters()) + extra * size
 

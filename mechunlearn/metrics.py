@@ -21,7 +21,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from .figures import FIGURE_STYLE, baseline, cell_text, count_text, extremes, figure, look, n_text, ordered, printed
 from .progress import edits_in
-from .stats import MCQ_CHANCE, METRICS, METRIC_TYPES, Chance, differs, family, has_power, holm, one_run, paired_test, per_fact, summarise
+from .stats import MCQ_CHANCE, METRICS, METRIC_TYPES, Chance, differs, edited_by, family, has_power, holm, one_run, paired_test, per_fact, summarise
 from .store import Broken, Refusal, choose, load_json, load_table, notes, read_json, sidecar
 
 # %% ../nbs/41_metrics.ipynb #410019
@@ -170,6 +170,10 @@ def told(
 ) -> dict: # n_params, model, task, forget_size: what `summarise` is told
     "What a run folder says of its run"
     run, sizes = about(run_dir), {name: sum(where["sizes"]) for name, where in localizations(run_dir).items()}
+    if any(edited_by(name)[0] for name in sizes): # which write less than their whole place
+        from mechunlearn.efficiency import edit_sizes
+        own = edit_sizes(run_dir)
+        sizes = {name: own.get(family(name), n) for name, n in sizes.items()}
     return dict(n_params=sizes, model=run["model"], task=run["task"], forget_size=run["options"].get("forget_size"))
 
 # %% ../nbs/41_metrics.ipynb #410049a

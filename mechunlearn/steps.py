@@ -15,11 +15,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.func import functional_call
-from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache
 from . import models
+from .losses import fails_somewhere, said
 from .models import LM, Slice, begin_alike, may_share
 
 # %% ../nbs/18_steps.ipynb #180005a
@@ -106,14 +106,15 @@ def said_in_chunks(
     hidden:Float[Tensor, "n d_model"], # what the unembedding reads, at the positions that count
     targets:Int[Tensor, "n"], # the tokens that follow
     weights:Mapping[str, Tensor]={}, # matrices that stand in for the model's own, by parameter name
+    loss:Callable=said, # or `not_said`: of logits and tokens
 ) -> Float[Tensor, "n"]: # nats; differentiable
-    "-log p of tokens, without ever holding all logits"
+    "-log p of tokens, or -log(1 - p), without ever holding all logits"
     head = lm.hf.get_output_embeddings()
     n, targets = max(1, HELD // head.weight.shape[0]), targets.to(hidden.device)
-    def loss(h, t): return cross_entropy(logits := lm.unembed(h, weights).float(), t.to(logits.device), reduction="none")
+    def each(h, t): return loss(logits := lm.unembed(h, weights).float(), t.to(logits.device))
     trained = any(w.requires_grad for w in (*head.parameters(), *weights.values()))
-    if torch.is_grad_enabled() and hidden.requires_grad and not trained: return _AtOnce.apply(hidden, targets, loss, n)
-    again = partial(checkpoint, loss, use_reentrant=False, preserve_rng_state=False) if torch.is_grad_enabled() else loss
+    if torch.is_grad_enabled() and hidden.requires_grad and not trained: return _AtOnce.apply(hidden, targets, each, n)
+    again = partial(checkpoint, each, use_reentrant=False, preserve_rng_state=False) if torch.is_grad_enabled() else each
     return torch.cat([again(h, t) for h, t in zip(hidden.split(n), targets.split(n))])
 
 # %% ../nbs/18_steps.ipynb #180019
@@ -135,12 +136,17 @@ def answers_said(
     hidden:Float[Tensor, "row n d_model"], # at the end of prompts that hold their answers but for the last token
     answers:Sequence[Sequence[int]], # tokens of each, at most n
     weights:Mapping[str, Tensor]={}, # matrices that stand in for the model's own, by parameter name
+    loss:Callable=said, # or `not_said`
 ) -> Float[Tensor, "row"]: # nats
-    "-log p of whole answers: each position is unembedded that predicts a token of one, and no other"
+    "-log p of whole answers, or -log(1 - p): each position is unembedded that predicts a token of one, and no other"
     n = hidden.shape[1]
     row, at, token = torch.tensor([(i, n - len(a) + k, t) for i, a in enumerate(answers) for k, t in enumerate(a)], device=hidden.device).T
-    each = said_in_chunks(lm, hidden[row, at], token, weights)
-    return torch.zeros(len(answers), device=each.device).index_add(0, row.to(each.device), each)
+    say = lambda loss: said_in_chunks(lm, hidden[row, at], token, weights, loss)
+    each = say(said)
+    row, at = row.to(each.device), at.to(each.device)
+    if loss is said: return torch.zeros(len(answers), device=each.device).index_add(0, row, each)
+    nll, others = (each.new_zeros(len(answers), n).index_put((row, at), x) for x in (each, say(loss)))
+    return fails_somewhere(nll, others, torch.zeros_like(nll, dtype=torch.bool).index_put((row, at), torch.tensor(True, device=nll.device)))
 
 # %% ../nbs/18_steps.ipynb #180022
 def lowest(

@@ -1,13 +1,14 @@
 "Edits of a run that are not fine-tunings: memit@flu, mask@all-mlps"
 import pytest, torch
-from mechunlearn.editors import EDITORS
+from mechunlearn.editors import EDITORS, edit_with
 from mechunlearn.facts import sports_athlete_editing
 from mechunlearn.figures import LOOKS, MARKS, look, ordered
 from mechunlearn.finetuning import fingerprint, load_edit, missing_rates, parse_slice, place
 from mechunlearn.grids import check_job, estimate, make_job
 from mechunlearn.jobs import edit_jobs, made_by, run_finetuning
-from mechunlearn.localization import localizations_for, split_name
+from mechunlearn.localization import build, localizations_for, split_name
 from mechunlearn.losses import LOSSES
+from mechunlearn.models import Component, load
 from mechunlearn.metrics import opponent
 from mechunlearn.rates import _installs
 from mechunlearn.stats import BY_EDITORS, BY_LOSSES, edited_by, said_size, sized
@@ -105,6 +106,23 @@ def test_a_loss_at_a_place_is_the_fine_tuning_by_that_loss(tiny, loss):
     assert all(torch.equal(v, a.values[k]) for k, v in b.values.items()) and a.curve.equals(b.curve) and a.config == b.config
 
 
+def test_how_a_step_is_made_reaches_editors(tiny, monkeypatch):
+    lm, seen = tiny("llama"), []
+    names = ["npo@hand@mlp.1", "lora@hand@mlp.1", "mask@hand@mlp.1", "memit@hand@mlp.1"]
+    jobs = edit_jobs(lm, task_of(lm), None, names, (0,), micro_batch=3, checkpoint=True, optimizer="adamw-8bit", editors={"npo": {"lr": 1e-3}, "mask": {"k": 9}})
+    monkeypatch.setattr("mechunlearn.jobs.edit_named", lambda name, lm, task, where, **how: seen.append(how))
+    for job in jobs: job.by_editor()
+    assert seen == [dict(micro_batch=3, checkpoint=True, optimizer="adamw-8bit", lr=1e-3), dict(micro_batch=3), dict(micro_batch=3, k=9), {}]
+    assert jobs[0].causes()["editor"] == dict(optimizer="adamw-8bit", lr=1e-3) # a step made otherwise is the same step, with another optimizer it is not
+
+
+def test_an_equation_without_an_answer_is_refused(tiny):
+    lm = tiny("llama")
+    task, where = task_of(lm)(0), build(lm, "hand@mlp.1", [Component("mlp", 1)])
+    for editor, how in (("memit", dict(weight=0)), ("alphaedit", dict(l2=0.)), ("lora", dict(rank=0))):
+        with pytest.raises(Refusal, match=f"{editor}.{next(iter(how))}: 0 is not above 0"): edit_with(lm, task, where, editor, **how)
+
+
 def test_a_loss_at_a_place_needs_a_rate(tiny):
     lm = tiny("llama")
     job, = edit_jobs(lm, task_of(lm), None, ["npo@hand@mlp.1"], (0,))
@@ -146,9 +164,18 @@ def test_fine_tunings_beside_them_are_what_they_are_alone(tiny):
     ("sports-athlete-editing", ["hand@mlp.1+mlp.1:3"], {}, "not whole already"),
     ("sports-athlete-editing", ["memit@flu"], {"loss": "npo"}, "has a loss of its own"),
     ("sports-athlete-editing", ["npo@flu"], {"loss": "npo"}, "has a loss of its own"),
-    ("sports-athlete-editing", ["npo@flu"], {"rest": "4bit"}, "rest=4bit is for fine-tuning"),
+    ("sports-athlete-editing", ["lora@flu"], {"rest": "4bit"}, "rest=4bit is for fine-tuning"),
     ("sports-athlete-editing", ["npo@flu"], {"editors": {"npo": {"lr": 0}}}, "editors.npo.lr"),
+    ("sports-athlete-editing", ["lora@flu"], {"editors": {"lora": {"rank": 0}}}, "editors.lora.rank: 0 is not above 0"),
+    ("sports-athlete-editing", ["rmu@flu"], {"editors": {"rmu": {"lr": -1}}}, "editors.rmu.lr: -1 is not above 0"),
+    ("sports-athlete-editing", ["rmu@flu"], {"editors": {"rmu": {"batch": 0}}}, "editors.rmu.batch: 0 is not above 0"),
+    ("sports-athlete-editing", ["memit@flu"], {"editors": {"memit": {"weight": 0}}}, "editors.memit.weight: 0 is not above 0"),
+    ("sports-athlete-editing", ["alphaedit@flu"], {"editors": {"alphaedit": {"l2": 0}}}, "editors.alphaedit.l2: 0 is not above 0"),
+    ("sports-athlete-editing", ["rome@flu"], {"editors": {"rome": {"aim": {"clamp": 0}}}}, "editors.rome.aim.clamp: 0 is not above 0"),
+    ("sports-athlete-editing", ["rome@flu"], {"editors": {"rome": {"n_contexts": -1}}}, "editors.rome.n_contexts: -1 is not 0 or more"),
     ("sports-athlete-editing", ["npo@flu"], {"editors": {"npo": {"loss": "dpo"}}}, "unknown setting of npo 'loss'"),
+    ("sports-athlete-editing", ["memit@hand@head.0.1"], {}, "has no whole MLP, and editors write into MLPs"),
+    ("sports-athlete-editing", ["memit@flu"], {"editors": {"memit": {"layers": [1, 99]}}}, "organism has no MLP in layer 99"),
     ("sequential-counterfact-editing", ["memit@flu"], {}, "come in parts")])
 def test_what_cannot_be_is_refused_before_a_model_is_loaded(tmp_path, task, names, settings, why):
     with pytest.raises(Refusal, match=why): check_job(make_job("organism", task, {}, names, [0], settings, tmp_path))
@@ -166,6 +193,18 @@ def test_a_mask_by_hand_needs_its_size(tiny, monkeypatch):
 def test_a_mask_larger_than_a_known_place_is_refused_before_a_run(tmp_path):
     job = make_job("organism", "sports-athlete-editing", {}, ["mask-999999999@late"], [0], {}, tmp_path)
     with pytest.raises(Refusal, match="mask-999999999@late cannot be: there are 1146880 weights"): estimate(job)
+    job = make_job("organism", "sports-athlete-editing", {}, ["mask@late"], [0], {"editors": {"mask": {"k": 999999999}}}, tmp_path)
+    with pytest.raises(Refusal, match="mask@late cannot be"): estimate(job)
+
+
+def test_a_dry_run_knows_what_an_editor_writes(tmp_path):
+    names = [*(f"{e}@hand@mlp.1-3" for e in ("rome", "memit", "alphaedit", "rmu", "lora", "npo")), "mask-50@hand@mlp.1-3", "hand@mlp.1-3"]
+    job = make_job("organism", "sports-athlete-editing", {"forget_size": 16}, names, [0], {"dtype": "float32"}, tmp_path)
+    said, lm = estimate(job).set_index("localization"), load("organism")
+    one = lm.d_model * lm.d_mlp # of three matrices of an MLP
+    assert [*said.trained] == [one, 3*one, 3*one, 3*one, *[9*one]*4]
+    around = (said.memory_gb["memit@hand@mlp.1-3"]*1e9 - sum(p.numel() for p in lm.hf.parameters())*4 - 8*3*one) / (8*lm.d_mlp**2)
+    assert around == pytest.approx(2*3) # the second moment of each layer, and what is solved with
 
 
 def test_a_sweep_before_a_run_leaves_editors_out(capsys, tmp_path):

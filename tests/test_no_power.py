@@ -1,6 +1,7 @@
 "Formats in which the unedited model is at chance are not read as robustness"
 import pandas as pd, pytest
 from mechunlearn.metrics import format_power, plot_bars, plot_spider, results_html, results_table, results_text, say_bars
+from mechunlearn.scorecard import scorecard
 from mechunlearn.stats import METRICS, METRIC_TYPES, Chance
 
 
@@ -46,3 +47,20 @@ def test_nothing_is_said_where_the_unedited_model_was_not_asked():
     m = rows(.27)
     m = m[m.localization != "none"]
     assert format_power(m).empty and "o power" not in results_text(results_table(m))
+
+
+def probed(before, later, n=40, kept=60):
+    "Records of a probe that reads so many of the facts before any layer, and so many behind one; of edited and of retained facts alike"
+    def row(group, k, layer, right): return dict(evaluation="latent", localization="flu", draw=0, seed=0, fact=f"{group}/{k}", subject=f"{group} {k}", relation="sport", group=group,
+        format="completion", variant=0, truth=f" {'abc'[k % 3]}", edit=" d" if group == "forget" else None, prob_truth=float(right), prob_edit=0., top1_truth=right, top1_edit=False,
+        layer=layer, setting="subject", step=None, compliance=None, loss=None)
+    return pd.DataFrame([row(g, k, layer, k % 10 < 10*share) for g, size in (("forget", n), ("retain", kept)) for layer, share in ((-1, before), (3, later)) for k in range(size)])
+
+
+@pytest.mark.parametrize("before, least, power", [(.3, 1/3, True), (.6, .6, False)])
+def test_what_a_probe_reads_from_the_name_alone_is_no_leak(before, least, power):
+    card = lambda records: scorecard(records).query("seed == -1").set_index("attack").loc["new probe"]
+    told, more, blind = card(probed(before, .6)), card(probed(before, .9)), card(probed(before, .6).query("layer >= 0"))
+    assert told.value == blind.value == pytest.approx(.6) and told.guess == pytest.approx(least) and blind.guess == pytest.approx(1/3)
+    assert blind.power and blind.excess == pytest.approx(.4) and more.power and more.excess > .5
+    assert told.power == power and (told.excess == pytest.approx(.4) if power else pd.isna(told.excess)) # the same reading, and no layer was needed for it
