@@ -837,6 +837,8 @@ def stored_dtype(
         found = set()
         for file in place_of(model).glob("*.safetensors"):
             with safe_open(file, "pt") as f: found |= {DTYPES.get(f.get_slice(k).get_dtype(), torch.float32) for k in f.keys()}
+        for file in () if found else place_of(model).glob("*model*.bin"):
+            found |= {t.dtype for t in torch.load(file, map_location="cpu", mmap=True, weights_only=True).values()}
         if len(found) == 1: return found.pop()
     return torch.float32
 

@@ -438,3 +438,10 @@ def test_anyones_edit_goes_through_a_stage(qwen, tmp_path):
     theirs = elsewhere(qwen, tmp_path / "again/theirs", lambda hf: hf.get_parameter("model.layers.1.mlp.down_proj.weight").add_(.6))
     run_evaluation(qwen, lambda seed: task, run, ["edited@theirs"], [0], edited=str(theirs), **few)
     assert read_meta(tmp_path / "run/edited@theirs/seed0/evaluation.parquet")["hash"] != first
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_dtype_of_pickled_weights_is_read(tmp_path, dtype):
+    torch.save({"model.norm.weight": torch.ones(2, dtype=dtype)}, tmp_path / "pytorch_model.bin")
+    torch.save({"step": 3}, tmp_path / "optimizer.bin"); (tmp_path / "config.json").write_text("{}")
+    assert F.stored_dtype(str(tmp_path)) == dtype
