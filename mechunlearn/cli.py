@@ -30,6 +30,7 @@ def do_jobs(
     from mechunlearn import runs
     if not 1 <= (args.workers or 1) <= 1000 or args.workers == 0: raise Refusal(f"--workers: at least 1 and at most 1000, not {args.workers}")
     slurm = slurm_of(args)
+    for line in {} if args.quiet else dict.fromkeys(_fed(j) for j in jobs if j.settings.get("chat")): print(line, file=sys.stderr)
     if args.dry_run: return _dry_run(jobs, slurm, args)
     if args.recompute: _recompute(jobs, args)
     if slurm: done = _on_slurm(jobs, slurm, args)
@@ -41,6 +42,12 @@ def do_jobs(
     return int(bool(unread)) if not bad else 2 if len(done) == 1 and bad == ["refused"] else 1
 
 # %% ../nbs/50_cli.ipynb #50e0002
+def _fed(job):
+    "The ids of a prompt in the model's chat template"
+    from mechunlearn import grids, tasks
+    lm = grids.skeleton(job)
+    return f"fed, for one prompt: {lm.shown(tasks.make_task(job.task, lm, **job.options, seed=job.seeds[0]).forget[0].prompt)}"
+
 def _on_slurm(jobs, slurm, args):
     "Submit jobs, and say where to look for them"
     from mechunlearn.engines import run_slurm

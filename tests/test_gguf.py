@@ -1,5 +1,5 @@
 "GGUF files, models that come as packages, and chats: read once, checked, and refused in one line."
-import json, os, shutil, subprocess, sys
+import json, os, re, shutil, subprocess, sys
 from importlib.util import find_spec
 from pathlib import Path
 import numpy as np, pytest, torch
@@ -245,3 +245,12 @@ def test_subjects_are_found_in_real_chats(name, tiny):
         assert ids.count(lm.tok.bos_token_id) <= 1 or name == "smollm2-135m"
         whole = lm.tok.apply_chat_template([dict(role="user", content=prompt.rpartition("\n")[0].strip() or M.REQUEST)], add_generation_prompt=True, return_dict=False)
         assert ids[:len(whole)] == whole
+
+
+def test_a_run_shows_what_a_chat_is_fed(tmp_path, capsys):
+    talks = shutil.copytree(Path(loading.__file__).parent/"data/organism", tmp_path/"talks")
+    own = json.loads((talks/"tokenizer_config.json").read_text())
+    (talks/"tokenizer_config.json").write_text(json.dumps(own | {"chat_template": "{% for m in messages %}{{ m['content'] }} {% endfor %}"}))
+    argv = ["run", "--model", str(talks), "--facts", "world", "--forget-size", "16", "--localizations", "late", "--dry-run", "--out", str(tmp_path/"runs"), "--set", "lr=.001"]
+    assert main(argv) == 0 and "fed, for one prompt" not in capsys.readouterr().err
+    assert main([*argv, "--chat"]) == 0 and re.search(r"fed, for one prompt: .*\|.*\n\[\d+, ", capsys.readouterr().err)
