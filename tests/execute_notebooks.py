@@ -49,13 +49,20 @@ def small_picture(png: str) -> str:
     return base64.b64encode(min(data, optimize(data), key=len)).decode()
 
 
+def without_unused(html: str) -> str:
+    """Without the rules of a style sheet for classes that nothing has."""
+    style, end, body = html.partition("</style>")
+    used = {name for classes in re.findall(r'class="([^"]*)"', body) for name in classes.split()}
+    return re.sub(r"\n\s*#\w+ \.(gt_\w+)[^{}]*\{[^}]*\}", lambda rule: rule[0] if rule[1] in used else "", style) + end + body
+
+
 def make_small(notebook) -> None:
     for output in (o for cell in notebook.cells for o in cell.get("outputs", [])):
         data = output.get("data", {})
         if png := data.get("image/png"):
             data["image/png"] = small_picture(png)
         if html := data.get("text/html"):
-            html = re.sub(r'<style scoped>.*?</style>| headers="[^"]*"', "", html, flags=re.DOTALL) # pandas and great_tables say it again for each table, or cell
+            html = without_unused(re.sub(r'<style scoped>.*?</style>| headers="[^"]*"', "", html, flags=re.DOTALL)) # pandas and great_tables say it again for each table, or cell
             data["text/html"] = re.sub(r">\s*\n\s*<", "><", html)
         if {"image/png", "text/html", "text/markdown"} & {*data}:
             data.pop("text/plain", None)  # the name of a figure's class, or a table once more
