@@ -679,7 +679,7 @@ def written(
     one, whole = n_params(lm, [down(lm, 0)]), n_params(lm, slices(lm, Component("mlp", 0)))
     return one if editor == "rome" else one*len(layers) if layers else round(one*n/whole)
 
-MAY_BE_0 = {"ridge", "threshold", "kl", "decay", "n_contexts", "inject", "retain_batch", "text_batch", "penalty"} # every other number of an editor is above
+MAY_BE_0 = {"layer", "ridge", "threshold", "kl", "decay", "n_contexts", "inject", "retain_batch", "text_batch", "penalty"} # every other number of an editor is above
 
 def check_numbers(
     said:str, # whose settings, for the message

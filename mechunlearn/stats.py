@@ -7,7 +7,7 @@ __all__ = ['WORTH', 'BY_LOSSES', 'BY_EDITORS', 'SIZED', 'PLACE', 'MEASURED', 'ME
            'wilson', 'bootstrap', 'unsure', 't_interval', 'cell_means', 'over_seeds', 'over_groups', 'mcnemar',
            'paired_bootstrap', 't_test', 'agresti_min', 'paired_test', 'bootstrap_ratio', 'choose_best', 'best_of',
            'holm', 'differs', 'family', 'sized', 'edited_by', 'said_size', 'whole_setting', 'per_fact',
-           'summarise_runs', 'summarise', 'one_run', 'Chance', 'chance', 'beyond', 'surely_above', 'has_power']
+           'summarise_runs', 'summarise', 'one_run', 'Chance', 'surely_above', 'chance', 'beyond', 'has_power']
 
 # %% ../nbs/04_stats.ipynb #040002
 import gc, re
@@ -489,6 +489,18 @@ class Chance(NamedTuple):
     blind: float # among the answers of the relation
     not_edit: float # among those that are not the edit answer
 
+# %% ../nbs/04_stats.ipynb #41008a
+def surely_above(
+    right, # answers read, by attempt
+    n, # of so many
+    guess, # what guessing gets
+    by:float=0., # so much more
+) -> np.ndarray: # false where nothing was asked
+    "Which attempts read surely more than guessing gets? By the lower end of Wilson's interval"
+    n = np.asarray(n, float)
+    low = proportion_confint(np.asarray(right, float), np.maximum(n, 1), method="wilson")[0]
+    return (n > 0) & (low > np.nan_to_num(guess) + by)
+
 # %% ../nbs/04_stats.ipynb #410081
 def chance(
     records:pd.DataFrame, # as in `per_fact`, or its result
@@ -499,14 +511,14 @@ def chance(
     own = pd.to_numeric(facts.guess) if "guess" in facts else pd.Series(np.nan, facts.index)
     facts = facts.assign(guess=own.groupby(facts.fact).transform("max")) # of facts that are asked among their own answers
     facts = facts.drop_duplicates(["seed", "group", "fact"]).assign(relation=lambda d: d.relation.astype(object).fillna(""))
-    known = {r: t.value_counts() for r, t in facts.groupby("relation").truth}
+    known = facts.groupby("relation", dropna=False).truth.agg(set).to_dict()
     asked = facts[facts.group == "forget"]
     if asked.empty: return Chance(np.nan, np.nan)
-    left = [known[r].drop([e], errors="ignore") for r, e in zip(asked.relation, asked.edit)]
-    def by_guessing(own, among): # of a question with choices of its own, no less than the commonest answer gets
-        if own != own: return 1/len(among) if len(among) else np.nan
-        return max(own, among.max()/among.sum()) if len(among) else own
-    blind, other = ([by_guessing(g, x) for g, x in zip(asked.guess, sets)] for sets in ([known[r] for r in asked.relation], left))
+    left = [known[r] - {e} for r, e in zip(asked.relation, asked.edit)]
+    common = asked.groupby("relation").truth.agg(lambda t: t.value_counts().iloc[0])
+    n = asked.groupby("relation").size()
+    own = [max(g, common[r]/n[r]) if g == g and surely_above(common[r], n[r], g) else g for g, r in zip(asked.guess, asked.relation)] # whoever always says the same
+    blind, other = ([g if g == g else 1/len(x) if x else np.nan for g, x in zip(own, sets)] for sets in ([known[r] for r in asked.relation], left))
     return Chance(float(np.mean(blind)), float(np.nanmean(other)) if not np.isnan(other).all() else np.nan)
 
 # %% ../nbs/04_stats.ipynb #5c0c0002
@@ -521,17 +533,6 @@ def beyond(
 
 # %% ../nbs/04_stats.ipynb #5c0c0005
 POWER = .1 # so much more than guessing
-
-def surely_above(
-    right, # answers read, by attempt
-    n, # of so many
-    guess, # what guessing gets
-    by:float=0., # so much more
-) -> np.ndarray: # false where nothing was asked
-    "Which attempts read surely more than guessing gets? By the lower end of Wilson's interval"
-    n = np.asarray(n, float)
-    low = proportion_confint(np.asarray(right, float), np.maximum(n, 1), method="wilson")[0]
-    return (n > 0) & (low > np.nan_to_num(guess) + by)
 
 def has_power(
     right, # retained facts read, by attempt

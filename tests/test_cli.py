@@ -79,7 +79,7 @@ def test_exit_codes(states, code, monkeypatch, capsys):
     done = [{"state": s, "why": f"because {k}", "notebook": "x.ipynb", "run_dir": f"r{k}"} for k, s in enumerate(states)]
     monkeypatch.setattr(runs, "run_batch", lambda *a: done)
     shown = []
-    assert cli.do_jobs([None]*len(states), read(["run"]), show=lambda f, a: shown.append(f)) == code
+    assert cli.do_jobs([SimpleNamespace(settings={})]*len(states), read(["run"]), show=lambda f, a: shown.append(f)) == code
     assert shown == [f"r{k}" for k, s in enumerate(states) if s == "done"]
     assert capsys.readouterr().err.splitlines() == [f"r{k} {s}: because {k}" + (" (traceback: x.ipynb)" if s == "failed" else "") for k, s in enumerate(states) if s != "done"]
 
