@@ -30,7 +30,7 @@ def do_jobs(
     from mechunlearn import runs
     if not 1 <= (args.workers or 1) <= 1000 or args.workers == 0: raise Refusal(f"--workers: at least 1 and at most 1000, not {args.workers}")
     slurm = slurm_of(args)
-    for line in {} if args.quiet else dict.fromkeys(_fed(j) for j in jobs if j.settings.get("chat")): print(line, file=sys.stderr)
+    if not args.quiet and not slurm: _say_fed([j for j in jobs if j.settings.get("chat")])
     if args.dry_run: return _dry_run(jobs, slurm, args)
     if args.recompute: _recompute(jobs, args)
     if slurm: done = _on_slurm(jobs, slurm, args)
@@ -42,11 +42,13 @@ def do_jobs(
     return int(bool(unread)) if not bad else 2 if len(done) == 1 and bad == ["refused"] else 1
 
 # %% ../nbs/50_cli.ipynb #50e0002
-def _fed(job):
-    "The ids of a prompt in the model's chat template"
+def _say_fed(jobs):
+    "Print the ids of a prompt of each job, in its model's chat template; a job that cannot be is refused where it is run"
     from mechunlearn import grids, tasks
-    lm = grids.skeleton(job)
-    return f"fed, for one prompt: {lm.shown(tasks.make_task(job.task, lm, **job.options, seed=job.seeds[0]).forget[0].prompt)}"
+    for job in jobs:
+        with suppress(Refusal): print(_fed(lm := grids.skeleton(job), tasks.make_task(job.task, lm, **job.options, seed=job.seeds[0])), file=sys.stderr)
+
+def _fed(lm, task): return f"fed, for one prompt: {lm.shown(task.forget[0].prompt)}"
 
 def _on_slurm(jobs, slurm, args):
     "Submit jobs, and say where to look for them"
@@ -657,7 +659,7 @@ def check(args):
     lm = grids.skeleton(job)
     task = tasks.make_task(job.task, lm, **job.options, seed=job.seeds[0])
     if said := task.remarks(): print(said)
-    if args.chat: print(f"fed, for one prompt: {lm.shown(task.forget[0].prompt)}")
+    if args.chat: print(_fed(lm, task))
     print("task: " + ", ".join(f"{len(v)} {k}" for k, v in task.groups().items() if len(v)) + " facts; all their words are known to the model")
     return 0
 

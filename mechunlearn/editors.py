@@ -7,7 +7,7 @@ __all__ = ['ROME', 'MEMIT', 'EDITORS', 'CLOSED', 'MAY_BE_0', 'ASKED', 'mlp_layer
            'essences', 'read_at', 'reading', 'Moment', 'second_moments', 'ridged', 'rank_one', 'Aim', 'adding', 'begun',
            'with_added', 'aim_losses', 'aim_at', 'rome', 'many_keys', 'added', 'to_add', 'spread', 'memit',
            'null_space', 'in_null_space', 'alphaedit', 'misdirection', 'stream_at', 'Passage', 'passages', 'rmu_losses',
-           'rmu', 'adapted', 'lora', 'written', 'check_numbers', 'edit_with', 'ask_editors', 'plot_editors',
+           'rmu', 'adapted', 'lora', 'written', 'check_bounds', 'edit_with', 'ask_editors', 'plot_editors',
            'say_editors']
 
 # %% ../nbs/22_editors.ipynb #220003
@@ -681,13 +681,13 @@ def written(
 
 MAY_BE_0 = {"layer", "ridge", "threshold", "kl", "decay", "n_contexts", "inject", "retain_batch", "text_batch", "penalty"} # every other number of an editor is above
 
-def check_numbers(
+def check_bounds(
     said:str, # whose settings, for the message
     settings:dict, # of an editor; what is no number is let through
 ):
     "Refuse a rate, rank, weight or batch of nothing, with which an edit would be nothing, or its equations have no answer"
     for name, value in settings.items():
-        if isinstance(value, Aim): check_numbers(f"{said}.{name}", value._asdict())
+        if isinstance(value, Aim): check_bounds(f"{said}.{name}", value._asdict())
         if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in MAY_BE_0):
             raise Refusal(f"{said}.{name}: {value:g} is not {'0 or more' if name in MAY_BE_0 else 'above 0'}")
 
@@ -700,7 +700,7 @@ def edit_with(
 ) -> Edit:
     "An editor by name"
     editor = EDITORS[choose(method, EDITORS, "editor")]
-    check_numbers(method, settings)
+    check_bounds(method, settings)
     try: return editor(lm, task, where, **settings)
     except (RuntimeError, MemoryError) as e:
         if not ran_out(e): raise

@@ -301,7 +301,7 @@ def _as_read(value, read):
 
 def _editors(given):
     "Refuse editors that do not exist, and settings that they do not have, or cannot have"
-    from mechunlearn.editors import EDITORS, check_numbers
+    from mechunlearn.editors import EDITORS, check_bounds
     from mechunlearn.stats import BY_EDITORS, sized
     for named, how in given.items():
         name = store.choose(sized(named.partition("@")[0])[0], BY_EDITORS, "editor")
@@ -309,7 +309,7 @@ def _editors(given):
         for option, value in how.items():
             try: read = TypeAdapter(has[store.choose(option, sorted(has), f"setting of {name}")]).validate_python(value) # 1e-3 is a word in YAML
             except ValidationError as e: raise Refusal(f"editors.{named}.{option}: {e.errors()[0]['msg'].lower()}") from None
-            if name in EDITORS or name == "mask": check_numbers(f"editors.{named}", {option: read}) # a loss has the bounds of fine-tuning
+            if name in EDITORS or name == "mask": check_bounds(f"editors.{named}", {option: read}) # a loss has the bounds of fine-tuning
             how[option] = {k: _as_read(v, getattr(read, k)) for k, v in value.items()} if isinstance(value, dict) else _as_read(value, read)
     return given
 

@@ -133,7 +133,7 @@ def _tables(facts, name):
 
 # %% ../nbs/42_scorecard.ipynb #5c2a0007
 def _attempts(tables, guess, kept):
-    "The attempts on one edit: guess (no less than ghosts), kept, power, and the share of facts it reaches"
+    "The attempts on one edit: guess (no less than ghosts, and than what is read before any layer), kept, power, and the share of facts it reaches"
     forget = tables["forget"].dropna(axis=1, how="all")
     names, none = forget.columns.get_level_values(0), pd.DataFrame(columns=forget.columns, dtype=float)
     ghost, retain, alone, alone_kept = (tables.get(g, none).reindex(columns=forget.columns).astype(float) for g in ("ghost", "retain", *BEFORE))

@@ -1,6 +1,6 @@
 "Edits of a run that are not fine-tunings: memit@flu, mask@all-mlps"
 import pytest, torch
-from mechunlearn.editors import EDITORS, check_numbers, edit_with
+from mechunlearn.editors import EDITORS, check_bounds, edit_with
 from mechunlearn.facts import sports_athlete_editing
 from mechunlearn.figures import LOOKS, MARKS, look, ordered
 from mechunlearn.finetuning import fingerprint, load_edit, missing_rates, parse_slice, place
@@ -119,7 +119,7 @@ def test_how_a_step_is_made_reaches_editors(tiny, monkeypatch):
 def test_an_equation_without_an_answer_is_refused(tiny):
     lm = tiny("llama")
     task, where = task_of(lm)(0), build(lm, "hand@mlp.1", [Component("mlp", 1)])
-    check_numbers("rome", dict(layer=0, ridge=0., n_contexts=0)) # these may be
+    check_bounds("rome", dict(layer=0, ridge=0., n_contexts=0)) # these may be
     for editor, how in (("memit", dict(weight=0)), ("alphaedit", dict(l2=0.)), ("lora", dict(rank=0))):
         with pytest.raises(Refusal, match=f"{editor}.{next(iter(how))}: 0 is not above 0"): edit_with(lm, task, where, editor, **how)
 
