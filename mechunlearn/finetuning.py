@@ -7,7 +7,7 @@ __all__ = ['MAX_TOKENS', 'FILES', 'LEARNING_RATES', 'RATE_GROUPS', 'LIKE', 'VISI
            'untrainable', 'masters', 'matrices', 'Row', 'fact_rows', 'training_rows', 'draws', 'end_logits',
            'last_logits', 'heard', 'fact_losses', 'with_reference', 'text_losses', 'grouped', 'reads', 'step_losses',
            'slice_key', 'parse_slice', 'Edit', 'put', 'kept', 'load_edit', 'Rate', 'learning_rate', 'rates',
-           'missing_rates', 'can_train', 'Diverged', 'ask_parts', 'own_slices', 'finetune', 'plot_training',
+           'missing_rates', 'can_train', 'Diverged', 'as_read', 'ask_parts', 'own_slices', 'finetune', 'plot_training',
            'say_training', 'fingerprint', 'parts_table', 'parts_text', 'plot_parts', 'say_parts', 'export',
            'stored_dtype', 'finer', 'differences', 'edit_of']
 
@@ -92,7 +92,8 @@ def matrices(
     out = {}
     for s, v in values.items():
         w = out.get(s.param, lm.weight(s.param))
-        out[s.param] = torch.slice_scatter(w, v.to(w.device, w.dtype), s.dim, s.start, s.stop)
+        new = v.to(w.device, w.dtype)
+        out[s.param] = new if new.shape == w.shape else torch.slice_scatter(w, new, s.dim, s.start, s.stop)
     return out
 
 # %% ../nbs/20_finetuning.ipynb #200014
@@ -554,6 +555,13 @@ class Diverged(Refusal):
         super().__init__(message)
         self.values, self.curve, self.edit = values, curve, edit
 
+def as_read(
+    lm:LM, # reads them in its dtype
+    values:dict[Slice, Tensor], # masters
+) -> dict[Slice, Tensor]: # in the memory of the CPU
+    "Masters as a forward reads them: all that a good state is kept for"
+    return {s: v.detach().to("cpu", lm.weight(s.param).dtype, copy=True) for s, v in values.items()}
+
 def _guard(step, terms, norm, lr):
     "Why training cannot go on: a loss or gradient that is not a number"
     odd = [f"{t} loss {x:.3g}" for t, x in terms.items() if not math.isfinite(x)] + ([] if math.isfinite(norm) else [f"gradient norm {norm:.3g}"])
@@ -566,7 +574,7 @@ def _train(lm, values, batches, steps, lr, update, inject, micro_batch, clip, pr
     opt = AdamW(values.values(), lr=lr, weight_decay=0.)
     frozen = Frozen(lm, list(values), [i for r in again for i in reads(r)]) if again else None
     schedule, curve = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps), []
-    start, good = {s: v.detach().clone() for s, v in values.items() if l1}, {s: v.detach().to("cpu", copy=True) for s, v in values.items()}
+    start, good = {s: v.detach().clone() for s, v in values.items() if l1}, as_read(lm, values)
     for step, rows in enumerate(tqdm(batches, "steps", steps, leave=False, disable=None if progress else True)):
         with checkpointed(lm, checkpoint): terms = step_losses(lm, values, rows, update, inject, micro_batch, own, packed, frozen)
         if l1: terms["l1"] = _held_back(values, start, l1)
@@ -671,7 +679,7 @@ def finetune(
     def made(values, curve, records=None):
         about = dict(model=lm.name, revision=lm.revision, task=task.name, seed=seed, lr=lr, inject=inject, steps=steps, clip=clip, **sizes, **chosen, **({"optimizer": optimizer} if optimizer else {}), **({"rest": rest} if rest else {}))
         named = curve.assign(formula=loss) if loss else curve
-        return Edit(where, {slice_key(s): v.detach().cpu() for s, v in values.items()}, named, about, records)
+        return Edit(where, {slice_key(s): v.detach().float().cpu() for s, v in values.items()}, named, about, records)
     try:
         with rest_packed(lm, where.slices, rest), _changeable(lm, where.slices):
             if task.update == "sequential": return made(*_sequence(lm, task, where, rows_of, max(1, steps // 2), sizes, seed, between, remember, **how))

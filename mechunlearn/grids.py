@@ -742,7 +742,7 @@ def estimate(
     cpu = asked.get("device") == "cpu" # then what waits, and the last good state, lie in the same memory
     dtype, quantize = as_dtype(asked.get("dtype") or usual_dtype(total, cpu)), asked.get("quantize")
     weights = weight_bytes(lm, quantize=quantize, dtype=dtype)
-    every_weight = 8 + 4*cpu + OPTIMIZERS[asked.get("optimizer") or "adamw"] + (dtype.itemsize if quantize else 0) # master, gradient, last good state, states, and the weight written out
+    every_weight = 8 + dtype.itemsize*cpu + OPTIMIZERS[asked.get("optimizer") or "adamw"] + (dtype.itemsize if quantize else 0) # master, gradient, last good state, states, and the weight written out
     every = localizations_for(job.localizations, job.settings.get("draws", 1))
     lm.hf.to(dtype)
     def step(name, n):

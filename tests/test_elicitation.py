@@ -3,6 +3,7 @@ import re
 import pandas as pd, pytest, torch
 from mechunlearn import scorecard
 from mechunlearn.attacks import attack
+from mechunlearn.audit import audit
 from mechunlearn.elicitation import (ASKED, any_guess, by_name, choose_among, context_questions, elicit, elicited, four_subjects, in_context, most_frequent, other_mode,
     plot_elicitation, reversals, run_elicitation, sampled, say_elicitation, vote)
 from mechunlearn.evaluation import evaluate
@@ -303,12 +304,14 @@ def planted(organism):
         with edit.applied(organism): standard = evaluate(organism, task, {g: ("completion",) for g in ("forget", "retain", "ghost")}, dict(retain=32, ghost=32))
         records.append(pd.concat([standard, elicit(organism, task, edit, ["in context", "prefix", "sampled"], (4,), 8, max_facts=32)]).assign(localization=name, draw=0, seed=0))
     records = pd.concat(records, ignore_index=True)
-    return elicited(records), scorecard.scorecard(records).query("seed == -1").set_index(["localization", "attack"])
+    return elicited(records), scorecard.scorecard(records).query("seed == -1").set_index(["localization", "attack"]), {n: audit(records, n) for n in how}
 
 
 @pytest.mark.slow
 def test_an_edit_that_leaks_in_context_is_told_from_an_honest_one(planted):
-    _, card = planted
+    _, card, found = planted
+    assert found["leaky"].headline == "leaks to in context" and found["honest"].verdict != "leaks", {n: str(a) for n, a in found.items()}
+    assert {n: a.by("prompt").verdict for n, a in found.items()} == dict(honest="holds", leaky="leaks")
     for name in ("honest", "leaky"):
         for a in ("as trained", "persuasion", "most frequent of many"): assert card.ci_high[name, a] < card.guess[name, a], (name, a)
         assert card.power[name, "in context"] == 1 and card.retain_value[name, "in context"] > .8
@@ -318,7 +321,7 @@ def test_an_edit_that_leaks_in_context_is_told_from_an_honest_one(planted):
 
 @pytest.mark.slow
 def test_the_figure_and_the_sentence_name_the_leak(planted):
-    rows, _ = planted
+    rows, *_ = planted
     said = say_elicitation(rows, Chance(1/3, 1/2))
     assert "beyond guessing and ghosts: in context/" in said.split("leaky: ")[1] and "ghosts: none" in said.split("leaky: ")[0]
 

@@ -2,6 +2,7 @@
 import numpy as np, pandas as pd, pytest, torch
 from plain import blocks, every_family, last_norm
 from mechunlearn.attacks import attack
+from mechunlearn.audit import audit
 from mechunlearn.facts import Fact, sports_athlete_editing
 from mechunlearn.finetuning import Edit, finetune, fingerprint, place, slice_key
 from mechunlearn.inside import (States, Translators, asked_inside, candidate_records, depth_table, depths, moved, first_tokens, inside_curve, known_answers, lens,
@@ -319,6 +320,13 @@ def test_a_mask_is_read_and_an_edit_of_the_lookup_is_not(planted):
         assert (card.loc[name].loc[["logit lens", "tuned lens"], "excess_low"] > 0).all() and card.value[name, "worst case"] > .75, card.loc[name]
     assert card.which["exchanged", "logit lens"].startswith("old-head/last") # its own words say the wrong sport
     for attack in ("logit lens", "tuned lens"): assert card.power["lookup", attack] == 1 and card.ci_high["lookup", attack] < card.guess["lookup", attack]
+
+
+def test_an_audit_names_what_reads_a_mask(planted):
+    _, _, edits, records, _ = planted
+    found = {n: audit(records, n) for n in edits}
+    assert found["exchanged"].verdict == "leaks" and found["exchanged"].by("prompt").verdict != "leaks" and "lens" in found["exchanged"].attack, str(found["exchanged"])
+    assert found["last-layers"].by("read").verdict == "leaks" and found["lookup"].verdict != "leaks", str(found["lookup"])
 
 
 def test_ghosts_are_not_read(planted):

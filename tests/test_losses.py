@@ -289,15 +289,18 @@ def test_divergence_keeps_the_last_good_state(tiny, loss):
     with edit.applied(lm): assert fingerprint(lm) == before # before the step that ruined it
 
 
-def test_the_state_kept_is_that_of_the_step_before(tiny, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_state_kept_is_that_of_the_step_before(tiny, monkeypatch, dtype):
     from mechunlearn import finetuning as F
     lm, real, seen = tiny("qwen3"), F.step_losses, []
+    lm.hf.to(dtype)
     def breaks(lm, values, *a, **k):
         seen.append({s: v.detach().clone() for s, v in values.items()})
         return real(lm, values, *a, **k) | ({"text": math.nan} if len(seen) == 3 else {})
     monkeypatch.setattr(F, "step_losses", breaks)
     with pytest.raises(Diverged, match=r"at step 2 \(text loss nan\)") as e: finetune(lm, task_for(lm), mixed(lm), **SMALL)
-    assert all(torch.equal(e.value.edit.values[slice_key(s)], v) for s, v in seen[1].items()) and len(e.value.edit.curve) == 2
+    kept = {s: e.value.edit.values[slice_key(s)] for s in seen[1]}
+    assert all(kept[s].dtype == torch.float32 and torch.equal(kept[s], v.to(dtype).float()) for s, v in seen[1].items()) and len(e.value.edit.curve) == 2 # as the model read it
 
 
 # ---- in the pipeline

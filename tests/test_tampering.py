@@ -2,6 +2,7 @@
 import numpy as np, pandas as pd, pytest, torch
 from bitsandbytes import functional as F
 from plain import every_family
+from mechunlearn.audit import audit
 from mechunlearn.facts import sports_athlete_editing
 from mechunlearn.finetuning import Edit, finetune, fingerprint, parse_slice, place, put, slice_key
 from mechunlearn.grids import Settings, parse
@@ -310,6 +311,11 @@ def test_an_edit_that_a_rounding_undoes_is_told_from_one_that_holds(planted):
     others = [("hidden", "quantized/int8"), ("hidden", "damaged/bfloat16"), ("honest", "quantized/nf4"), ("honest", "quantized/fp4"), ("honest", "quantized/int8")]
     assert (found.verdict[others] == HOLDS).all()
     assert say_tampering(tampered(records), guess).startswith("hidden: the old answer comes back by nf4; the model is destroyed by noise 4.")
+
+
+def test_an_audit_names_the_rounding(planted):
+    found = {n: audit(planted[0], n) for n in ("honest", "hidden")}
+    assert found["hidden"].headline == "leaks to quantized" and found["hidden"].by("read").n == 16 and found["honest"].verdict != "leaks", {n: str(a) for n, a in found.items()}
 
 
 def test_the_scorecard_names_the_rounding(planted):
