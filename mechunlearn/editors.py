@@ -670,14 +670,16 @@ CLOSED = "rome", "memit", "alphaedit" # by solving equations
 
 def written(
     lm:LM, # model, or its skeleton
-    n:int, # weights of the MLPs of a place
-    editor:str, # a key of `EDITORS`; of others it is all of them
+    where:Localization, # a place
+    editor:str, # a key of `EDITORS`; others write all of it
     layers:Sequence[int]|None=None, # instead of those of the place
+    most:int|None=None, # weights that the place will have, if that is known and the place is not
 ) -> int: # weights that an edit at this place replaces
-    "How much of a place an editor writes: of MLPs the matrix through which they write, ROME that of one layer"
-    if editor not in (*CLOSED, "rmu"): return n
+    "How much of a place an editor writes: its MLPs, and of them the matrix through which they write, ROME that of one layer; LoRA writes whole MLPs"
+    if editor not in EDITORS: return where.n_params if most is None else most
     one, whole = n_params(lm, [down(lm, 0)]), n_params(lm, slices(lm, Component("mlp", 0)))
-    return one if editor == "rome" else one*len(layers) if layers else round(one*n/whole)
+    mlps = len(layers) if layers else most//whole if most else sum(c.startswith("mlp.") for c in where.components)
+    return one if editor == "rome" else mlps*(whole if editor == "lora" else one)
 
 MAY_BE_0 = {"layer", "ridge", "threshold", "kl", "decay", "n_contexts", "inject", "retain_batch", "text_batch", "penalty"} # every other number of an editor is above
 

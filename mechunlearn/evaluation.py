@@ -387,4 +387,4 @@ def run_evaluation(
         asked = dict(max_facts=dict(most if max_facts is None else max_facts), formats=formats)
         table = job.table("evaluation.parquet", records, recompute, evaluation=asked)
         tables.append(labelled(table, job.name, job.task.seed))
-    return stats.summarise(pd.concat(tables, ignore_index=True), {j.name: j.where.n_params for j in jobs if j.where})
+    return stats.summarise(pd.concat(tables, ignore_index=True), {j.name: j.n_params for j in jobs if j.where})

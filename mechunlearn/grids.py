@@ -695,17 +695,18 @@ def trained(
     "How many parameters a localization trains, as far as it is known before a run. Refusal of a mask of more zeros than that"
     from mechunlearn.editors import written
     from mechunlearn.jobs import editor_settings
+    from mechunlearn.localization import Localization
     from mechunlearn.stats import edited_by
     made, editor = Path(job.run_dir)/"localizations"/f"{store.plain_name(name, 'localization')}.json", edited_by(name)[0]
     how = editor_settings(name, job.settings.get("editors", {}))
-    with suppress(Broken, KeyError, TypeError): return written(lm, sum(read_json(made, dict)["sizes"]), editor, how.get("layers")), True
+    with suppress(Broken, KeyError, TypeError, ValueError): return written(lm, Localization.from_json(read_json(made, dict)), editor, how.get("layers")), True
     place, exact = place_of(job, lm, name)
     if place is None: return 0, True
     if exact and editor == "mask" and how.get("k", 0) > place.n_params:
         raise Refusal(f"{name} cannot be: there are {place.n_params} weights at that place")
     budget = job.settings.get("budget")
-    n, exact = (budget, True) if budget and not exact and place.name in ("flu", "all-mlps") else (place.n_params, exact)
-    return written(lm, n, editor, how.get("layers")), exact
+    n, exact = (budget, True) if budget and not exact and place.name in ("flu", "all-mlps") else (None, exact)
+    return written(lm, place, editor, how.get("layers"), n), exact
 
 # %% ../nbs/38_grids.ipynb #db1e6d07
 def place_of(

@@ -16,7 +16,7 @@ import pandas as pd
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 from .facts import Task
-from .editors import EDITORS, MEMIT, ROME, edit_with
+from .editors import EDITORS, MEMIT, ROME, edit_with, written
 from .finetuning import FILES, Diverged, Edit, edit_of, finetune, load_edit, rates
 from .loading import is_adapter, place_of
 from .localization import Localization, localize_all
@@ -42,6 +42,8 @@ class Job:
     def name(self) -> str: return self.where.name if self.where else "none"
     @property
     def editor(self) -> str: return edited_by(self.name)[0] # none: fine-tuning
+    @property
+    def n_params(self) -> int: return written(self.lm, self.where, self.editor, self.editing.get("layers")) # that the edit may change
     @property
     def folder(self) -> Path|None: return self.run.edit_dir(self.name, self.task.seed) if self.run else None # none: nothing is written
     @property
@@ -271,7 +273,7 @@ def run_finetuning(
         if job.where is None: continue
         done = job.folder and not recompute and state(job.path("training.parquet"), job.causes()) == "done"
         curve = load_table(job.path("training.parquet")) if done else job.edit(recompute).curve
-        curves.append(curve.assign(localization=job.name, seed=job.task.seed, n_params=job.where.n_params))
+        curves.append(curve.assign(localization=job.name, seed=job.task.seed, n_params=job.n_params))
     return pd.concat(curves, ignore_index=True)
 
 # %% ../nbs/24_jobs.ipynb #7ff41d01

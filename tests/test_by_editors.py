@@ -1,12 +1,12 @@
 "Edits of a run that are not fine-tunings: memit@flu, mask@all-mlps"
 import pytest, torch
-from mechunlearn.editors import EDITORS, check_bounds, edit_with
+from mechunlearn.editors import EDITORS, check_bounds, edit_with, written
 from mechunlearn.facts import sports_athlete_editing
 from mechunlearn.figures import LOOKS, MARKS, look, ordered
 from mechunlearn.finetuning import fingerprint, load_edit, missing_rates, parse_slice, place
 from mechunlearn.grids import check_job, estimate, make_job
 from mechunlearn.jobs import edit_jobs, made_by, run_finetuning
-from mechunlearn.localization import build, localizations_for, split_name
+from mechunlearn.localization import build, localizations_for, localize, split_name
 from mechunlearn.losses import LOSSES
 from mechunlearn.models import Component, load
 from mechunlearn.metrics import opponent
@@ -206,6 +206,18 @@ def test_a_dry_run_knows_what_an_editor_writes(tmp_path):
     assert [*said.trained] == [one, 3*one, 3*one, 3*one, *[9*one]*4]
     around = (said.memory_gb["memit@hand@mlp.1-3"]*1e9 - sum(p.numel() for p in lm.hf.parameters())*4 - 8*3*one) / (8*lm.d_mlp**2)
     assert around == pytest.approx(2*3) # the second moment of each layer, and what is solved with
+
+
+def test_heads_of_a_place_are_not_counted_as_mlps(tmp_path):
+    lm, sizes = load("organism"), dict(rmu=dict(steps=1, batch=2), lora=dict(steps=1, batch=2, retain_batch=2, text_batch=1), memit=dict(n_contexts=0, layers=[8, 9]))
+    job = make_job("organism", "sports-athlete-editing", {"forget_size": 16}, [f"{e}@late" for e in sizes], [0], {"editors": sizes}, tmp_path)
+    task = sports_athlete_editing(lm, forget_size=16)
+    where, said = localize(lm, task, "late"), estimate(job).set_index("localization").trained
+    assert any(c.startswith("head.") for c in where.components)
+    for name, how in sizes.items():
+        edit = edit_with(lm, task, where, name, **how | ({} if name == "memit" else {"progress": False}))
+        assert said[f"{name}@late"] == edit.localization.n_params < where.n_params
+        assert written(lm, where, name, how.get("layers")) == edit.localization.n_params
 
 
 def test_a_sweep_before_a_run_leaves_editors_out(capsys, tmp_path):
