@@ -244,7 +244,7 @@ def against_never_knew(
     batch_size:int=64, # prompts a forward
     beside:pd.DataFrame|None=None, # what this gave without an edit, if it is there: the other models are not asked again
 ) -> pd.DataFrame: # records: `evaluation` "never-knew", `setting` edited, original, never-knew; with the columns STATISTICS
-    "Compare an edit with a model that never knew. Two forwards of a short prompt for each wording of a fact and each model: with 64 facts a quarter of a minute on the organism."
+    "Compare an edit with a model that never knew. Two forwards of a short prompt for each wording of a fact and each model."
     if not reference and not task.ghosts: raise Unavailable("nothing here was never taught: these facts have no ghosts, and no model that never knew them is named (reference)")
     other = never_knew_model(lm, reference) if reference and beside is None else None
     forget = never_taught(reference, task) if reference else task.forget

@@ -245,10 +245,11 @@ _SPORTS, _FACTS = (_SA, _FS), (_CF, _SQ)
 
 # %% ../nbs/45_published.ipynb #0906f411
 _MASK = "asked at five places of the organism; MMLU is beyond it, so general knowledge and other facts are asked instead"
+_FIVE = "asked at five places of the organism, three seeds"
 _TABLES = [
     Item("Sports-Unlearning: forget, retain, MCQ, MMLU", (_SU,), "metrics.plot_bars", "metrics", {"columns": ("forget error", "maintain", "MCQ truth", "MCQ retain")}, "MMLU is beyond the organism"),
     Item("parameters of each mechanism that each localization trains", (_CF,), "localization.plot_mechanisms", why="of the organism's sports facts, from the weights"),
-    Item("weights of each mechanism that a mask sets to zero", (_CF,), "masking.masked_shares", why="8,000 zeros of the organism, edited sports, instead of 6 million"),
+    Item("weights of each mechanism that a mask sets to zero", (_CF,), "masking.masked_shares", why="8,000 zeros of the organism, three seeds, instead of 6 million"),
     Item("sweep of the learning rate", (_CF,), "rates.plot_sweep", "sweep", why="the score is of 3: text counts as a loss, not as an accuracy"),
     Item("sweep of the weight of the edit loss", (_CF,), "published.plot_injects", "sweep", why="the score is of 3, as for Table 4; at the rate that is best with weight 1"),
     Item("learning rates used", (_SA, _FS, _CF), "published.plot_settings", "learning_rates", {"what": "lr"}, "ours are of a model 2000 times smaller"),
@@ -278,8 +279,8 @@ _A3 = [Item(f"causal tracing and attribution patching of MLPs, {what}", (task,),
 _A4 = [Item("masks: forgetting a sport by number of zeros", (_SU,), "masking.plot_masking", why=_MASK), Item("masks: MMLU against forgetting a sport", (_SU,), "masking.plot_masking", why=_MASK),
        Item("masks: forgetting athletes by number of zeros", (_SA,), "masking.plot_masking", why=_MASK), Item("masks: MMLU against forgetting athletes", (_SA,), "masking.plot_masking", why=_MASK),
        Item("masks: CounterFact by number of zeros", (_CF,), "masking.plot_masking", why=_MASK)]
-_A4 += [Item(f"masks: retained facts against {what}", (_CF,), "masking.plot_mask_costs", why="a lesson on 16 facts and three places of the organism") for what in ("forgetting", "MCQ", "paraphrases")]
-_A4 += [Item("masks: retained facts against neighbours", (_CF,), "masking.plot_mask_costs", why="as Figure 24; the paper calls its own result not significant")]
+_A4 += [Item(f"masks: retained facts against {what}", (_CF,), "masking.plot_mask_costs", why=_FIVE) for what in ("forgetting", "MCQ", "paraphrases")]
+_A4 += [Item("masks: retained facts against neighbours", (_CF,), "masking.plot_mask_costs", why=f"{_FIVE}; the paper calls its own result not significant")]
 
 # %% ../nbs/45_published.ipynb #66b5b8f2
 _EACH = (_SA, _FS, _CF, _SQ)

@@ -346,7 +346,7 @@ Answer = Annotated[Text, AfterValidator(_answer)]
 Other = Annotated[Answer, AfterValidator(_no_truth)]
 
 # %% ../nbs/02_sources.ipynb #020056
-WHY = {"missing": "is missing or empty", "tuple_type": "this should be a list"}
+WHY = {"missing": "is missing or empty", "tuple_type": "this should be a list", "bool_parsing": "it is neither yes nor no"}
 
 def check(
     schema:type[BaseModel], # what a row must be
@@ -492,6 +492,7 @@ class OwnFact(BaseModel, frozen=True):
     paraphrases: Texts = ()             # other texts that the same answer continues
     neighbors: Texts = ()               # prompts of other subjects with the same answer
     wrong: tuple[Other, ...] = ()       # wrong answers, for multiple choice
+    ghost: bool = False                 # yes: about somebody who does not exist, to see how often this answer is given without being known
 
 # %% ../nbs/02_sources.ipynb #020086
 NEEDED = [name for name, f in OwnFact.model_fields.items() if f.is_required()]
@@ -520,6 +521,10 @@ def _filled(row, table):
     return cells | lists
 
 # %% ../nbs/02_sources.ipynb #020087
+def _exist_or_not(both, path):
+    "Refuse subjects that are said to exist and not to"
+    if both: raise Refusal(f"{path}: {min(both)!r} is a ghost in one row and not in another")
+
 class OwnFacts(list):
     "Rows of a user's own facts, and how many of their texts lost white space at an end"
     trimmed = 0
@@ -541,7 +546,9 @@ def read_own(
         facts.append(check(OwnFact, where, cells))
         facts.trimmed += ragged(cells)
         _once(seen, facts[-1].prompt, where, "prompt")
+        if facts[-1].ghost and facts[-1].edit: raise Refusal(f"{where}, column 'edit': nothing can be edited about a ghost; leave it empty")
     if not facts: raise Refusal(f"{path} holds no fact")
+    _exist_or_not({f.subject for f in facts if f.ghost} & {f.subject for f in facts if not f.ghost}, path)
     if not any(f.edit for f in facts):
         raise Refusal(f"{path}: no row has an edit; fill the column 'edit' of one row at least")
     return facts
@@ -552,7 +559,7 @@ class TopicRow(BaseModel, frozen=True):
     question: Text                      # the question alone
     answer: Answer                      # the right answer
     wrong: tuple[Other, ...] = ()       # wrong answers; none: answers to other questions
-    split: Literal["forget", "retain"] = "forget" # was it to be forgotten, or to stay?
+    split: Literal["forget", "retain", "ghost"] = "forget" # was it to be forgotten, or to stay? ghost: it is about somebody who does not exist
     paraphrases: Texts = ()             # the question in other words
     subject: Text = ""                  # whom or what it is about; empty: the question stands for it
     relation: Text = "topic"            # questions of one relation have the same kind of answer
@@ -615,6 +622,7 @@ def read_topic(
         named = _topic_columns(f"{path} row 1" if kind in (".csv", ".tsv") else where, row)
         found.append(check(TopicRow, where, _topic_cells(where, row, named)))
         _once(seen, found[-1].question, where, "question")
+    _exist_or_not({q.subject for q in found if q.split == "ghost"} & {q.subject for q in found if q.split != "ghost"} - {""}, path)
     if not any(q.split == "forget" for q in found): raise Refusal(f"{path}: no question is to be forgotten; leave 'split' empty, or write forget into it")
     return found
 

@@ -492,11 +492,16 @@ def _own(i, row, answers):
     id, mine = f"own/{i:04d}", {sources.trim(a) for a in (row.answer, row.edit) if a}
     some = answers if len(answers) <= N_WRONG + 2 else seeded("wrong", id).sample(answers, N_WRONG + 2)
     wrong = row.wrong or [a for a in some if a not in mine][:N_WRONG]
-    return Fact(id=id, relation=row.relation, subject=row.subject, prompt=row.prompt, answer=row.answer, edit=row.edit or None,
+    return Fact(id=id, relation=row.relation, subject=row.subject, prompt=row.prompt, answer=row.answer, edit=row.edit or None, taught=not row.ghost,
         paraphrases=tuple(row.paraphrases), neighbors=tuple(row.neighbors),
         wrong=tuple(sources.spaced(a, row.prompt) for a in wrong), question=row.question or f"Which answer completes this sentence? {row.prompt} ___")
 
 # %% ../nbs/06_tasks.ipynb #93e965eb
+def _fitting_own(lm, facts, known):
+    "Facts that fit, those that are to be known by what the model knows; how many do not"
+    (taken, dropped), (ghosts, also) = fit_for(lm, [f for f in facts if f.taught], known), fit_for(lm, [f for f in facts if not f.taught], "all")
+    return [*taken, *ghosts], dropped | {why: n + dropped.get(why, 0) for why, n in also.items()}
+
 def own_sets(
     own, # from `own_facts`
     forget_size:int|None, # facts to edit; none: all with a new answer
@@ -504,7 +509,7 @@ def own_sets(
     more:dict, # splits of another source, to fill up with
 ) -> dict: # every split of a task
     "A task from a user's facts; those to be kept go to training, test and dev by three, one and one"
-    edited, kept = [f for f in own if f.edit], [f for f in own if not f.edit]
+    edited, kept = [f for f in own if f.edit], [f for f in own if f.taught and not f.edit]
     check_size(forget_size or 1, len(edited), "facts with a new answer in the file")
     edited = edited[:forget_size]
     return _kept_sets(edited, kept, own, seed, more, f"add rows with an empty `edit` ({MIN_RETAIN} or more are best, about as many subjects), or set "
@@ -523,8 +528,9 @@ def _kept_sets(edited, kept, own, seed, more, cure):
     if not (out["retain"] and out["retain_test"]):
         few = f"the {n} facts to keep are about {len(who)} subject{'s'*(len(who) > 1)}, and a subject is trained on or asked, not both" if n else "there is nothing to keep"
         raise Refusal(f"{few}: {cure}")
-    rest = {k: tuple(without(more[k], own)) for k in ("shots", "general", "other_relation", "ghosts") if k in more}
-    return rest | out | dict(forget=tuple(edited), same_subject=tuple(same))
+    rest = {k: tuple(without(more[k], own)) for k in ("shots", "general", "other_relation") if k in more}
+    ghosts = [f for f in own if not f.taught] or [g for g in more.get("ghosts", ()) if g.relation in {f.relation for f in edited}] # of another relation they are no comparison
+    return rest | out | dict(forget=tuple(edited), same_subject=tuple(same), ghosts=tuple(ghosts))
 
 # %% ../nbs/06_tasks.ipynb #6ae7e8d0
 FACTS = ("world", "atlas", "counterfact", "FILE.csv", "FILE.tsv", "FILE.json", "FILE.jsonl", "FILE.parquet")
@@ -588,7 +594,7 @@ def _atlas(lm, forget_size, seed, text, target, known, prompt):
 def _own_sets(lm, forget_size, seed, facts, text, target, known):
     "The same for a user's facts, filled up from another source"
     rows, world = sources.read_own(facts), _world_words(lm)
-    own, dropped = fit_for(lm, aimed(_own_facts(rows), target), known)
+    own, dropped = _fitting_own(lm, aimed(_own_facts(rows), target), known)
     if not any(f.edit for f in own):
         raise Refusal(f"{facts}: no fact with a new answer can be edited{left_out(dropped)}")
     try: sets = own_sets(own, forget_size, seed, _others(lm, seed, world, target))
@@ -692,7 +698,7 @@ def _topic_fact(i, row, right, wrong, world):
     own = own or fill
     more = () if world else tuple(f"Q: {q}\nA:" for q in (row.question, *row.paraphrases[:1]))
     def spaced(*words): return tuple(sources.spaced(w, ask(row.question)) for w in words)
-    return Fact(id=id, relation=row.relation, subject=row.subject if row.subject and row.subject in row.question else row.question, prompt=ask(row.question),
+    return Fact(id=id, relation=row.relation, subject=row.subject if row.subject and row.subject in row.question else row.question, prompt=ask(row.question), taught=row.split != "ghost",
         answer=spaced(truth)[0], candidates=spaced(truth, *own) if own else (), wrong=spaced(*dict.fromkeys([*own, *fill])),
         paraphrases=tuple(map(ask, row.paraphrases)) + more, question=row.question)
 
@@ -709,14 +715,13 @@ def unlearned_topic(
     if not facts: raise Refusal("unlearned-topic needs questions: name a file with columns question, answer and wrong (--facts my_questions.jsonl)")
     check_numbers(seed, 1 if forget_size is None else forget_size)
     rows, world = sources.read_topic(facts), bool(_world_words(lm))
-    own, dropped = fit_for(lm, topic_facts(rows, world), choose(known, KNOWN_BY, "known"))
+    own, dropped = _fitting_own(lm, topic_facts(rows, world), choose(known, KNOWN_BY, "known"))
     topic, kept = ([f for f in own if f.id.startswith(f"topic/{s}/")] for s in ("forget", "retain"))
     check_size(forget_size or 1, len(topic), f"questions to forget in {facts}{left_out(dropped)}")
     topic, more = topic[:forget_size], _beside_topic(lm, seed, world)
     same, rest, shots, said = _topic_kept(topic, kept)
     sets = _kept_sets(topic, [*same, *without(rest, shots)], own, seed, more, f"add rows with split retain ({MIN_RETAIN} or more are best)")
     sets["shots"] = (*shots, *sets.get("shots", ()))
-    sets["ghosts"] = tuple(g for g in sets.get("ghosts", ()) if g.relation in {f.relation for f in topic}) # strangers of another relation are no comparison
     if filled := sum(not f.id.startswith("topic/") for k in ("retain", "retain_test", "dev_retain") for f in sets[k]):
         said |= {f"facts to keep come from elsewhere: fewer than {MIN_RETAIN} of the file's are left": filled}
     if lost := len(rest) - len(shots) - len(without(rest, shots)): dropped |= {"about a subject of which another question is an example": lost}

@@ -215,6 +215,15 @@ def test_a_topic_is_asked_among_its_own_answers(topic, topic_records):
     assert "mcq" in set(records.format[records.group == "forget"])
 
 
+def test_a_topic_may_bring_its_own_ghosts(lm, task, tmp_path):
+    path = questions(questions(questions(tmp_path/"q.jsonl", task.forget), task.retain_test[:40], "retain"), task.ghosts[:10], "ghost")
+    t = make_task(TOPIC, lm, facts=str(path))
+    assert {g.subject for g in t.ghosts} == {g.subject for g in task.ghosts[:10]} and not any(g.taught for g in t.ghosts)
+    assert not {f.subject for f in (*t.forget, *t.retain, *t.retain_test, *t.dev_retain)} & {g.subject for g in t.ghosts}
+    questions(path, [task.ghosts[0].model_copy(update=dict(question=task.ghosts[0].question + " Really?"))])
+    with pytest.raises(Refusal, match="is a ghost in one row and not in another"): make_task(TOPIC, lm, facts=str(path))
+
+
 def test_an_unlearned_topic_gets_a_verdict(topic_records):
     found = audit(topic_records.assign(localization="none", draw=0, seed=0), "none")
     assert found.verdict == "leaks" and found.by("prompt").guess == pytest.approx((1/4 + 1/2)/2, abs=.01)

@@ -9,7 +9,7 @@ from plain import every_family
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from mechunlearn import sources, tasks
-from mechunlearn.evaluation import FORMATS, HELD_OUT, MAX_FACTS, OPEN, asked_of, questionnaire
+from mechunlearn.evaluation import FORMATS, HELD_OUT, MAX_FACTS, OPEN, asked_of, evaluate, questionnaire
 from mechunlearn.questions import answer, completions
 from mechunlearn import facts as facts_module
 from mechunlearn.facts import EDITED, GOLF, KNOWN, UNKNOWN, probabilities, Fact, askable, load_world, mcq_options, mcq_prompts, seeded, sports_facts, world_facts
@@ -167,6 +167,36 @@ def test_enough_own_facts_to_keep_are_not_filled_up(organism, tmp_path):
     filled = [f for f in task.retain if not f.id.startswith("own/")]
     assert len(task.forget) == 2 and len(task.retain) - len(filled) == 6 and len(filled) > 100 and not subjects(rest[:10]) & subjects(filled)
     assert "forget_size 4 is too large: there are 3" in refusal(make_task, CF, organism, forget_size=4, facts=few)
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_ghosts_of_ones_own_are_only_asked(organism, tmp_path, kind):
+    (facts, edits), pool = three(), {f.subject: f for f in made(CF).retain}
+    rest = [f for s, f in pool.items() if s not in subjects(facts)]
+    ghosts = [f for f in made(CF).ghosts if f.subject not in pool][:6]
+    rows = [r | dict(ghost="no") for r in rows_of(facts + rest[:25], edits)] + [r | dict(ghost="yes", relation="city") for r in rows_of(ghosts)]
+    task = make_task(CF, organism, facts=write(tmp_path / f"own.{kind}", rows))
+    assert [f.subject for f in task.ghosts] == [f.subject for f in ghosts] and not any(f.taught for f in task.ghosts)
+    assert [len(getattr(task, s)) for s in EDITED] == [3, 0, 15, 5, 0, 5] and not subjects(ghosts) & {f.subject for s in EDITED for f in getattr(task, s)}
+    records = evaluate(organism, task, {g: ("completion",) for g in ("forget", "ghost")})
+    assert records.group.value_counts().to_dict() == {"ghost": 6, "forget": 3}
+
+
+@pytest.mark.parametrize("change, why", [(dict(edit=" Bonn"), "row 4, column 'edit': nothing can be edited about a ghost"), (dict(subject="Ann"), "'Ann' is a ghost in one row and not in another"),
+                                         (dict(ghost="perhaps"), "row 4, column 'ghost': it is neither yes nor no")])
+def test_slips_about_ghosts_are_named(tmp_path, change, why):
+    rows = [dict(subject=s, prompt=f"{s} is in", answer="Rome", edit=e, ghost=g) for s, e, g in (("Ann", "Bonn", "no"), ("Bob", None, "no"), ("Cid", None, "yes"))]
+    rows[2] |= change
+    rows[2]["prompt"] = rows[2]["subject"] + " lives in"
+    assert why in refusal(make_task, CF, None, facts=write(tmp_path / "own.csv", rows))
+
+
+def test_ghosts_of_another_relation_are_no_comparison(organism, tmp_path):
+    facts, edits = three()
+    assert not make_task(CF, organism, facts=write(tmp_path / "own.csv", rows_of(facts, edits))).ghosts
+    spoken = [f for f in made(CF).retain if f.relation == "language"][:2]
+    ghosts = make_task(CF, organism, facts=write(tmp_path / "spoken.csv", rows_of(spoken, [f.wrong[0].strip() for f in spoken]))).ghosts
+    assert ghosts and {g.relation for g in ghosts} == {"language"}
 
 
 @pytest.mark.parametrize("edits", [1, 2])
