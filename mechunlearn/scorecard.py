@@ -81,17 +81,26 @@ def by_need(
 EDIT_OF, GROUPS = ["localization", "draw", "seed"], ("forget", "ghost", "retain")
 
 # %% ../nbs/42_scorecard.ipynb #02f3e452
+def _before_any_layer(before, later, unedited):
+    "What the unedited model says there, under the names of an edit's own settings and layers; and the edit where that was not asked"
+    where, before = [*EDIT_OF, "setting"], before.drop(columns="layer")
+    asked = later[[*where, "layer"]].drop_duplicates()
+    base = before[before.localization == "none"].drop(columns=["localization", "draw"]).rename(columns={"setting": "plain"})
+    theirs = asked.assign(plain=asked.setting.str.removesuffix("/transferred")).merge(base, on=["seed", "plain"]) # a transferred probe reads there what the model's own does
+    if unedited: return theirs
+    known = pd.MultiIndex.from_frame(theirs[where])
+    return pd.concat([theirs, asked.merge(before[~pd.MultiIndex.from_frame(before[where]).isin(known)], on=where)])
+
 def attempts(
     facts:pd.DataFrame, # from `per_fact`
     attack:Attack, # one of SCORED
     group:str="forget", # or ghost, retain
-    before:bool=False, # what it reads before any layer instead, under the name of each layer
+    before:str|None=None, # instead what it reads before any layer, under the name of each layer: 'unedited' of the unedited model, 'any' of the edit where that was not asked
 ) -> pd.DataFrame: # (localization, draw, seed, fact) x variants: truth given, 0 to 1
     "What every variant of an attack gets out of every fact of every edit"
     r = facts[(facts.evaluation == attack.evaluation) & (facts.group == group) & facts.top1_truth.notna()]
     below = (r.layer < 0).fillna(False)
-    if before: r = r[below].drop(columns="layer").merge(r.loc[~below, ["setting", "layer"]].drop_duplicates(), on="setting")
-    else: r = r[~below]
+    r = _before_any_layer(r[below], r[~below], before == "unedited") if before else r[~below]
     r = r[r.setting.fillna("").str.fullmatch(attack.setting)]
     if attack.formats: r = r[r.format.isin(attack.formats)]
     if attack.last: r = r[r.step == r.groupby(EDIT_OF).step.transform("max")]
@@ -123,12 +132,14 @@ def guesses(
     return {name: at[a.guess] for name, a in SCORED.items()}
 
 # %% ../nbs/42_scorecard.ipynb #5c2a0006
-BEFORE = {"forget before": "forget", "retain before": "retain"} # what is read of a group before any layer
+BEFORE = "forget before", "retain before", "both before" # what is read of a group before any layer; and what says whether that is more than a guess
 
 def _tables(facts, name):
     "What every variant of an attack reads, by group; columns (attack, variant)"
     tables = {g: attempts(facts, SCORED[name], g) for g in GROUPS}
-    if "layer" in SCORED[name].variants: tables |= {g: t for g, of in BEFORE.items() if len(t := attempts(facts, SCORED[name], of, before=True))}
+    if "layer" in SCORED[name].variants:
+        edited, kept, unedited = (attempts(facts, SCORED[name], g, b) for g, b in (("forget", "any"), ("retain", "any"), ("forget", "unedited")))
+        tables |= {g: t for g, t in zip(BEFORE, (edited, kept, pd.concat([kept, unedited]))) if len(t)}
     return {g: t.set_axis(pd.MultiIndex.from_product([[name], t.columns]), axis=1) for g, t in tables.items()}
 
 # %% ../nbs/42_scorecard.ipynb #5c2a0007
@@ -136,8 +147,8 @@ def _attempts(tables, guess, kept):
     "The attempts on one edit: guess (no less than ghosts, and than what is read before any layer), kept, power, and the share of facts it reaches"
     forget = tables["forget"].dropna(axis=1, how="all")
     names, none = forget.columns.get_level_values(0), pd.DataFrame(columns=forget.columns, dtype=float)
-    ghost, retain, alone, alone_kept = (tables.get(g, none).reindex(columns=forget.columns).astype(float) for g in ("ghost", "retain", *BEFORE))
-    tells = surely_above(alone_kept.sum(), alone_kept.count(), kept.reindex(names)) # before any layer it is the name that tells, or what is common
+    ghost, retain, alone, alone_kept, both = (tables.get(g, none).reindex(columns=forget.columns).astype(float) for g in ("ghost", "retain", *BEFORE))
+    tells = surely_above(both.sum(), both.count(), kept.reindex(names)) # before any layer it is the name that tells, or what is common
     def at_least(known, told):
         return np.fmax(np.nan_to_num(known.reindex(names)), np.nan_to_num([ghost.mean(), np.where(tells, told.mean(), 0)]).max(0))
     out = pd.DataFrame({"guess": at_least(guess, alone), "kept": retain.mean().to_numpy()}, index=forget.columns)

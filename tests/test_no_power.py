@@ -1,7 +1,7 @@
 "Formats in which the unedited model is at chance are not read as robustness"
 import pandas as pd, pytest
 from mechunlearn.metrics import format_power, plot_bars, plot_spider, results_html, results_table, results_text, say_bars
-from mechunlearn.scorecard import scorecard
+from mechunlearn.scorecard import scorecard, verdict
 from mechunlearn.stats import METRICS, METRIC_TYPES, Chance
 
 
@@ -64,3 +64,18 @@ def test_what_a_probe_reads_from_the_name_alone_is_no_leak(before, least, power)
     assert told.value == blind.value == pytest.approx(.6) and told.guess == pytest.approx(least) and blind.guess == pytest.approx(1/3)
     assert blind.power and blind.excess == pytest.approx(.4) and more.power and more.excess > .5
     assert told.power == power and (told.excess == pytest.approx(.4) if power else pd.isna(told.excess)) # the same reading, and no layer was needed for it
+
+
+def test_the_unedited_model_says_what_the_name_tells():
+    none, honest, laid = (probed(before, later, n=60, kept=30).assign(localization=name) for name, before, later in (("none", .5, .9), ("flu", .5, .5), ("late", .9, .9)))
+    card = lambda *some: scorecard(pd.concat(some)).query("seed == -1 and attack == 'new probe'").set_index("localization")
+    alone, both = card(honest), card(none, honest, laid)
+    assert alone.guess["flu"] == pytest.approx(1/3) # fifteen of thirty retained facts are not surely more
+    assert both.guess.to_numpy() == pytest.approx(.5) and both.value["late"] == pytest.approx(.9)
+    assert verdict(both.loc["late"]) == "exposed" != verdict(both.loc["flu"]) # an answer that an edit laid into the embeddings is one
+
+
+def test_a_probe_of_the_unedited_model_is_compared_with_what_that_reads_by_itself():
+    none, edit = (probed(.5, later, n=60, kept=60).assign(localization=name) for name, later in (("none", .9), ("flu", .5)))
+    card = scorecard(pd.concat([none, edit.assign(setting="subject/transferred").query("layer >= 0")])).query("seed == -1 and localization == 'flu'").set_index("attack")
+    assert card.guess["old probe"] == pytest.approx(.5)
