@@ -89,7 +89,7 @@ def gated(
     "Weights times one minus a gate; the gates are learned"
     weights = {s: w.detach() for s, w in weights.items()}
     params = {s: torch.full_like(w, gate.start).requires_grad_() for s, w in weights.items()}
-    rng = {w.device: torch.Generator(w.device).manual_seed(seed) for w in weights.values()}
+    rng = {w.device: torch.Generator(w.device).manual_seed(seed) for w in weights.values() if gate.sampled}
     u = lambda w: torch.rand(w.shape, generator=rng[w.device], device=w.device) if gate.sampled else None
     return Learner(torch.optim.SGD(params.values(), lr=lr, momentum=.9), lambda: {s: w * (1 - gate.gate(params[s], u(w))) for s, w in weights.items()},
         lambda: penalty * sum(gate.size(p).sum().cpu() for p in params.values()), lambda: None, lambda: {s: p.detach() for s, p in params.items()})

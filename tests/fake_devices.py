@@ -30,6 +30,7 @@ class TwoDevices(TorchFunctionMode):
             raise RuntimeError(f"Expected all tensors to be on the same device, but found {sorted(map(str, tags))}, in {getattr(func, '__name__', func)}")
         if wanted is not None and not fake(wanted): kwargs["device"] = wanted
         out = func(*args, **kwargs)
+        if getattr(func, "__name__", "").startswith("_foreach"): return out # each tensor stays where it is
         first = next((x for x in tree_flatten(args)[0] if isinstance(x, torch.Tensor)), None)
         tag = torch.device(wanted) if wanted is not None else getattr(first, "_tag", None) if func in FREE else next(iter(tags), None)
         return self.tagged(out, tag)

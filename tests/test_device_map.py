@@ -5,9 +5,11 @@ import torch
 from fake_devices import TwoDevices, spread
 from mechunlearn import relearning
 from mechunlearn.attacks import attack
+from mechunlearn.editors import edit_with
 from mechunlearn.finetuning import finetune
-from mechunlearn.localization import Evidence, localize
-from mechunlearn.models import load
+from mechunlearn.localization import Evidence, build, localize
+from mechunlearn.masking import learn_mask
+from mechunlearn.models import Component, load
 from mechunlearn.tasks import sports_athlete_editing
 
 MAPS = ["flu", "causal-tracing", "attribution-patching", "flu-path", "extraction", "random-mlps"]
@@ -48,3 +50,22 @@ def test_maps_edit_and_attacks_of_a_spread_model(monkeypatch, attacks):
     assert here[0] == there[0]
     for one, other in zip(here[1:], there[1:]):
         pd.testing.assert_frame_equal(*(t.select_dtypes("number").drop(columns=["seconds"], errors="ignore").reset_index(drop=True) for t in (one, other)), rtol=1e-4, atol=1e-5)
+
+
+SMALL = dict(rome=dict(n_contexts=0), memit=dict(n_contexts=0), alphaedit=dict(n_contexts=0), rmu=dict(steps=2, batch=4, progress=False),
+             lora=dict(steps=2, batch=4, retain_batch=2, text_batch=1, progress=False), npo=dict(steps=2, lr=1e-3, batch=4, retain_batch=2, text_batch=1, progress=False))
+
+
+@pytest.mark.parametrize("method", [*SMALL, "mask"])
+def test_an_editor_and_a_mask_of_a_spread_model(method):
+    def made(lm):
+        task = sports_athlete_editing(lm, forget_size=4, seed=0)
+        task = task.model_copy(update=dict(retain=task.retain[::3], text_train=task.text_train[:16]))
+        where = build(lm, "both halves", [Component("mlp", l) for l in range(4, 8)])
+        if method == "mask": return learn_mask(lm, task, where, steps=2, batch=4, retain_batch=2, text_batch=1, progress=False).edit(lm, 500)
+        if method == "npo": return finetune(lm, task, where, loss="npo", **SMALL[method])
+        return edit_with(lm, task, where, method, **SMALL[method])
+    here = made(load("organism")).values
+    with TwoDevices(): there = made(spread(load("organism"))).values
+    assert here.keys() == there.keys() and here
+    for name in here: torch.testing.assert_close(there[name].detach().as_subclass(torch.Tensor), here[name], rtol=1e-3, atol=1e-5)
