@@ -329,7 +329,7 @@ def say_relearning(
     above = edits[edits.ci_low > edits.localization.map(high).clip(lower=best)].localization
     text += f"; ghosts, whose answers were never in the model, score {ghosts.value.min():.2f} to {ghosts.value.max():.2f}. "
     if above.empty: return text + "No edit gives back clearly more than its ghosts and guessing do."
-    return text + f"Clearly above the ghosts of the same edit and every guess, hence recovered: {listed(ordered(above))}."
+    return text + f"Clearly above the ghosts of the same edit{' and every guess' if guess else ''}, hence recovered: {listed(ordered(above))}."
 
 # %% ../nbs/30_relearning.ipynb #138dc07e
 def recovery(
