@@ -75,6 +75,72 @@ def refused(model, **how):
     return str(e.value)
 
 
+OF = dict(vocab_size=264, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, rms_norm_eps=1e-5)
+TIED, APART = dict(tie_word_embeddings=True, head_dim=16), dict(tie_word_embeddings=False)
+OTHERS = {"qwen2": ("Qwen2Config", APART, "qwen2"), "qwen3": ("Qwen3Config", APART | dict(head_dim=128), "qwen3"), "mistral": ("MistralConfig", APART | dict(head_dim=16, sliding_window=None), "llama"),
+    "phi3": ("Phi3Config", APART | dict(pad_token_id=1), "phi3"), "gemma2": ("Gemma2Config", TIED, "gemma2"), "gemma3": ("Gemma3TextConfig", TIED, "gemma3"), "gpt2": ("GPT2Config", {}, "gpt2")}
+
+def other(family):
+    "A small random model of another family"
+    import transformers
+    name, more, _ = OTHERS[family]
+    own = dict(vocab_size=264, n_embd=64, n_layer=2, n_head=4) if family == "gpt2" else OF | more
+    torch.manual_seed(0)
+    hf = transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**own)).eval()
+    with torch.no_grad():
+        for p in hf.parameters(): p.copy_(.1 * torch.randn_like(p)) # norms and biases, too
+    return hf
+
+
+def write_other(path, hf, family, **more):
+    "The same as llama.cpp would write it, with the names that its converter has"
+    import gguf
+    c, arch = hf.config, OTHERS[family][2]
+    w, heads = gguf.GGUFWriter(str(path), arch), c.num_attention_heads
+    kv, rope = getattr(c, "num_key_value_heads", None) or heads, getattr(c, "rope_parameters", None) or {}
+    w.add_block_count(more.get("blocks", c.num_hidden_layers)); w.add_context_length(c.max_position_embeddings); w.add_embedding_length(64); w.add_feed_forward_length(256 if family == "gpt2" else 96)
+    w.add_head_count(heads); w.add_head_count_kv(kv); w.add_vocab_size(264); w.add_rope_freq_base(float(rope.get("full_attention", rope).get("rope_theta", 10000.)))
+    if family == "gpt2": w.add_layer_norm_eps(c.layer_norm_epsilon)
+    else: w.add_layer_norm_rms_eps(c.rms_norm_eps)
+    if d := getattr(c, "head_dim", None): w.add_key_length(d); w.add_value_length(d)
+    if family.startswith("gemma"): w.add_sliding_window(c.sliding_window); w.add_unk_token_id(0)
+    if "by" in more: w.add_rope_scaling_type(gguf.RopeScalingType.LINEAR); w.add_rope_scaling_factor(more["by"])
+    tokens, merges = words()
+    w.add_tokenizer_model("gpt2"); w.add_tokenizer_pre("smollm"); w.add_token_list(tokens); w.add_token_merges(merges); w.add_token_types([3, 3] + [1] * (len(tokens) - 2))
+    w.add_eos_token_id(0); w.add_pad_token_id(1); w.add_bos_token_id(0); w.add_add_bos_token(False)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], c.num_hidden_layers)
+    for k, v in hf.state_dict().items():
+        if k == "lm_head.weight" and c.tie_word_embeddings: continue
+        v = v.float().numpy()
+        if arch == "llama" and ("q_proj" in k or "k_proj" in k): v = turned(v, heads if "q_proj" in k else kv)
+        if family.startswith("gemma") and k.endswith("norm.weight"): v = v + 1 # 1 + weight is what these norms multiply by
+        if family == "gpt2" and k.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")): v = v.T
+        w.add_tensor(names.get_name(k, (".weight", ".bias")), np.ascontiguousarray(v))
+    w.write_header_to_file(); w.write_kv_data_to_file(); w.write_tensors_to_file(); w.close()
+    return Path(path)
+
+
+@needs_gguf
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_families_compute_the_same_from_a_file(tmp_path, family):
+    hf = other(family)
+    lm = load(str(write_other(tmp_path / f"{family}.gguf", hf, family)), device="cpu")
+    ids = torch.tensor(lm.ids(PROMPTS[:1]))
+    with torch.no_grad(): ours, theirs = lm.hf(ids).logits, hf(ids).logits
+    assert theirs.std() > .01 and torch.allclose(ours, theirs, atol=1e-5 * theirs.abs().max()), (ours - theirs).abs().max()
+
+
+@needs_gguf
+@pytest.mark.parametrize("family, more, why", [("gemma3", dict(by=8.), r"stretched \(linear, by 8\)"), ("qwen2", dict(by=4.), r"stretched \(linear, by 4\)"), ("gemma3", dict(blocks=62), "attention is scaled"), ("gemma2", dict(blocks=46), "attention is scaled")])
+def test_what_a_file_cannot_say_is_not_guessed(tmp_path, family, more, why):
+    assert re.search(why, refused(write_other(tmp_path / "big.gguf", other(family), family, **more)))
+
+
+@needs_gguf
+def test_positions_that_are_stretched_by_nothing_are_read(tmp_path):
+    assert load(str(write_other(tmp_path / "same.gguf", other("qwen2"), "qwen2", by=1.)), device="cpu").n_layers == 2
+
+
 @needs_gguf
 @pytest.mark.parametrize("quantized", [False, True])
 def test_a_gguf_file_is_an_ordinary_model(made, tmp_path, quantized):
