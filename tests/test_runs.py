@@ -422,7 +422,7 @@ def test_estimate_counts_what_is_known(tmp_path):
     assert e.exact.to_dict() == {"flu": False, "random-mlps": False, "nonlocalized": True} and e.edits.tolist() == [2, 4, 2]
     assert e.trained["flu"] < e.trained["nonlocalized"] and e.disk_gb["nonlocalized"] == pytest.approx(8*e.trained["nonlocalized"]/1e9)
     (Path(j.run_dir) / "localizations").mkdir(parents=True)
-    (Path(j.run_dir) / "localizations/flu.json").write_text(json.dumps({"sizes": [10, 20]}))
+    (Path(j.run_dir) / "localizations/flu.json").write_text(json.dumps({"name": "flu", "components": ["mlp.1", "mlp.2"], "slices": [["a", 0, 0, 1], ["b", 0, 0, 1]], "sizes": [10, 20]}))
     known = estimate(j.model_copy(update={"settings": {"budget": 500}})).set_index("localization")
     assert known.exact.all() and known.trained["flu"] == 30 and known.trained["random-mlps"] == 500
 
