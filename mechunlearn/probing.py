@@ -128,10 +128,10 @@ def extraction_onset(
     "Where the answer begins to arrive at the last token"
     c = _line(curve, "last")
     if not _rises(c) or c.accuracy.equals(_line(curve, "subject").accuracy): return None
-    start, step = c.accuracy[0], c.accuracy.diff()
+    start = c.accuracy[0]
     way = c.accuracy.max() - start
-    k = (c.accuracy >= start + way / 2).idxmax()
-    while k > 1 and step[k - 1] >= rise * way: k -= 1
+    k, climbs = (c.accuracy >= start + way / 2).idxmax(), (c.accuracy.diff() >= rise * way) & (c.ci_low > c.ci_high[0])
+    while k > 1 and climbs[k - 1]: k -= 1
     return int(c.layer[k]) if way else None
 
 # %% ../nbs/10_probing.ipynb #100019

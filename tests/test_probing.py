@@ -141,7 +141,7 @@ UP = [.33, .33, .40, .60, .80, .90, .90, .90, .90, .98, .99, .99, .99] # the sub
 
 @pytest.mark.parametrize("last,onset,layers", [
     ([.33] * 9 + [.95, .98, .99, .99], 8, [1, 2, 3, 4]),                          # one jump
-    ([.33] * 6 + [.40, .50, .60, .95, .98, .99, .99], 5, [1, 2, 3, 4]),           # a slow climb is dated by its beginning
+    ([.33] * 6 + [.40, .50, .60, .95, .98, .99, .99], 6, [1, 2, 3, 4]),           # a slow climb is dated by its beginning
     ([.33, .50] + [.50] * 7 + [.95, .98, .99, .99], 8, [1, 2, 3, 4]),             # what the name alone gives early is no extraction
     ([.33, .50, .48, .52, .50, .49, .51, .50, .50, .95, .98, .99, .99], 8, [1, 2, 3, 4]),
     ([.33] * 13, None, [1, 2, 3, 4, 5, 6, 7, 8]),                                 # never arrives: nothing bounds it
@@ -156,6 +156,12 @@ def test_flu_ends_where_extraction_begins(last, onset, layers):
 
 def test_where_the_subject_ends_the_prompt_there_is_no_extraction_to_wait_for():
     assert extraction_onset(two(UP, UP)) is None and flu_layers(two(UP, UP)) == flu_layers(curve(UP))
+
+def test_a_climb_is_followed_back_as_far_as_it_is_seen():
+    slow = [.33] * 6 + [.40, .50, .60, .95, .98, .99, .99]
+    assert [extraction_onset(two(UP, slow, n)) for n in (50, 200, 2000)] == [8, 6, 5]
+    sport = [.52, .66, .56, .61, .68, .75, .76, .81, .85, .77, .81, .82, .90, 1.] # 79 players: .05 more at the fourth point are four of them
+    assert extraction_onset(two([.71, .71, .73, .80, .89, .89] + [.92] * 8, sport, 79)) == 4
 
 def test_noise_at_the_last_token_moves_no_bound():
     assert extraction_onset(two(UP, [.33, .40, .36, .41, .38, .42], n=40)) is None
