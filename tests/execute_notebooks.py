@@ -56,14 +56,21 @@ def without_unused(html: str) -> str:
     return re.sub(r"\n\s*#\w+ \.(gt_\w+)[^{}]*\{[^}]*\}", lambda rule: rule[0] if rule[1] in used else "", style) + end + body
 
 
+def small_table(html: str) -> str:
+    """Without what pandas and great_tables say again for each table or cell, and without a Styler's names of cells (new each time) where no rule is for them."""
+    html = without_unused(re.sub(r'<style scoped>.*?</style>| headers="[^"]*"', "", html, flags=re.DOTALL))
+    if '<style type="text/css"></style>' in (html := re.sub(r">\s*\n\s*<", "><", html)):
+        html = re.sub(r'<style type="text/css"></style>| (id|class)="[^"]*"', "", html)
+    return html
+
+
 def make_small(notebook) -> None:
     for output in (o for cell in notebook.cells for o in cell.get("outputs", [])):
         data = output.get("data", {})
         if png := data.get("image/png"):
             data["image/png"] = small_picture(png)
         if html := data.get("text/html"):
-            html = without_unused(re.sub(r'<style scoped>.*?</style>| headers="[^"]*"', "", html, flags=re.DOTALL)) # pandas and great_tables say it again for each table, or cell
-            data["text/html"] = re.sub(r">\s*\n\s*<", "><", html)
+            data["text/html"] = small_table(html)
         if {"image/png", "text/html", "text/markdown"} & {*data}:
             data.pop("text/plain", None)  # the name of a figure's class, or a table once more
 

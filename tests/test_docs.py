@@ -9,6 +9,7 @@ from pathlib import Path
 import execute_notebooks
 import nbformat
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 from PIL import Image
@@ -152,3 +153,12 @@ def test_pictures_become_small_and_stay_what_they_show():
     assert len(small) < len(png) / 2 and execute_notebooks.small_picture(small) == small
     assert np.abs(seen - pixels).max() <= execute_notebooks.ERROR and (seen[:20, :240] == 255).all()
     assert len({tuple(seen[60, 20 + 30 * k]) for k in range(5)}) == 5
+
+
+def test_cells_of_a_table_are_named_only_for_rules():
+    t = pd.DataFrame({"a": [1., 2.]})
+    plain, coloured = t.style.format(precision=1), t.style.background_gradient()
+    small = execute_notebooks.small_table(plain.to_html())
+    assert small == execute_notebooks.small_table(t.style.format(precision=1).to_html()) and "1.0" in small and "id=" not in small
+    kept = execute_notebooks.small_table(coloured.to_html())
+    assert f"#T_{coloured.uuid}_row1_col0" in kept and f'id="T_{coloured.uuid}_row1_col0"' in kept
