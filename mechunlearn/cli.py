@@ -253,6 +253,7 @@ def _verdicts(run_dir, found):
         except Refusal as e: print(f"no verdict about {name}: {e}", file=sys.stderr)
     return out
 
+# %% ../nbs/50_cli.ipynb #eca9007f-within
 def _within(found, budget):
     "The worst case of what takes at most so many seconds an edit, and how long the quickest attack takes"
     from mechunlearn.scorecard import worst_within
@@ -266,6 +267,7 @@ def _say_within(found, budget):
     paid, least = _within(found, budget)
     return f"Within {budget} s an edit: " + (say_scorecard(paid, found.broken) if len(paid) else "nothing" + (f"; the quickest attack took {least:.0f} s." if least == least else ": no attack says how long it took."))
 
+# %% ../nbs/50_cli.ipynb #eca9007f-json
 def _json_verdicts(found, said, within=None):
     "The scorecard as JSON lines, then the verdicts"
     from mechunlearn.audit import audit_json

@@ -668,6 +668,7 @@ EDITORS = dict(rome=rome, memit=memit, alphaedit=alphaedit, rmu=rmu, lora=lora)
 
 CLOSED = "rome", "memit", "alphaedit" # by solving equations
 
+# %% ../nbs/22_editors.ipynb #220081-written
 def written(
     lm:LM, # model, or its skeleton
     where:Localization, # a place
@@ -681,6 +682,7 @@ def written(
     mlps = len(layers) if layers else most//whole if most else sum(c.startswith("mlp.") for c in where.components)
     return one if editor == "rome" else mlps*(whole if editor == "lora" else one)
 
+# %% ../nbs/22_editors.ipynb #220081-bounds
 MAY_BE_0 = {"layer", "ridge", "threshold", "kl", "decay", "n_contexts", "inject", "retain_batch", "text_batch", "penalty"} # every other number of an editor is above
 
 def check_bounds(
@@ -693,6 +695,7 @@ def check_bounds(
         if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in MAY_BE_0):
             raise Refusal(f"{said}.{name}: {value:g} is not {'0 or more' if name in MAY_BE_0 else 'above 0'}")
 
+# %% ../nbs/22_editors.ipynb #220081-edit
 def edit_with(
     lm:LM, # read, never changed
     task:Task, # what to edit
