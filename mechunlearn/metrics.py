@@ -385,9 +385,8 @@ def results_html(
     "The results table as HTML"
     from great_tables import GT # takes half a second, and most runs show no such table
     names = [c for c in COLUMNS if c in table.columns.get_level_values(0)]
-    small = "<br><span style='font-size:.78em;color:#666;white-space:nowrap'>"
-    text = lambda value, lo, hi: "–" if pd.isna(value) else f"{value:.2f}{small}{'no interval' if pd.isna(lo) else f'{lo:.2f}–{hi:.2f}'}</span>"
-    def cell(r, c): return f"{small}no power here</span>" if _weak(table, r.name, c) else text(*(r[(c, x)] for x in ("value", "lo", "hi")))
+    text = lambda value, lo, hi: "–" if pd.isna(value) else f"{value:.2f}<br><small>{'no interval' if pd.isna(lo) else f'{lo:.2f}–{hi:.2f}'}</small>"
+    def cell(r, c): return "<br><small>no power here</small>" if _weak(table, r.name, c) else text(*(r[(c, x)] for x in ("value", "lo", "hi")))
     head = lambda i, r: [printed(i), count_text(r[("params", "value")]), r[("matched", "value")]]
     rows = [head(i, r) + [cell(r, c) for c in names] for i, r in table.iterrows()]
     missing = [] if gone is None else [(r.what, r.why) for r in gone[gone.stage == "localization"].itertuples()]
@@ -410,7 +409,7 @@ def _dress(out, shown, title, *notes):
     flu = [i for i, n in enumerate(shown.localization) if n.startswith("flu")]
     out = out.tab_style(style.text(weight="bold"), [loc.body(rows=flu), loc.stub(rows=flu)]) if flu else out
     out = out.tab_options(table_font_size="12px", data_row_padding="3px", column_labels_font_size="11px", table_width="100%",
-                          table_border_top_style="none", source_notes_font_size="11px")
+                          table_border_top_style="none", source_notes_font_size="11px").opt_css("#results small {font-size:.78em;color:#666;white-space:nowrap}")
     for text in filter(None, [KEY, *notes]): out = out.tab_source_note(text)
     return out.tab_header(title) if title else out
 
