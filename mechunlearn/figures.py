@@ -118,7 +118,7 @@ def margin_labels(
     size:float=8, # of the letters
 ):
     "Names in the right margin, each joined to the end of its line"
-    height = ax.figure.get_figheight()*72
+    height = ax.figure.get_figheight()*72 / ax.get_gridspec().nrows # points
     low, high = ax.get_ylim()
     at = spread([(y - low)/(high - low) for y in ys], 1.45*size/height, 0, 1)
     for name, y, to, c in zip(names, ys, at, colours):
