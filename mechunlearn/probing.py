@@ -117,8 +117,8 @@ def _line(curve, position):
     return curve[(curve.position == position) & ~curve.control].sort_values("layer", ignore_index=True)
 
 def _rises(c):
-    "Whether a curve's highest point lies visibly above its lowest"
-    return len(c) > 0 and c.ci_low[c.accuracy.idxmax()] > c.ci_high[c.accuracy.idxmin()]
+    "Whether a curve's highest point lies visibly above where it starts: a dip and its recovery are no rise"
+    return len(c) > 0 and c.ci_low[c.accuracy.idxmax()] > c.ci_high[0]
 
 # %% ../nbs/10_probing.ipynb #78a67e06
 def extraction_onset(

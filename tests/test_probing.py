@@ -163,6 +163,10 @@ def test_a_climb_is_followed_back_as_far_as_it_is_seen():
     sport = [.52, .66, .56, .61, .68, .75, .76, .81, .85, .77, .81, .82, .90, 1.] # 79 players: .05 more at the fourth point are four of them
     assert extraction_onset(two([.71, .71, .73, .80, .89, .89] + [.92] * 8, sport, 79)) == 4
 
+def test_a_recovery_from_a_dip_is_no_lookup():
+    names = [.88, .98, .82, .82, .80, .92, .90, .90, .98, 1., .98, .98, .98] # 40 places of the world whose answer the name tells
+    assert flu_layers(two(names, [.48, .60, .78, .88, .88, .92] + [.95] * 7, 40)) == []
+
 def test_noise_at_the_last_token_moves_no_bound():
     assert extraction_onset(two(UP, [.33, .40, .36, .41, .38, .42], n=40)) is None
 
