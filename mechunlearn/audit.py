@@ -160,8 +160,8 @@ def audit(
 def _say_finding(f):
     "What one kind of attacker gets"
     where = f"{NEEDS[f.needs]}: "
-    if f.verdict == NO_POWER and not f.undecided: return f"{where}no power ({f.attack}, {f.n} facts" + (f", {f.kept:.2f} of retained facts right)" if f.kept == f.kept else ")")
-    line = f"{where}{say(f.value, f.low, f.high)} of the old answers by {f.attack} (n = {f.n}, guessing {f.guess:.2f})"
+    if f.verdict == NO_POWER and not f.undecided: return f"{where}no power ({f.attack}, {f.n} facts" + (f", {f.kept:.2f} of retained facts right" if f.kept == f.kept else "") + f"; a guess or ghosts {f.guess:.2f})"
+    line = f"{where}{say(f.value, f.low, f.high)} of the old answers by {f.attack} (n = {f.n}, a guess or ghosts {f.guess:.2f})"
     if f.verdict == LEAKS: return line
     return f"{line}, not surely more than a guess" + (f"; up to {beyond(f.high, f.guess):.0%} of what guessing leaves could have been missed" if f.high > f.guess else "")
 
@@ -176,7 +176,7 @@ def _say_before(a):
     if a.name == "none": return ""
     if not (b := a.before): return " The unedited model was not asked: whether it knew the old answers, and whether the edited one is destroyed, was not judged."
     swapped = " The edited model gives far more of them than the unedited one" + (": are --base and --edited swapped?" if a.name.startswith("edited@") else ".") if b.less else ""
-    return f" Before: {say(b.value, b.low, b.high)} of the old answers, {b.attack} (n = {b.n}, guessing {b.guess:.2f}).{swapped}"
+    return f" Before: {say(b.value, b.low, b.high)} of the old answers, {b.attack} (n = {b.n}, a guess or ghosts {b.guess:.2f}).{swapped}"
 
 # %% ../nbs/47_audit.ipynb #b3f0a006
 def of_edit(

@@ -27,7 +27,7 @@ from .localization import build
 from .models import LM, components, packaged
 from .questions import Question, answer, as_records, multiple_choice, text_loss
 from .sources import find, read_texts
-from .stats import MCQ_CHANCE, METRICS, bootstrap, mcnemar, paired_bootstrap, wilson
+from .stats import MCQ_CHANCE, METRICS, agresti_min, bootstrap, mcnemar, paired_bootstrap, wilson
 from .tasks import atlas_facts
 from .store import Refusal, Run, Unavailable, choose
 
@@ -98,7 +98,8 @@ def _facts(records, column):
 def _pair(a, b):
     "Two models on the same facts"
     difference, low, high, p = paired_bootstrap(b, a)
-    binary = set(a) | set(b) <= {0., 1.}
+    binary, share = set(a) | set(b) <= {0., 1.}, 0 <= min(*a, *b) <= max(*a, *b) <= 1
+    if share: low, high = np.clip(agresti_min(b - a), -1, 1)
     return dict(before=a.mean(), after=b.mean(), difference=difference, ci_low=low, ci_high=high, n=len(a), p=mcnemar(a, b) if binary else p,
         test="McNemar" if binary else "sign flips")
 
@@ -107,7 +108,7 @@ def paired_changes(
     before:pd.DataFrame, # records of one model
     after:pd.DataFrame, # of another, asked the same
 ) -> pd.DataFrame: # group, format, measure, before, after, difference, ci_low, ci_high, n (facts asked of both), p, test
-    "Paired differences with 95 % intervals (bootstrap over facts), one row a group, format and measure"
+    "Paired differences with 95 % intervals (of shares Agresti and Min's, which no change at all does not make certain; else bootstrap over facts), one row a group, format and measure"
     rows = []
     for (group, format), part in before.groupby(["group", "format"], sort=False):
         other = after[(after.group == group) & (after.format == format)]

@@ -23,6 +23,7 @@ class Claim(NamedTuple):
     column: str # key of COLUMNS or LATENT
     source: str # where the paper says it
     equal: bool=False # the claim is that localizations do not differ
+    paper: bool=True # or only in the authors' results
 
 # %% ../nbs/43_claims.ipynb #78090708
 CLAIMS = [
@@ -33,7 +34,7 @@ CLAIMS = [
     Claim("Probes at the subject read the old answer less often from FLU edits", "latent truth", "section 3.3, A.7.4"),
     Claim("Probes at the subject read the edit answer more often from FLU edits", "latent edit", "section 3.3, A.7.4"),
     Claim("FLU edits change other facts of the edited subjects less", "same subject", "abstract (fewer side effects); measured here"),
-    Claim("FLU edits keep multiple choice about other facts", "MCQ retain", "measured by the authors, not in the paper"),
+    Claim("FLU edits keep multiple choice about other facts", "MCQ retain", "measured by the authors, not in the paper", paper=False),
     Claim("In the training format all localizations forget alike", "forget error", "A.7.1", True),
     Claim("In the training format all localizations take the edit alike", "edit", "A.7.1", True),
     Claim("In the training format all localizations maintain other facts alike", "maintain", "A.7.1", True)]
@@ -138,15 +139,15 @@ def _wish(column):
 def tally(
     tests:pd.DataFrame, # from `orderings`
 ) -> pd.DataFrame: # opponent, appears, reversed, no difference seen, tested: a row for each of the paper's opponents
-    "How often the paper's orderings appeared, by opponent; claims of equality and the positive control do not count"
+    "How often the paper's orderings appeared, by opponent; claims of equality, those that the paper does not make, and the positive control do not count"
     order, kinds = _one_sided(tests, OPPONENTS), ["appears", "reversed", "no difference seen"]
     out = pd.crosstab(order.opponent, order.verdict).reindex(index=[o for o in OPPONENTS if o in set(order.opponent)], columns=kinds, fill_value=0)
     return out.assign(tested=out.sum(axis=1)).rename_axis(columns=None).reset_index()
 
-def _one_sided(tests, opponents):
-    "Tests of claims that have a direction and a format with power, against these opponents"
+def _one_sided(tests, opponents, paper=True):
+    "Tests of the paper's claims (or of the others) that have a direction and a format with power, against these opponents"
     tests = tests[tests.verdict != "no power here"]
-    return tests[~tests.column.isin([c.column for c in CLAIMS if c.equal]) & tests.opponent.isin(opponents)]
+    return tests[tests.column.isin([c.column for c in CLAIMS if not c.equal and c.paper == paper]) & tests.opponent.isin(opponents)]
 
 # %% ../nbs/43_claims.ipynb #5c3a0004
 def _these_facts(tests):
@@ -166,6 +167,7 @@ def say_tally(
     "The paper's comparison first, by opponent; the positive control in a sentence of its own"
     t, late = tally(tests), _one_sided(tests, [CONTROL])
     said = [_say_paper(tests, t)] if len(t) else []
+    said += _say_unpublished(_one_sided(tests, OPPONENTS, paper=False))
     if len(late):
         told = late.verdict.isin(["appears", "reversed"]).sum()
         said.append(f"{CONTROL}, which is not in the paper and only hides the answers, " + (f"shows that the tests can see a difference: it differs from FLU in {told} of {len(late)}."
@@ -181,6 +183,11 @@ def _say_paper(tests, t):
     return (f"The paper's orderings were tested {tested} times against the localizations that it compares FLU with: {_count(appear, 'appears')}, {_count(back)} reversed, "
             f"and in the other {tested - appear - back} no difference of {WORTH:g} or more is seen; on these facts alone, another training not considered, "
             f"{_count(alone)} seen and {_count(alone_back)} reversed. The orderings that appear: {each}." + _say_once(_one_sided(tests, OPPONENTS)))
+
+def _say_unpublished(tests):
+    "Comparisons that the authors made and the paper does not report"
+    for column, t in tests.groupby("column", sort=False):
+        yield f"Of {column}, which the authors measured and the paper does not report: FLU is ahead in {(t.verdict == 'appears').sum()} of {len(t)} tests and behind in {(t.verdict == 'reversed').sum()}."
 
 def _say_once(tests):
     "Which of them rest on one training"

@@ -143,15 +143,15 @@ def page(
     table:pd.DataFrame, # of `messages`
     rooms:dict, # page -> section of the site
 ) -> str: # HTML
-    "All messages by room and by what to do, with a field to search in"
+    "All messages by room and by what to do, with a field to search in (end tags that HTML lets be are left out)"
     def _linked(t): return re.sub(r"\[([^]]*)\]\((?:\d+_)?(\w+)\.ipynb\)", r'<a href="\2.html">\1</a>', html.escape(t))
     code = lambda t: f"<code>{html.escape(t, False)}</code>"
     rows, order = [], list(dict.fromkeys(rooms.values()))
     table = table.assign(room=table.page.map(lambda p: rooms.get(p, "Reference")))
     for (room, module, home), group in sorted(table.groupby(["room", "module", "page"], sort=False), key=lambda g: (order.index(g[0][0]) if g[0][0] in order else 99, g[0][2])):
-        rows.append(f'<tbody class="r"><tr><th colspan="2" style="text-align:left">{html.escape(room)}: <a href="{home}.html">{module}</a></th></tr></tbody>')
+        rows.append(f'<tbody class=r><tr><th colspan=2>{html.escape(room)}: <a href="{home}.html">{module}</a>')
         for do, those in group.groupby("cure", sort=False):
-            said = "".join(f'<tr><td>{html.escape(r.message, False)}</td><td>{code(r.when[:120]) if re.search(r"[=()<>.]", r.when) else html.escape(r.when, False)}</td></tr>' for r in those.itertuples())
-            rows.append(f'<tbody><tr class="d"><td colspan="2"><b>{_linked(do)}</b></td></tr>{said}</tbody>')
-    return (f'<input placeholder="words of the message" style="width:60%" onkeyup="{SEARCH}"><div style="max-height:70vh;overflow:auto"><table id="errors" style="font-size:85%">'
-            '<thead><tr><th>what to do: messages</th><th>when</th></tr></thead>' + "".join(rows) + "</table></div>")
+            said = "".join(f'<tr><td>{html.escape(r.message, False)}<td>{code(r.when[:120]) if re.search(r"[=()<>.]", r.when) else html.escape(r.when, False)}' for r in those.itertuples())
+            rows.append(f'<tbody><tr class=d><th colspan=2>{_linked(do)}{said}')
+    return (f'<input placeholder="words of the message" style="width:60%" onkeyup="{SEARCH}"><div style="max-height:70vh;overflow:auto"><style>#errors th{{text-align:left}}</style><table id="errors" style="font-size:85%" data-quarto-disable-processing="true">'
+            '<thead><tr><th>what to do: messages<th>when' + "".join(rows) + "</table></div>")

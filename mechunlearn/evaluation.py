@@ -131,14 +131,14 @@ def before_after(
 
 # %% ../nbs/25_evaluation.ipynb #c9a65875
 SCALED = {"edit": ("completion", "forget", "edit", "↑"), "MCQ truth": ("mcq", "forget", "truth", "↓"),
-    "maintain": ("completion", "retain", "truth", "↑"), "same subject": ("completion", "same-subject", "truth", "↑")} # format, group, answer; good
+    "MCQ edit": ("mcq", "forget", "edit", "↑"), "maintain": ("completion", "retain", "truth", "↑"), "same subject": ("completion", "same-subject", "truth", "↑")} # format, group, answer; good
 
 @mpl.rc_context(FIGURE_STYLE)
 def plot_scale(
     metrics:pd.DataFrame, # rows with intervals of several runs of one task with different numbers of facts
     names=SCALED, # panel -> format, group, answer, arrow to the good end
 ) -> Figure:
-    "Accuracy against the number of facts that were edited (Figures 8 and 9 of the paper); 95 % intervals"
+    "Accuracy against the number of facts that were edited (Figures 7 and 9 of the paper); 95 % intervals"
     m = metrics[(metrics.seed == -1) & (metrics.evaluation == "standard") & (metrics.measure == "top1")]
     fig, axes = figure(1 + 2.6*len(names), 2.8, 1, len(names), sharey=True, squeeze=False)
     for ax, (title, (format, group, answer, arrow)) in zip(axes[0], names.items()):

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from tqdm.auto import tqdm
 from .facts import Fact, Task
-from .figures import FIGURE_STYLE, figure, look, margin_labels, ordered, printed, say
+from .figures import FIGURE_STYLE, figure, listed, look, margin_labels, ordered, printed, say
 from .finetuning import Edit, parse_slice
 from .jobs import edit_jobs, keep_missing
 from .models import LM, batches
@@ -331,9 +331,9 @@ def say_depths(
     for place, name in (("subject", "the subject"), ("last", "the last token")):
         at = rows[rows.place == place].set_index("localization")
         each = [f"{printed(n)} {say(at.value[n], at.ci_low[n], at.ci_high[n])}" for n in ordered(at.index)]
-        if each: said.append(f"at {name} {', '.join(each)}")
+        if each: said.append(f"at {name} {', '.join(each)} (n = {listed(sorted({str(int(n)) for n in at.n}))})")
     if not said: return "There is no depth: no layer's state costs a stranger anything."
-    return "Unlearning depth (0: the states carry the fact as before, 1: no more than a stranger's): " + "; ".join(said) + f" (n = {int(rows.n.max())})."
+    return "Unlearning depth (0: the states carry the fact as before, 1: no more than a stranger's): " + "; ".join(said) + "."
 
 # %% ../nbs/32_inside.ipynb #320117
 def inside_curve(

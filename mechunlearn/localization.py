@@ -175,7 +175,7 @@ def overshoot(
     ranking:list[list[Component]], # units (whole layers), best first
     budget:int, # parameters
 ) -> tuple[list[Component], None]: # whole components
-    "Take units until the budget is reached (section 4 of the paper, as in its code)"
+    "Take units until the budget is reached (section 2.2 of the paper, as in its code)"
     taken = []
     for unit in ranking:
         taken += unit

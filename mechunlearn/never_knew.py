@@ -184,7 +184,7 @@ def sentence_scores(
     "Scores of membership inference, and extraction strength"
     loss, k = -read.logp, max(1, int(MIN_K * len(read.logp)))
     size = len(zlib.compress(text.strip().encode()))
-    return dict(loss=float(loss.mean()), min_k=float(loss.topk(k).values.mean()), zlib=float(loss.sum()) / size,
+    return dict(loss=float(loss.mean()), min_k=float(loss.topk(k).values.mean()), zlib=float(loss.mean()) / size,
         answer_loss=float(loss[-n_answer:].mean()), strength=extraction_strength(read.hit[-n_answer:] if answer_alone else read.hit), n_tokens=len(loss))
 
 # %% ../nbs/32_never_knew.ipynb #32e00029

@@ -142,7 +142,7 @@ def flu_layers(
     rise:float=.05, # smallest rise, as a share of (ceiling - floor)
     rule:str=FLU_RULES[0], # 'before-extraction', or 'first-to-last-rise' wherever it is
 ) -> list[int]: # contiguous layers; empty if accuracy does not rise
-    "Layers over which the probe at the subject learns the answer (section 3.2 of the paper, made explicit)"
+    "Layers over which the probe at the subject learns the answer (section 2.2 and A.2.1 of the paper, made explicit)"
     store.choose(rule, FLU_RULES, "flu_rule")
     c, floor = _line(curve, "subject"), curve[(curve.position == "subject") & curve.control].accuracy.mean()
     if not _rises(c): return []

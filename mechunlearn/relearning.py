@@ -321,7 +321,7 @@ def say_relearning(
     text = f"After the last step, the truth on facts that were not retaught is {extremes(rows, 'low')}"
     if guess and not np.isnan(guess.blind):
         text += f"; a blind guess gets {guess.blind:.2f}, one that avoids the edit answer {guess.not_edit:.2f}"
-    text += f"; the half that was retaught is at {taught.value.min():.2f} or above" if len(taught) else ""
+    text += f"; the half that was retaught is at {'1.00' if taught.value.min() == 1 else f'{taught.value.min():.2f} or above'}" if len(taught) else ""
     if ghosts.empty: return text + "."
     high = ghosts.set_index("localization").ci_high
     edits = rows[(rows.localization != "none") & rows.localization.isin(high.index)]

@@ -223,7 +223,7 @@ SECTIONS = {
     "Before and after": (_examples,
         "The first edited facts by name, for the first seed; not chosen. Orange: the old answer. Blue: the edit answer."),
     "Do the paper's orderings appear?": (_claims, "Paired tests against FLU: McNemar or paired bootstrap, Holm over localizations. A difference "
-        "counts if the adjusted p is below .05 and the interval over seeds excludes zero; numbers are the other localization minus FLU. "
+        "counts if the adjusted p (over facts and, with several seeds, over seeds: the larger) is below .05 and it is .05 or more; numbers are the other localization minus FLU. "
         "‘No difference seen’ is not evidence of equality."),
     "Beside the published numbers": (_published, "The paper's and its authors' numbers for this task (open diamonds), where this run measured the same of the same "
         "localization. Theirs are mean probabilities, and so are ours here. A difference is taken for the same model only."),

@@ -321,6 +321,8 @@ def verdict(
 # %% ../nbs/42_scorecard.ipynb #a9ffea81
 EARLIER = "These numbers were recorded when attacks were still chosen by what they read of edited facts alone."
 
+_CHOSEN = "(The strongest is chosen on one half of the facts and counted on the other, so a single attack's own column may show more.)"
+
 def say_scorecard(
     card:pd.DataFrame, # from `scorecard`
     broken:dict|None=None, # localization -> reasons why its model is destroyed
@@ -329,7 +331,7 @@ def say_scorecard(
     card = with_power(card)
     worst = card[(card.attack == WORST) & (card.localization != "none") & (card.seed == -1)].set_index("localization")
     said = [_say_worst(name, worst.loc[name], (broken or {}).get(name)) for name in ordered(worst.index)]
-    return " ".join(said + [EARLIER]*(len(said) > 0 and bool(card.earlier.any())))
+    return " ".join(said + [_CHOSEN]*(len(said) > 0) + [EARLIER]*(len(said) > 0 and bool(card.earlier.any())))
 
 # %% ../nbs/42_scorecard.ipynb #5c2a000e
 def _say_worst(name, r, why):
@@ -479,14 +481,16 @@ def say_attack(
 ) -> str:
     "What an attack got out of each edit, and where that differs from FLU"
     rows = with_power(card)[lambda d: (d.attack == attack) & (d.seed == -1) & (d.localization != "none")].set_index("localization").loc[lambda d: ordered(d.index)]
-    each = "; ".join(f"{n} " + (f"no power here ({_kept(r)})" if r.power == 0 else say(r.value, r.ci_low, r.ci_high)) for n, r in rows.iterrows())
-    said, flu = f"{attack[0].upper() + attack[1:]} (n = {rows.n.max():.0f}, guessing {rows.guess.mean():.2f}): {each}.", baseline(rows.index)
+    most = rows.n.max()
+    def fewer(r): return f" (n = {r.n:.0f})" if r.n < most else ""
+    each = "; ".join(f"{n} " + (f"no power here ({_kept(r)})" if r.power == 0 else say(r.value, r.ci_low, r.ci_high) + fewer(r)) for n, r in rows.iterrows())
+    said, flu = f"{attack[0].upper() + attack[1:]} (n = {most:.0f}, guessing {rows.guess.mean():.2f}): {each}.", baseline(rows.index)
     tested = rows[rows.p_holm.notna() & (rows.power != 0)]
     if flu is None or tested.empty: return said
     clear = tested[differs(tested)]
     found = listed([f"{n} ({r.difference:+.2f}, adjusted p {p_text(r.p_holm)})" for n, r in clear.iterrows()]) if len(clear) else ""
     rest = [n for n in tested.index if n not in clear.index]
-    return said + (f" Different from {flu}: {found}." if found else "") + (f" No difference from {flu} seen: {listed(rest)}." if rest else "")
+    return said + (f" Different from {flu}, on what has power in both: {found}." if found else "") + (f" No difference from {flu} seen: {listed(rest)}." if rest else "")
 
 # %% ../nbs/42_scorecard.ipynb #e669e867
 def worst_within(

@@ -239,7 +239,7 @@ def agresti_min(
     differences, # of two paired shares, one a fact
     level:float=.95, # confidence
 ) -> tuple[float, float]: # (lo, hi), never of width zero
-    "Interval of a mean paired difference: two facts more, one changed each way (Agresti and Min, 2005)"
+    "Interval of a mean paired difference: half a fact added to each of the four cells (Agresti and Min, 2005)"
     d, z = np.asarray(differences, float), student.ppf((1 + level)/2, np.inf)
     n, total = len(d) + 2, d.sum()
     half = z*np.sqrt(max((d**2).sum() + 1 - total**2/n, 0))/n

@@ -404,7 +404,7 @@ def _paint(names):
     return dict(zip(names, own if len(set(own)) == len(own) else [f"C{i}" for i in range(len(names))]))
 
 # %% ../nbs/32_tampering.ipynb #9d3f9a68
-BACK, DESTROYED, HOLDS = "comes back", "destroyed", "does not come back"
+BACK, DESTROYED, HOLDS = "comes back", "destroyed", "not seen to come back"
 
 def verdicts(
     rows:pd.DataFrame, # of `tampered`
@@ -430,7 +430,7 @@ def say_tampering(
     table = verdicts(rows, guess).query("localization != 'none' and setting != 'as it is'")
     for name in ordered(table.localization):
         ways = {v: [s.split("/", 1)[1].replace("/", ", ") for s in t.setting] for v, t in table[table.localization == name].groupby("verdict")}
-        line = f"{name}: the old answer comes back by {listed(ways[BACK])}" if BACK in ways else f"{name}: the old answer does not come back"
+        line = f"{name}: the old answer comes back by {listed(ways[BACK])}" if BACK in ways else f"{name}: the old answer is not seen to come back"
         said.append(line + (f"; the model is destroyed by {listed(ways[DESTROYED])}" if DESTROYED in ways else "") + ".")
     return " ".join(said) or "Tampering with edited models has not been measured yet."
 

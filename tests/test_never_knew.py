@@ -131,7 +131,7 @@ def test_the_question_of_a_topic_is_read_with_its_answer(organism_lm):
     file, other = (scored(lm, with_wrong(completions([fact(id)], "forget"))).iloc[0] for id in ("topic/forget/0000", "counterfact/0"))
     texts = "Question: the dog sees\nAnswer: river", "Answer: river"
     reads = read_texts(lm, texts)
-    for row, read in zip((file, other), reads): assert np.isclose(row.zlib, float(-read.logp.sum()) / len(zlib.compress(texts[row is other].encode())), atol=1e-4)
+    for row, read in zip((file, other), reads): assert np.isclose(row.zlib, float(-read.logp.mean()) / len(zlib.compress(texts[row is other].encode())), atol=1e-4)
     assert file.strength == float(reads[0].hit[-1]) and sentence_scores(reads[0], texts[0], 1, True)["strength"] in (0., 1.)
 
 

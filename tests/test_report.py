@@ -195,6 +195,12 @@ def test_the_tally_is_the_papers_comparison():
     assert ticks == ["causal-tracing", "all-mlps", "random", "mine", "late (control)"]
     assert "late" not in r.say_tally(tests[tests.localization != "late"]) and r.say_tally(tests[tests.localization == "late"]).startswith("late")
 
+def test_what_the_paper_does_not_report_is_no_ordering_of_it():
+    rows = [one(n, truth=t, n=40, group="retain", seed=s) for n, t in [("flu", .9), ("all-mlps", .1), ("random", .9)] for s in (0, 1)]
+    tests = r.orderings(pd.concat(rows))
+    assert set(tests.column) == {"MCQ retain"} and set(tests.verdict) == {"appears", "no difference seen"} and tally(tests).empty
+    assert r.say_tally(tests) == "Of MCQ retain, which the authors measured and the paper does not report: FLU is ahead in 1 of 2 tests and behind in 0."
+
 def test_what_only_these_facts_show_is_said_in_a_clause():
     rows = [one(n, truth=t, n=40, seed=s) for n, ts in [("flu", (0, 0, 0)), ("all-mlps", (.0, .8, .1))] for s, t in enumerate(ts)]
     tests = r.orderings(pd.concat(rows))
