@@ -65,6 +65,7 @@ def small_table(html: str) -> str:
 
 
 def make_small(notebook) -> None:
+    notebook.metadata.pop("widgets", None)  # progress bars that nobody sees
     for output in (o for cell in notebook.cells for o in cell.get("outputs", [])):
         data = output.get("data", {})
         if png := data.get("image/png"):
