@@ -8,15 +8,18 @@ a line, for each stage and for all: seconds (without the start of Python and its
 as they happen), floor_s (tflop over the rate that this machine multiplies matrices of the model's own sizes at, in its dtype), over_floor.
 The first line is the machine: its rate, the model's dtype. `equal` repeats what is read once for several prompts (`models.parts`) without
 it: the largest difference of a log-probability in float32, and the seconds of both, for the whole questionnaire of an edit and for a step of fine-tuning; and ten steps of an
-edit of the last third with what lies below computed once (`remember`): the largest difference of a loss.
+edit of the last third with what lies below computed once (`remember`): the largest difference of a loss; and a step of the attacker's adapters on the model in bfloat16, multiplied in
+bfloat16 and in float32: how far the gradients of either lie from those in float32 alone (a share of their length), and the seconds of both.
 With `--device cuda` the stages follow each other in one process, and peak_mb is the most memory allocated on the card. `--save NAME` also writes results/NAME.jsonl.
 """
 import argparse, json, os, subprocess, sys, tempfile, threading, time
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import patch
 import matplotlib; matplotlib.use("agg")
 import psutil, torch
 from IPython.core.interactiveshell import InteractiveShell
-from mechunlearn import finetuning as F
+from mechunlearn import finetuning as F, relearning as R
 from mechunlearn.evaluation import questionnaire
 from mechunlearn.grids import make_job
 from mechunlearn.localization import build
@@ -101,6 +104,24 @@ def equal(args):
     train = lambda remember: edits.append(F.finetune(lm, task, where, lr=1e-5, steps=10, remember=remember, progress=False))
     took = [seconds(lambda: train(r)) for r in (True, False)]
     yield dict(name="equal/remember", steps=10, max_abs_diff=(edits[0].curve.loss - edits[1].curve.loss).abs().max(), ours_s=took[0], theirs_s=took[1])
+    yield adapters_line(args)
+
+
+def adapters_line(args):
+    "A step of the attacker's adapters on the model in bfloat16"
+    def gradient(dtype, ours=True):
+        lm = load(args.model, device=args.device, dtype=dtype)
+        task = make_task("sports-athlete-editing", lm, forget_size=args.forget_size, **({"facts": args.facts} if args.facts else {}))
+        rows = R.training_rows(lm, task) | dict(forget=F.fact_rows(lm, task.forget, [f.answer for f in task.forget], "forget"))
+        with patch.object(R, "_as_multiplied", R._as_multiplied if ours else lambda lm: nullcontext()), R.adapters(lm, R.lora_for(lm)) as params:
+            drawn = torch.Generator().manual_seed(0)
+            for p in params[1::2]: p.data.copy_(torch.randn(p.shape, generator=drawn)*1e-3)
+            step = lambda: R.step_losses(lm, {}, next(iter(R.draws(rows, R.SIZES, 1, 0))), R.UPDATES["edit"])
+            step(); g = torch.cat([p.grad.flatten() for p in params]).cpu()
+            return g, seconds(step, 3)
+    (exact, _), (ours, took), (theirs, other) = gradient("float32"), gradient("bfloat16"), gradient("bfloat16", False)
+    off = lambda g: ((g - exact).norm() / exact.norm()).item()
+    return dict(name="equal/adapters", from_float32=off(ours), theirs_from_float32=off(theirs), ours_s=took, theirs_s=other)
 
 
 def job_of(args):

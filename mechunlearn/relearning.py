@@ -87,18 +87,26 @@ def rowwise(
 
 # %% ../nbs/30_relearning.ipynb #de674ccb
 @contextmanager
+def _as_multiplied(lm):
+    "Mixed precision: float32 adapters of a bfloat16 model are multiplied in bfloat16. Nothing is kept between forwards, since they are trained"
+    if lm.hf.dtype != torch.bfloat16: yield; return
+    from peft.helpers import disable_input_dtype_casting
+    with disable_input_dtype_casting(lm.hf), torch.autocast(lm.device.type, torch.bfloat16, cache_enabled=False): yield
+
+@contextmanager
 def adapters(
     lm:LM, # as it is now, edited or not, in any dtype
     lora:Lora, # rank, alpha, dropout
     seed:int=0, # of their random start and of the dropout
 ) -> Iterator[list[torch.nn.Parameter]]: # what to train
-    "LoRA on all linear layers, for the length of a `with` block; at first it adds exactly nothing"
+    "LoRA on all linear layers, float32, for the length of a `with` block; at first it adds exactly nothing"
     from peft import LoraConfig, get_peft_model # a second of every start
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules="all-linear")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = get_peft_model(lm.hf, config)
-        try: yield [p for p in model.parameters() if p.requires_grad]
+        try:
+            with _as_multiplied(lm): yield [p for p in model.parameters() if p.requires_grad]
         finally:
             model.unload()
             lm.hf.eval()

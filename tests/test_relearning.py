@@ -1,6 +1,8 @@
 "The relearning attack: what it leaves alone, what it trains on, what it counts."
+from contextlib import nullcontext
 from types import SimpleNamespace
 import pandas as pd, pytest, torch
+from mechunlearn import relearning
 from mechunlearn.questions import answer, completions
 from mechunlearn.facts import Fact, Task, sports_athlete_editing
 from mechunlearn.finetuning import Edit, fingerprint, slice_key
@@ -53,6 +55,33 @@ def test_adapters_first_add_exactly_nothing_and_are_float32(lm, task):
     with adapters(lm, Lora(4, 8, 1e-3, .5)) as params:
         assert {p.dtype for p in params} == {torch.float32}
         assert (answers(lm, task) == before).all()
+
+
+def adapter_gradients(lm, task):
+    "Gradients of adapters that add something, and the dtypes that they are multiplied in"
+    seen, rows = [], relearning.fact_rows(lm, task.forget, [f.answer for f in task.forget], "forget")
+    with adapters(lm, Lora(4, 8, 1e-3, 0.)) as params:
+        drawn = torch.Generator().manual_seed(0)
+        for p in params: p.data.copy_(torch.randn(p.shape, generator=drawn)*.05)
+        for name, m in lm.hf.named_modules():
+            if ".lora_" in name and isinstance(m, torch.nn.Linear): m.register_forward_hook(lambda m, x, out: seen.append(out.dtype))
+        relearning.step_losses(lm, {}, rows, relearning.UPDATES["edit"])
+        return torch.cat([p.grad.flatten() for p in params]), set(seen)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "neox", "phi3"])
+def test_adapters_are_multiplied_in_bfloat16_where_the_model_is(tiny, task, family, monkeypatch):
+    lm = tiny(family)
+    exact, dtypes = adapter_gradients(lm, task)
+    assert dtypes == {torch.float32}
+    lm.hf.to(torch.bfloat16)
+    ours, dtypes = adapter_gradients(lm, task)
+    assert dtypes == {torch.bfloat16} and ours.dtype == torch.float32
+    monkeypatch.setattr(relearning, "_as_multiplied", lambda lm: nullcontext())
+    slow, dtypes = adapter_gradients(lm, task)
+    assert dtypes == {torch.float32}
+    off = [((g - exact).norm() / exact.norm()).item() for g in (ours, slow)]
+    assert off[0] < 1.5*off[1] < .1 # no further from float32 than the model's own rounding takes it
 
 
 def test_adapters_are_on_every_linear_layer_but_the_unembedding(tiny):
