@@ -95,11 +95,11 @@ def _facts(records, column):
     "One value a fact"
     return records.groupby("fact")[column].mean().astype(float).dropna()
 
-def _pair(a, b):
-    "Two models on the same facts"
+def _pair(a, b, counted):
+    "Two models on the same facts; answers are `counted`, or it is a probability or a loss"
     difference, low, high, p = paired_bootstrap(b, a)
-    binary, share = set(a) | set(b) <= {0., 1.}, 0 <= min(*a, *b) <= max(*a, *b) <= 1
-    if share: low, high = np.clip(agresti_min(b - a), -1, 1)
+    binary = set(a) | set(b) <= {0., 1.}
+    if counted: low, high = np.clip(agresti_min(b - a), -1, 1)
     return dict(before=a.mean(), after=b.mean(), difference=difference, ci_low=low, ci_high=high, n=len(a), p=mcnemar(a, b) if binary else p,
         test="McNemar" if binary else "sign flips")
 
@@ -108,14 +108,14 @@ def paired_changes(
     before:pd.DataFrame, # records of one model
     after:pd.DataFrame, # of another, asked the same
 ) -> pd.DataFrame: # group, format, measure, before, after, difference, ci_low, ci_high, n (facts asked of both), p, test
-    "Paired differences with 95 % intervals (of shares Agresti and Min's, which no change at all does not make certain; else bootstrap over facts), one row a group, format and measure"
+    "Paired differences with 95 % intervals (of right answers Agresti and Min's, which no change at all does not make certain; else bootstrap over facts), one row a group, format and measure"
     rows = []
     for (group, format), part in before.groupby(["group", "format"], sort=False):
         other = after[(after.group == group) & (after.format == format)]
         for measure, column in PAIRED.items():
             a, b = _facts(part, column), _facts(other, column)
             both = a.index.intersection(b.index)
-            if len(both): rows.append(dict(group=group, format=format, measure=measure) | _pair(a[both], b[both]))
+            if len(both): rows.append(dict(group=group, format=format, measure=measure) | _pair(a[both], b[both], measure == "top1"))
     if not rows: raise Refusal("the two tables of records have no question in common")
     return pd.DataFrame(rows)
 
