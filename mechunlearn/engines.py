@@ -16,8 +16,8 @@ from pydantic import ValidationError
 from . import cluster, store
 from .cluster import RECORD, Queued, Slurm
 from .grids import Job, writable
-from .progress import Part, View
-from .runs import (Failed, clear_up, drop_edits, outcome, parts, prepare, stage_done, surroundings, want_edits, words, _keep_first_seed)
+from .progress import Part, View, keep_first_seed
+from .runs import (Failed, clear_up, drop_edits, outcome, parts, prepare, stage_done, surroundings, want_edits, words)
 from .store import Broken, Refusal, read_json, write_json
 
 # %% ../nbs/46_engines.ipynb #46e0005
@@ -222,7 +222,7 @@ def submit_job(
 ) -> tuple: # Plan; part -> number of its job
     "Find out what is missing of a job, and submit it"
     with submitting(job.run_dir):
-        _keep_first_seed(job)
+        keep_first_seed(job.run_dir, job.seeds[0])
         seen = cluster.jobs_of(job.run_dir)
         if not any(q.there for q in seen.values()):
             clear_up(Path(job.run_dir))

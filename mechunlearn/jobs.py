@@ -23,6 +23,7 @@ from .localization import Localization, localize_all
 from .losses import LOSSES
 from .masking import check_zeros, learn_mask
 from .models import LM
+from .progress import keep_first_seed
 from .stats import SIZED, edited_by, family, said_size
 from .store import Refusal, Run, Unavailable, load_json, load_table, local, make, note, state
 
@@ -197,11 +198,12 @@ def edit_jobs(
     recompute:bool=False, # damaged edits are trained again
     **settings, # of localization (draws, budget, ...) and training; `edited`, the folder of a model edited elsewhere
 ) -> list[Job]: # "none" first. EmptyFLU if a localization needs FLU and there is none
-    "Every (localization, seed) of a run"
+    "Every (localization, seed) of a run; refuses a first seed other than the one that the run's maps were drawn with"
     others, tasks = [n for n in localizations if n.startswith("edited@")], {s: task_for_seed(s) for s in seeds}
     if others and len(tasks) > 1: _same_forget_set(tasks, others[0])
     names, given = [n for n in localizations if n != "none" and n not in others], [_given(lm, n, settings.get("edited"), run) for n in others]
     how = {k: v for k, v in settings.items() if k not in (*TRAINING, "edited", "editors")}
+    if names and run and run.root: keep_first_seed(run.root, seeds[0])
     made = {s: _localized(lm, tasks, s, names, run, how) for s in seeds} if names else {}
     training = {k: v for k, v in settings.items() if k in (*TRAINING, "micro_batch", "checkpoint", "packed", "remember", "progress", "editors")}
     unedited = [Job(lm, tasks[s], None, run, training, recompute) for s in seeds if "none" in localizations]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STEP', 'SMALL', 'STATUS', 'Part', 'read_job', 'jobs_in', 'steps_in', 'relay', 'bars_in', 'in_queue', 'at_work',
-           'lost', 'View', 'edits_in', 'first_seed', 'damaged', 'repair', 'status']
+           'lost', 'View', 'edits_in', 'first_seed', 'keep_first_seed', 'damaged', 'repair', 'status']
 
 # %% ../nbs/39_progress.ipynb #390002
 import collections, fcntl, json, os, re, time
@@ -239,6 +239,18 @@ def first_seed(
     first = read_json(file)
     if not (first is None or type(first) is int): raise Broken(file, "it holds no seed")
     return first
+
+# %% ../nbs/39_progress.ipynb #400069k
+def keep_first_seed(
+    run_dir, # a run folder
+    seed:int, # with which maps are to be drawn there
+):
+    "Refuse a first seed other than the one that the folder's maps were drawn with"
+    file = Path(run_dir)/"first_seed.json"
+    first = first_seed(file)
+    if first is None: return write_json(file, seed)
+    if first != seed:
+        raise Refusal(f"the maps in {run_dir} were drawn with seed {first}: name it first, as in --seeds {first},{seed}, or choose another --out")
 
 # %% ../nbs/39_progress.ipynb #40009401
 def _dict_of(*keys):

@@ -16,7 +16,7 @@ import psutil
 from pydantic import ValidationError
 from . import cluster, store
 from .grids import ATTACKS, MAPS, STANDARD, Job, Stage, find_notebook, unwritable, writable
-from .progress import Part, View, first_seed
+from .progress import Part, View, keep_first_seed
 from .store import Broken, Refusal, read_json, write_json
 
 # %% ../nbs/40_runs.ipynb #400002a
@@ -431,16 +431,6 @@ def _schedule(todo, workers, view):
     finally:
         for _, _, process in running.values(): kill(process)
 
-# %% ../nbs/40_runs.ipynb #400069
-def _keep_first_seed(job):
-    "Refuse a first seed other than the one that the folder's maps were drawn with"
-    file = Path(job.run_dir)/"first_seed.json"
-    first = first_seed(file)
-    if first is None: return write_json(file, job.seeds[0])
-    if first != job.seeds[0]:
-        raise Refusal(f"the maps in {job.run_dir} were drawn with seed {first}: name it first, as in --seeds {first},{job.seeds[0]}, "
-                      "or choose another --out")
-
 # %% ../nbs/40_runs.ipynb #400072
 def _edits_of(job, file):
     "A file of every edit of a job, draws included, that is there"
@@ -479,7 +469,7 @@ def run_batch(
     for f in folders: writable(f)
     todo = [p for j in jobs for p in parts(j, workers > len(jobs), stages)]
     with ExitStack() as held:
-        for j in jobs: held.enter_context(lock(j.run_dir)); _keep_first_seed(j); cluster.forget(j.run_dir)
+        for j in jobs: held.enter_context(lock(j.run_dir)); keep_first_seed(j.run_dir, j.seeds[0]); cluster.forget(j.run_dir)
         for j in jobs:
             if j.keep_edits: want_edits(j)
         ended = _schedule(todo, workers, held.enter_context(View(quiet)))

@@ -399,11 +399,11 @@ def plot_scorecard(
     card:pd.DataFrame, # from `scorecard`
     across:int=12, # columns beside one another; further ones stand below
 ) -> Figure:
-    "Truth recovered as a heat map, attack by localization, grouped by what the attacker needs; the last column is the worst case"
+    "Truth recovered as a heat map, attack by localization, grouped by what the attacker needs; framed: surely above guessing and ghosts"
     card = with_power(card)[lambda d: d.seed == -1]
     names, lines = ordered(card.localization), _in_lines(by_need(card.attack), across)
     widest = max(map(len, lines))
-    fig, axes = figure(2 + .85*widest, len(lines)*(1.7 + .42*len(names)), len(lines), 1, squeeze=False)
+    fig, axes = figure(2 + .85*widest, len(lines)*(1.7 + .48*len(names)), len(lines), 1, squeeze=False)
     for ax, line in zip(axes[:, 0], lines):
         _score_map(ax, card, names, [a for _, a in line])
         _name_groups(ax, [need for need, _ in line])
@@ -425,12 +425,13 @@ def _in_lines(groups, across):
 # %% ../nbs/42_scorecard.ipynb #5ef5d805
 def _score_map(ax, card, names, attacks):
     "The cells of one line of the heat map, and the heads of its columns"
-    wide, kept, power = (card.pivot(index="localization", columns="attack", values=c).reindex(index=names, columns=attacks).astype(float)
-                         for c in ("value", "retain_value", "power"))
+    wide, kept, ghosts, above, power = (card.pivot(index="localization", columns="attack", values=c).reindex(index=names, columns=attacks).astype(float)
+                                        for c in ("value", "retain_value", "ghost_value", "excess_low", "power"))
     ax.imshow(wide.mask(power == 0), cmap=mpl.colormaps["Oranges"].with_extremes(bad="#F4F4F4"), vmin=0, vmax=1.25, aspect="auto")
     for (i, j), v in np.ndenumerate(wide.to_numpy()):
         if np.isnan(v): ax.text(j, i, "–", ha="center", va="center", fontsize=6.5, color="#888888") # not tried
-        else: _write_score(ax, j, i, v, kept.iat[i, j], power.iat[i, j] == 0, attacks[j].startswith(WORST))
+        else: _write_score(ax, j, i, v, {"kept": kept.iat[i, j], "ghosts": ghosts.iat[i, j]}, power.iat[i, j] == 0, attacks[j].startswith(WORST))
+    for i, j in np.argwhere(((above > 0) & (power != 0)).to_numpy()): ax.add_patch(mpl.patches.Rectangle((j - .48, i - .47), .96, .94, fill=False, ec="#222222", lw=1.6))
     heads = ["\n".join([a, _score_head(card[card.attack == a], "\n")]) for a in attacks]
     ax.set_xticks(range(len(attacks)), heads, rotation=40, ha="left")
 
@@ -444,12 +445,13 @@ def _name_groups(ax, needs):
         ax.text((at[0] + at[-1])/2, -.63, NEEDS[need], ha="center", va="bottom", fontsize=8, color="#444444", clip_on=False)
 
 # %% ../nbs/42_scorecard.ipynb #25bd64fa
-def _write_score(ax, x, y, value, kept, weak, bold):
-    "What an attack got out of an edit, and below it what is right of retained facts"
+def _write_score(ax, x, y, value, beside, weak, bold):
+    "What an attack got out of an edit, and below it what to compare it with"
     dark = value > .75 and not weak
     how = dict(fontsize=6.5, color="#888888") if weak else dict(fontsize=8.5, weight="bold" if bold else None, color="white" if dark else "#222222")
-    ax.text(x, y - .1, "no power here" if weak else f"{value:.2f}", ha="center", va="center", **how)
-    if not np.isnan(kept): ax.text(x, y + .27, f"kept {kept:.2f}", ha="center", va="center", fontsize=6.5, color="#F5E5DA" if dark else "#666666")
+    beside = {k: v for k, v in beside.items() if not np.isnan(v)}
+    ax.text(x, y - .12*len(beside), "no power here" if weak else f"{value:.2f}", ha="center", va="center", **how)
+    for k, (name, v) in enumerate(beside.items(), 3 - len(beside)): ax.text(x, y - .17 + .25*k, f"{name} {v:.2f}", ha="center", va="center", fontsize=6, color="#F5E5DA" if dark else "#666666" if weak or value < .5 else "#222222")
 
 # %% ../nbs/42_scorecard.ipynb #913d7a14
 @mpl.rc_context(FIGURE_STYLE)

@@ -89,7 +89,7 @@ def test_a_damaged_file_is_named_and_mended_and_the_other_run_is_fine(two_runs, 
     assert asked_in(two_runs / "b/t").model == "b"
     progress.repair(two_runs / "a/t")
     assert progress.damaged(two_runs / "a/t") == [] and progress.damaged(two_runs / "b/t") == []
-    Run(two_runs / "a/t", "a", "r", "t", {}); runs._keep_first_seed(Job(model="a", run_dir=str(two_runs / "a/t")))
+    Run(two_runs / "a/t", "a", "r", "t", {}); progress.keep_first_seed(two_runs / "a/t", 0)
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
