@@ -449,9 +449,10 @@ def _write_score(ax, x, y, value, beside, weak, bold):
     "What an attack got out of an edit, and below it what to compare it with"
     dark = value > .75 and not weak
     how = dict(fontsize=6.5, color="#888888") if weak else dict(fontsize=8.5, weight="bold" if bold else None, color="white" if dark else "#222222")
+    small = "#F5E5DA" if dark else "#666666" if weak or value < .5 else "#222222"
     beside = {k: v for k, v in beside.items() if not np.isnan(v)}
     ax.text(x, y - .12*len(beside), "no power here" if weak else f"{value:.2f}", ha="center", va="center", **how)
-    for k, (name, v) in enumerate(beside.items(), 3 - len(beside)): ax.text(x, y - .17 + .25*k, f"{name} {v:.2f}", ha="center", va="center", fontsize=6, color="#F5E5DA" if dark else "#666666" if weak or value < .5 else "#222222")
+    for k, (name, v) in enumerate(beside.items(), 3 - len(beside)): ax.text(x, y - .17 + .25*k, f"{name} {v:.2f}", ha="center", va="center", fontsize=6, color=small)
 
 # %% ../nbs/42_scorecard.ipynb #913d7a14
 @mpl.rc_context(FIGURE_STYLE)

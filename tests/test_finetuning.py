@@ -343,7 +343,7 @@ def test_stage_trains_once_and_repairs(qwen, tmp_path, monkeypatch):
 
 def test_another_first_seed_would_draw_other_places(qwen, tmp_path):
     run = Run(tmp_path / "run", qwen.name, qwen.revision, "sports-athlete-editing", {})
-    go = lambda seeds, names=("random-mlps",): run_finetuning(qwen, lambda s: task_for(qwen, s), run, names, seeds, draws=1, budget=2000, **SMALL)
+    go = lambda seeds: run_finetuning(qwen, lambda s: task_for(qwen, s), run, ["random-mlps"], seeds, draws=1, budget=2000, **SMALL)
     go([2])
     before = {f: f.read_bytes() for f in run.root.rglob("*") if f.is_file()}
     with pytest.raises(Refusal, match="drawn with seed 2: name it first, as in --seeds 2,0"): go([0])

@@ -606,6 +606,16 @@ def test_columns_are_grouped_by_what_the_attacker_needs():
     few = r.plot_scorecard(made_up(["as trained", r.WORST], seconds=12.)).axes
     assert [t.get_text() for t in few[0].get_xticklabels()] == ["as trained\nn=64, guess 0.33\n12 s", "worst case\nn=64, guess 0.33\n12 s"] and len(few) == 1
 
+def test_what_is_surely_above_a_guess_is_framed():
+    card = made_up(["as trained", "half retaught"])
+    at = lambda n, a: (card.localization == n) & (card.attack == a)
+    card.loc[at("flu", "as trained"), "excess_low"] = -.1
+    card.loc[at("flu", "half retaught"), "power"] = 0.
+    card.loc[at("late", "half retaught"), "excess_low"] = np.nan
+    ax, = r.plot_scorecard(card).axes
+    assert {(round(p.get_x() + .48), round(p.get_y() + .47)) for p in ax.patches} == {(0, 0), (1, 0), (0, 2)} # not flu's, and not what is unknown
+    assert sum(t.get_text() == "ghosts 0.30" for t in ax.texts) == 6
+
 def test_twenty_attacks_stay_legible(monkeypatch):
     more = {f"field {k}": r.Attack(f"field {k}", f"field-{k}", needs=("prompt", "read", "read", "train")[k % 4]) for k in range(14)}
     monkeypatch.setattr(scorecard, "SCORED", r.SCORED | more)
