@@ -6,7 +6,8 @@
 import json
 import sys
 
-from mechunlearn.facts import SPORTS_PROMPTS, GOLF, known_of, sports_facts
+from mechunlearn.facts import SPORTS_PROMPTS, GOLF, sports_facts
+from mechunlearn.sets import known_of
 from mechunlearn.known import known_by_format
 from mechunlearn.models import load
 from mechunlearn.tasks import ATLAS, ATLAS_PROMPTS, atlas_facts

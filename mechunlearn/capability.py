@@ -19,7 +19,8 @@ from datasets import disable_progress_bars
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 from . import stats
-from .facts import N_TEXTS, Fact, Task, seeded, texts as held_out, unknown_words
+from .facts import Fact, Task, seeded
+from .sets import N_TEXTS, texts as held_out, unknown_words
 from .figures import FIGURE_STYLE, cell_text, figure, ordered, printed
 from .finetuning import Edit, place, slice_key
 from .jobs import edit_jobs, keep_missing, labelled, tried

@@ -614,7 +614,7 @@ def show_tries(
 # %% ../nbs/50_cli.ipynb #4f86bd96
 def export(args):
     "an edit as an ordinary Hugging Face folder, or its differences alone"
-    from mechunlearn import finetuning as F, models
+    from mechunlearn import checkpoints, finetuning, models
     from mechunlearn.runs import edits_in, writable
     job, code = asked_of(args.run)
     edits = edits_in(args.run)
@@ -626,11 +626,11 @@ def export(args):
         raise Refusal(f"{folder} has no tensors (they are deleted after the attacks): make them with `mechunlearn edit`, or run with --keep-edits")
     writable(args.out)
     out = Path(args.out)
-    try: saved = F.load_edit(folder)
+    try: saved = finetuning.load_edit(folder)
     except (ValueError, KeyError, TypeError): raise Broken(folder/"edit.json", "it describes no edit that this version knows") from None
     if out.exists() and not (out.is_dir() and not any(out.iterdir())): raise Refusal(f"{out} is not empty: name a new folder")
     how = {k: v for k in ("dtype", "revision", "base", "bos", "family", "chat") if (v := job.settings.get(k))}
-    print(F.export(models.load(job.model, device="cpu", **how), saved, args.out, args.delta))
+    print(checkpoints.export(models.load(job.model, device="cpu", **how), saved, args.out, args.delta))
     return code
 
 # %% ../nbs/50_cli.ipynb #500023

@@ -19,7 +19,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import LogitsProcessor
 from .evaluation import GREEDY, asked_in_attacks, first_named
-from .facts import LETTERS, SQUARE, Fact, Task, seeded, unknown_words
+from .facts import LETTERS, SQUARE, Fact, Task, seeded
+from .sets import unknown_words
 from .figures import FIGURE_STYLE, figure, listed, look, ordered, printed
 from .finetuning import Edit
 from .jobs import edit_jobs, keep_missing

@@ -17,7 +17,8 @@ from fastcore.basics import patch
 from tqdm.auto import tqdm
 from .facts import Task
 from .editors import EDITORS, MEMIT, ROME, edit_with, written
-from .finetuning import FILES, Diverged, Edit, edit_of, finetune, load_edit, rates
+from .finetuning import FILES, Diverged, Edit, finetune, load_edit, rates
+from .checkpoints import edit_of
 from .loading import is_adapter, place_of
 from .localization import Localization, localize_all
 from .losses import LOSSES

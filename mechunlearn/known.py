@@ -7,7 +7,8 @@ __all__ = ['reversed_questions', 'choices', 'in_every_format', 'commonest', 'kno
 
 # %% ../nbs/14_known.ipynb #0a140004
 import pandas as pd
-from .facts import GOLF, LETTERS, MCQ, N_SHOTS, has_options, known_of, mcq_prompts, of_each, seeded, without
+from .facts import GOLF, LETTERS, MCQ, has_options, mcq_prompts, seeded
+from .sets import N_SHOTS, known_of, of_each, without
 from .models import LM
 from .questions import Question, answer, completions, paraphrases, some
 from .stats import MCQ_CHANCE, has_power, per_fact, wilson

@@ -10,7 +10,8 @@ __all__ = ['GENERAL', 'TEXTS', 'LEAGUES', 'TWO_HOPS', 'ALIASES', 'LANGUAGES', 'S
 from functools import lru_cache
 from typing import NamedTuple
 from . import sources
-from .facts import Fact, seeded, unknown_words
+from .facts import Fact, seeded
+from .sets import unknown_words
 from .models import LM
 from .questions import Question
 from .sources import read_atlas, spaced

@@ -19,9 +19,10 @@ from functools import lru_cache
 from pathlib import Path
 from . import sources, store
 from typing import NamedTuple
-from .facts import (GOLF, N_DEV_FORGET, N_DEV_RETAIN, N_OTHER_SHOTS, N_SHOTS, SPLITS, Fact, Task, asked_as, by_lot, by_place, check_numbers,
-    KNOWN_BY, check_size, check_task, fitting, known_of, left_out, load_world, of_each, quarter_of_each, seeded, sport_fact, sports_athlete_editing,
-    sports_facts, split_retain, texts, with_edit_answers, without, world_facts, world_groups)
+from .facts import GOLF, SPLITS, Fact, Task, load_world, seeded, sport_fact, sports_facts, world_facts
+from .sets import (N_DEV_FORGET, N_DEV_RETAIN, N_OTHER_SHOTS, N_SHOTS, asked_as, by_lot, by_place, check_numbers, KNOWN_BY, check_size,
+                              check_task, fitting, known_of, left_out, of_each, quarter_of_each, sports_athlete_editing, split_retain, texts,
+                              with_edit_answers, without, world_groups)
 from .models import LM
 from .store import Refusal, choose
 

@@ -34,6 +34,9 @@ def exports_are_clean() -> None:
     changed = [name for name, content in snapshot().items() if before.get(name) != content]
     if changed:
         fail(f"nbdev_export or nbdev_clean changed {', '.join(changed)}: run both and commit")
+    long = [f.name for f in ROOT.glob("mechunlearn/[!_]*.py") if len(f.read_text().splitlines()) > 900]
+    if long:
+        fail(f"{', '.join(long)} has more than 900 lines: split its notebook")
 
 
 def readme_is_the_index() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from mechunlearn.adversarial import (found_suffix, inside, latent_push, middle_layers, perturb, perturbed, places_of, pushed, run_adversarial, suffix_gradient,
     suffix_losses, suffixed, traced_push, usual_norm)
-from mechunlearn.facts import sports_athlete_editing
+from mechunlearn.sets import sports_athlete_editing
 from mechunlearn.finetuning import answer_losses, fingerprint
 from mechunlearn.questions import answer, completions
 from mechunlearn.relearning import asked, halves

@@ -2,7 +2,7 @@
 import numpy as np, pandas as pd, pytest
 from mechunlearn.attacks import RECOVERED, KEPT, QUESTIONS, Attacks, answers_to, attack, guess_of
 from mechunlearn.questions import as_records
-from mechunlearn.facts import sports_athlete_editing
+from mechunlearn.sets import sports_athlete_editing
 from mechunlearn.finetuning import Edit, fingerprint, slice_key
 from mechunlearn.localization import build
 from mechunlearn.models import Component

@@ -3,7 +3,7 @@ import json, random, re, shlex
 import pandas as pd
 import pytest
 import torch
-from mechunlearn import finetuning as F, loading
+from mechunlearn import checkpoints, finetuning as F, loading
 from mechunlearn.attacks import attack
 from mechunlearn.audit import NEEDS, attacks_behind, audit, audit_json, command_of, enough, model_card, of_edit, plot_audit
 from mechunlearn.capability import noise
@@ -341,12 +341,12 @@ def small(tiny): return tiny("llama")
 
 def test_shards_and_more_rows_than_before(small, tmp_path):
     folder = saved(small, tmp_path/"shards", max_shard_size="40KB")
-    assert len(list(folder.glob("model-*.safetensors"))) > 1 and changed(F.edit_of(small, folder)) == {MLP}
+    assert len(list(folder.glob("model-*.safetensors"))) > 1 and changed(checkpoints.edit_of(small, folder)) == {MLP}
     for file in folder.glob("*token*"): file.unlink()
-    assert changed(F.edit_of(small, folder)) == {MLP}, "weights saved without their tokenizer"
+    assert changed(checkpoints.edit_of(small, folder)) == {MLP}, "weights saved without their tokenizer"
     n = len(small.weight(EMBED))
     more = saved(small, tmp_path/"more", lambda hf: (hf.resize_token_embeddings(n + 13), hf.get_parameter(MLP).add_(.1)))
-    assert changed(F.edit_of(small, more)) == {MLP}
+    assert changed(checkpoints.edit_of(small, more)) == {MLP}
 
 
 @pytest.fixture
@@ -359,7 +359,7 @@ def offline(tmp_path, monkeypatch):
 def test_a_hub_id_in_half_precision(small, tmp_path, offline):
     "What differs by the rounding of a copy is no edit, on the hub as in a folder"
     hub(offline, "someone/edited", {A: saved(small, tmp_path/"x", lambda hf: hf.get_parameter(MLP).mul_(2), torch.bfloat16)}, {"main": A})
-    edit = F.edit_of(small, "someone/edited")
+    edit = checkpoints.edit_of(small, "someone/edited")
     assert changed(edit) == {MLP} and edit.localization.name == "edited@edited"
 
 
@@ -371,8 +371,8 @@ def test_an_adapter_on_the_hub(small, tmp_path, offline):
     with torch.no_grad(): [p.add_(.1) for n, p in model.named_parameters() if "lora" in n]
     model.save_pretrained(tmp_path/"adapter")
     hub(offline, "someone/lora", {A: tmp_path/"adapter"}, {"main": A})
-    assert changed(F.edit_of(base, "someone/lora")) == {MLP}
-    with pytest.raises(Refusal, match="cannot load 'someone/else'"): F.edit_of(base, "someone/else")
+    assert changed(checkpoints.edit_of(base, "someone/lora")) == {MLP}
+    with pytest.raises(Refusal, match="cannot load 'someone/else'"): checkpoints.edit_of(base, "someone/else")
 
 
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
@@ -381,7 +381,7 @@ def test_a_quantized_edit_is_judged_as_it_is_handed_out(tiny, tmp_path, bits):
     saved(small, tmp_path/"full", lambda hf: hf.get_parameter(MLP).mul_(3))
     quantized = load(str(tmp_path/"full"), device="cpu", dtype="float32", quantize=bits)
     quantized.hf.save_pretrained(tmp_path/bits); small.tok.save_pretrained(tmp_path/bits)
-    edit = F.edit_of(small, tmp_path/bits)
+    edit = checkpoints.edit_of(small, tmp_path/bits)
     now, want = (dict(edit.values)[next(k for k in edit.values if F.parse_slice(k).param == MLP)], small.weight(MLP)*3)
     assert edit.config["quantized"] and now.shape == want.shape and (now - want).norm() < .2*want.norm()
     assert EMBED not in changed(edit)

@@ -1,7 +1,7 @@
 "Edits of a run that are not fine-tunings: memit@flu, mask@all-mlps"
 import pytest, torch
 from mechunlearn.editors import EDITORS, check_bounds, edit_with, written
-from mechunlearn.facts import sports_athlete_editing
+from mechunlearn.sets import sports_athlete_editing
 from mechunlearn.figures import LOOKS, MARKS, look, ordered
 from mechunlearn.finetuning import fingerprint, load_edit, missing_rates, parse_slice, place
 from mechunlearn.grids import check_job, estimate, make_job

@@ -8,7 +8,8 @@ from mechunlearn.capability import (RULES, accuracies, paired_changes, benchmark
 from mechunlearn.evaluation import evaluate
 from mechunlearn.jobs import labelled
 from mechunlearn.questions import RECORD, answer, as_records, multiple_choice
-from mechunlearn.facts import LETTERS, Fact, sports_athlete_editing
+from mechunlearn.facts import LETTERS, Fact
+from mechunlearn.sets import sports_athlete_editing
 from mechunlearn.finetuning import finetune, fingerprint
 from mechunlearn.models import load
 from mechunlearn.stats import mcnemar, wilson, summarise
@@ -227,7 +228,7 @@ def test_no_text_is_measured_that_tasks_train_on(tiny, tmp_path):
     rng = random.Random(0)
     pool = [" ".join(rng.choices(words, k=12)) for _ in range(900)]
     source = put_texts(tmp_path / "t.jsonl", pool)
-    from mechunlearn.facts import texts
+    from mechunlearn.sets import texts
     used, asked = texts("sports", place=source)["text_train"], texts_for(tiny(), source, n=900)
     assert len(used) == 600 and len(asked) == 300 and not set(used) & set(asked)
 

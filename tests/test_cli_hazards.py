@@ -318,7 +318,7 @@ DAMAGED = [pytest.param(f, FEW, id=f) for f in SMALL] + [pytest.param(f, tuple(k
 def test_a_damaged_file_is_named_and_the_others_go_on(whole, file, kinds, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(r, "page", lambda found: "") # figures take their time
     monkeypatch.setattr(cli, "do_jobs", lambda *a, **k: 0)
-    monkeypatch.setattr("mechunlearn.finetuning.export", lambda *a: "exported"); monkeypatch.setattr("mechunlearn.models.load", lambda *a, **k: None)
+    monkeypatch.setattr("mechunlearn.checkpoints.export", lambda *a: "exported"); monkeypatch.setattr("mechunlearn.models.load", lambda *a, **k: None)
     for kind in kinds:
         data = BYTES[kind]
         if kind == "no keys" and file == "notes/localization.json": continue # nothing is noted

@@ -5,8 +5,9 @@ from plain import blocks, every_family, parts, post_norms
 from mechunlearn import editors as E
 from mechunlearn.attacks import attack
 from mechunlearn.editors import EDITORS, Aim, adapted, added, aim_at, ask_editors, asks, contexts, edit_with, essences, mlp_layers, passages, plot_editors, read_at, reading, say_editors, second_moments, to_add
-from mechunlearn.facts import sports_athlete_editing
-from mechunlearn.finetuning import Diverged, export, fingerprint, load_edit, parse_slice, training_rows
+from mechunlearn.sets import sports_athlete_editing
+from mechunlearn.finetuning import Diverged, fingerprint, load_edit, parse_slice, training_rows
+from mechunlearn.checkpoints import export
 from mechunlearn.localization import Part, build
 from mechunlearn.models import Component, components
 from mechunlearn.relearning import Lora

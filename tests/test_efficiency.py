@@ -5,7 +5,7 @@ from mechunlearn.efficiency import KEPT, beside_masks, edit_size, efficiency, li
 from mechunlearn.editors import lora
 from mechunlearn.finetuning import parse_slice
 from mechunlearn.localization import by_hand_in_part, build
-from mechunlearn.facts import sports_athlete_editing
+from mechunlearn.sets import sports_athlete_editing
 from mechunlearn.recorded_tables import recorded
 from mechunlearn.store import Refusal
 

@@ -7,7 +7,8 @@ from mechunlearn.audit import audit
 from mechunlearn.elicitation import (ASKED, any_guess, by_name, choose_among, context_questions, elicit, elicited, four_subjects, in_context, most_frequent, other_mode,
     plot_elicitation, reversals, run_elicitation, sampled, say_elicitation, vote)
 from mechunlearn.evaluation import evaluate
-from mechunlearn.facts import Fact, Task, sport_fact, sports_athlete_editing, unknown_words
+from mechunlearn.facts import Fact, Task, sport_fact
+from mechunlearn.sets import sports_athlete_editing, unknown_words
 from mechunlearn.finetuning import finetune, fingerprint
 from mechunlearn.grids import Elicitation, FIELD, PIPELINE
 from mechunlearn.localization import build

@@ -3,7 +3,8 @@ from mechunlearn import evaluation as E
 from mechunlearn.evaluation import FORMATS, evaluate, questionnaire, run_evaluation
 from mechunlearn.jobs import labelled
 from mechunlearn.questions import RECORD, answer, as_records, completions, multiple_choice, paraphrases, some, text_loss
-from mechunlearn.facts import LETTERS, Fact, sports_athlete_editing
+from mechunlearn.facts import LETTERS, Fact
+from mechunlearn.sets import sports_athlete_editing
 from mechunlearn.stats import over_seeds, summarise
 from mechunlearn.store import Run, load_table
 

@@ -6,8 +6,9 @@ import pandas as pd
 import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-from mechunlearn.facts import (EDITED, GOLF, LETTERS, SPORTS, Task, check_boundary, check_candidates, check_task, load_world,
-    MCQ, mcq_prompts, mcq_shots, read_sports, seeded, sport_fact, sports_athlete_editing, sports_facts, with_edit_answers, world_facts)
+from mechunlearn.facts import (EDITED, GOLF, LETTERS, SPORTS, Task, load_world, MCQ, mcq_prompts, mcq_shots, read_sports, seeded, sport_fact,
+                               sports_facts, world_facts)
+from mechunlearn.sets import check_boundary, check_candidates, check_task, sports_athlete_editing, with_edit_answers
 from mechunlearn.models import wrap
 from mechunlearn.tasks import make_task
 from mechunlearn.store import Refusal, cause_hash

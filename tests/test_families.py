@@ -6,7 +6,7 @@ import pytest, test_patching, test_tracing, torch, transformers as tf
 from conftest import BUILD, SIZES
 from mechunlearn.cli import main
 from mechunlearn.facts import Fact
-from mechunlearn.finetuning import edit_of
+from mechunlearn.checkpoints import edit_of
 from mechunlearn.grids import PIPELINE, Settings, make_job, parse, skeleton
 from mechunlearn.families import FAMILIES, check_structure, read_family
 from mechunlearn.models import Component, components, load, merge_slices, n_params, slices, wrap

@@ -2,8 +2,8 @@ import math
 from unittest.mock import Mock
 import numpy as np, pandas as pd, pytest, torch
 from plain import every_family, last_norm, name_of, parts
-from mechunlearn import finetuning as F, jobs as J, models
-from mechunlearn.facts import sports_athlete_editing
+from mechunlearn import checkpoints, finetuning as F, jobs as J, models
+from mechunlearn.sets import sports_athlete_editing
 from mechunlearn.finetuning import FILES, LEARNING_RATES, RATE_GROUPS, UPDATES, draws, finetune, fingerprint, last_logits, learning_rate, load_edit, masters, matrices, parse_slice, rates, slice_key, step_losses, training_rows
 from mechunlearn.jobs import Job, edit_jobs, edited_elsewhere, run_finetuning
 from mechunlearn.rates import best_rates, dev_task, score, sweep
@@ -397,7 +397,7 @@ def test_anyones_edit_is_every_weight_that_differs(lm, tmp_path):
     name, norm = name_of(lm.hf, parts(lm.hf, 1).down) + ".weight", name_of(lm.hf, last_norm(lm.hf)) + ".weight"
     def change(hf): hf.get_parameter(name).add_(.1); hf.get_parameter(norm).mul_(1.5)
     folder, before, old = elsewhere(lm, tmp_path / "theirs", change), fingerprint(lm), lm.weight(norm).detach().clone()
-    edit = F.edit_of(lm, folder)
+    edit = checkpoints.edit_of(lm, folder)
     assert edit.localization.name == "edited@theirs" and {s.param for s in map(parse_slice, edit.values)} == {name, norm} and "trained elsewhere" in repr(edit)
     assert edit.localization.n_params == lm.weight(name).numel() + lm.weight(norm).numel() and not edit.localization.matched
     with edit.applied(lm):
@@ -408,9 +408,9 @@ def test_anyones_edit_is_every_weight_that_differs(lm, tmp_path):
 
 def test_what_is_no_edit_is_refused(qwen, tiny, tmp_path):
     same = elsewhere(qwen, tmp_path / "same", lambda hf: None)
-    with pytest.raises(Refusal, match="the same weights"): F.edit_of(qwen, same)
+    with pytest.raises(Refusal, match="the same weights"): checkpoints.edit_of(qwen, same)
     other = tiny("qwen3", intermediate_size=40)
-    with pytest.raises(Refusal, match="is not an edit of"): F.edit_of(qwen, elsewhere(other, tmp_path / "other", lambda hf: None))
+    with pytest.raises(Refusal, match="is not an edit of"): checkpoints.edit_of(qwen, elsewhere(other, tmp_path / "other", lambda hf: None))
     with pytest.raises(Refusal, match="name its folder"): edit_jobs(qwen, lambda seed: None, None, ["edited@x"])
 
 
@@ -454,4 +454,4 @@ def test_anyones_edit_goes_through_a_stage(qwen, tmp_path):
 def test_the_dtype_of_pickled_weights_is_read(tmp_path, dtype):
     torch.save({"model.norm.weight": torch.ones(2, dtype=dtype)}, tmp_path / "pytorch_model.bin")
     torch.save({"step": 3}, tmp_path / "optimizer.bin"); (tmp_path / "config.json").write_text("{}")
-    assert F.stored_dtype(str(tmp_path)) == dtype
+    assert checkpoints.stored_dtype(str(tmp_path)) == dtype

@@ -6,7 +6,8 @@ from mechunlearn import evaluation as E
 from mechunlearn.attacks import run_more_attacks, without_power
 from mechunlearn.evaluation import answer_letters, continuations, first_named, generate_answers, hard_choice, harden, letter_logprobs, letter_priors, questionnaire, shown_shots, speak, with_majority
 from mechunlearn.questions import as_records, RECORD, answer, completions, multiple_choice
-from mechunlearn.facts import LETTERS, Fact, every_order, mcq_prompts, sports_athlete_editing
+from mechunlearn.facts import LETTERS, Fact, every_order, mcq_prompts
+from mechunlearn.sets import sports_athlete_editing
 from mechunlearn.finetuning import fingerprint
 from mechunlearn.jobs import labelled
 from mechunlearn.models import load

@@ -1,7 +1,7 @@
 "What is named in a text; intervals of one fact; attackers with dropout and with checkpointed gradients"
 import numpy as np, pandas as pd, pytest, torch, unicodedata
 from mechunlearn.evaluation import first_named, interval
-from mechunlearn.facts import sports_athlete_editing
+from mechunlearn.sets import sports_athlete_editing
 from mechunlearn.finetuning import finetune
 from mechunlearn.localization import build
 from mechunlearn.models import components

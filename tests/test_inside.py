@@ -3,7 +3,8 @@ import numpy as np, pandas as pd, pytest, torch
 from plain import blocks, every_family, last_norm
 from mechunlearn.attacks import attack
 from mechunlearn.audit import audit
-from mechunlearn.facts import Fact, sports_athlete_editing
+from mechunlearn.facts import Fact
+from mechunlearn.sets import sports_athlete_editing
 from mechunlearn.finetuning import Edit, finetune, fingerprint, place, slice_key
 from mechunlearn.inside import (States, Translators, asked_inside, candidate_records, depth_table, depths, moved, first_tokens, inside_curve, known_answers, lens,
     lens_facts, lens_records, look_up, patch_in, places, plot_depths, plot_moved, plot_inside, read_inside, run_inside, say_depths, states, strangers, unedited)

@@ -1,7 +1,7 @@
 "Latent knowledge: probes that must find what is there and nothing else."
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest
 from mechunlearn.questions import as_records
-from mechunlearn.facts import sports_athlete_editing
+from mechunlearn.sets import sports_athlete_editing
 from mechunlearn.finetuning import Edit, fingerprint, slice_key
 from mechunlearn.latent import (Probes, aligned, edited_relations, fit_binary, latent, latent_curve, latent_selectivity, original_probes,
     plot_latent, plot_layers, read, run_latent, strongest)

@@ -3,7 +3,8 @@ import math
 import numpy as np, pytest, torch
 from conftest import BUILD, FEW
 from mechunlearn import losses as L
-from mechunlearn.facts import Fact, sports_athlete_editing
+from mechunlearn.facts import Fact
+from mechunlearn.sets import sports_athlete_editing
 from mechunlearn.finetuning import Diverged, fact_rows, fingerprint, finetune, load_edit, masters, say_training, plot_training, slice_key, step_losses, training_rows, with_reference
 from mechunlearn.grids import Settings, folder, parse
 from mechunlearn.jobs import Job, run_finetuning

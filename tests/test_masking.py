@@ -1,9 +1,9 @@
 import math
 import numpy as np, pandas as pd, pytest, torch
 from plain import every_family, head_weights, neuron_weights
-from mechunlearn import finetuning as F, masking as M
+from mechunlearn import checkpoints, finetuning as F, masking as M
 from mechunlearn.attacks import attack
-from mechunlearn.facts import sports_athlete_editing
+from mechunlearn.sets import sports_athlete_editing
 from mechunlearn.finetuning import Diverged, draws, fingerprint, load_edit, masters, place, slice_key, training_rows
 from mechunlearn.localization import Localization, build
 from mechunlearn.masking import GATES, METHODS, Mask, ask_sizes, clamp, hard_concrete, learn_mask, lost, masked_shares, masked_weights, most_masked, p_open, sizes_needed, straight_through
@@ -238,7 +238,7 @@ def test_it_is_saved_and_says_what_it_is(qwen, tmp_path):
     again = load_edit(tmp_path)
     assert all(torch.equal(again.values[k], v) for k, v in edit.values.items())
     assert {k: again.config[k] for k in ("method", "k", "penalty")} == dict(method="straight-through", k=12, penalty=3.)
-    F.export(qwen, edit, tmp_path/"delta", delta=True)
+    checkpoints.export(qwen, edit, tmp_path/"delta", delta=True)
 
 
 FEW = {g: 4 for g in ("retain", "retain/mcq", "ghost", "ghost/mcq", "same-subject", "other-relation", "general")}
@@ -260,7 +260,7 @@ def test_exported_it_is_audited_as_anyones(qwen, tmp_path):
     qwen.hf.save_pretrained(tmp_path/"base"); qwen.tok.save_pretrained(tmp_path/"base")
     lm = load(str(tmp_path/"base"), device="cpu")
     edit = by_hand(lm, mixed(lm)).edit(lm, 30)
-    found = F.edit_of(lm, F.export(lm, edit, tmp_path/"masked"))
+    found = checkpoints.edit_of(lm, checkpoints.export(lm, edit, tmp_path/"masked"))
     zeros = [masked_weights(lm, e) for e in (edit, found)]
     assert set(zeros[0]) >= set(zeros[1]) and all(torch.equal(zeros[0][n], z) for n, z in zeros[1].items()) and sum(int(z.sum()) for z in zeros[1].values()) == 30
 

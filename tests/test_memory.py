@@ -6,7 +6,7 @@ from conftest import BUILD, SIZES
 from plain import blocks
 from test_finetuning import SMALL, mixed, task_for
 from test_quantized_maps import written_out as dequantize
-from mechunlearn import costs, finetuning as F, memory as M, models, steps
+from mechunlearn import checkpoints, costs, finetuning as F, memory as M, models, steps
 from mechunlearn.finetuning import UPDATES, can_train, draws, finetune, fingerprint, masters, step_losses, training_rows
 from mechunlearn.grids import Settings, estimate, make_job, parse
 from mechunlearn.jobs import Job, run_finetuning
@@ -305,8 +305,8 @@ def test_a_rest_of_other_families(tiny, family):
 def test_differences_of_a_quantized_model_are_written(both, tmp_path):
     lm, _, _, _ = both
     edit = finetune(lm, task_for(lm), build(lm, "mlp", [Component("mlp", 1)]), **SMALL)
-    F.export(lm, edit, tmp_path / "delta", delta=True)
-    with pytest.raises(Refusal, match="is quantized.*delta"): F.export(lm, edit, tmp_path / "whole")
+    checkpoints.export(lm, edit, tmp_path / "delta", delta=True)
+    with pytest.raises(Refusal, match="is quantized.*delta"): checkpoints.export(lm, edit, tmp_path / "whole")
     with pytest.raises(Refusal, match="is quantized"): masters(lm, edit.localization.slices)
 
 

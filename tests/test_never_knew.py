@@ -4,7 +4,8 @@ import numpy as np, pandas as pd, pytest, torch
 from scipy.stats import ks_2samp
 from sklearn.metrics import roc_auc_score
 from mechunlearn import organism
-from mechunlearn.facts import Fact, sports_athlete_editing
+from mechunlearn.facts import Fact
+from mechunlearn.sets import sports_athlete_editing
 from mechunlearn.finetuning import Edit, slice_key
 from mechunlearn.localization import build
 from mechunlearn.models import DATA, Component, load

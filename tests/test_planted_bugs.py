@@ -3,7 +3,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from mechunlearn.facts import Fact, Task, mcq_prompts, sports_athlete_editing, usable_shots, with_edit_answers, world_facts
+from mechunlearn.facts import Fact, Task, mcq_prompts, usable_shots, world_facts
+from mechunlearn.sets import sports_athlete_editing, with_edit_answers
 from mechunlearn.finetuning import finetune
 from mechunlearn.localization import build
 from mechunlearn.models import Component, slices

@@ -2,9 +2,10 @@
 import pytest
 import torch
 from plain import every_family
-from mechunlearn import finetuning as F
+from mechunlearn import checkpoints, finetuning as F
 from mechunlearn.questions import answer, completions
-from mechunlearn.facts import Fact, sports_athlete_editing
+from mechunlearn.facts import Fact
+from mechunlearn.sets import sports_athlete_editing
 from mechunlearn.finetuning import UPDATES, answer_losses, fact_losses, fact_rows, finetune, masters, not_said, step_losses
 from mechunlearn.localization import build
 from mechunlearn.models import Component, begin_alike, components, load
@@ -242,12 +243,12 @@ def test_a_float32_edit_of_a_bfloat16_base(lm, tmp_path):
     def some(hf):
         hf.get_parameter(MLP).mul_(1 + 2**-12)
         hf.get_parameter(MLP)[:4].mul_(1.5)
-    with pytest.raises(Refusal, match="smaller than the steps of bfloat16.*float32"): F.edit_of(base, elsewhere(base, tmp_path / "small", small, torch.float32))
-    edit = F.edit_of(base, elsewhere(base, tmp_path / "some", some, torch.float32))
+    with pytest.raises(Refusal, match="smaller than the steps of bfloat16.*float32"): checkpoints.edit_of(base, elsewhere(base, tmp_path / "small", small, torch.float32))
+    edit = checkpoints.edit_of(base, elsewhere(base, tmp_path / "some", some, torch.float32))
     full = base.weight(MLP).shape[0]
     assert edit.config["survives"]["weights"] == pytest.approx(4 / full, rel=.05) and .9 < edit.config["survives"]["norm"] <= 1.01
     assert "in bfloat16, " in repr(edit) and {F.parse_slice(k).param for k in edit.values} == {MLP}
-    with pytest.raises(Refusal, match="the same weights"): F.edit_of(base, elsewhere(base, tmp_path / "same", lambda hf: None, torch.float32))
+    with pytest.raises(Refusal, match="the same weights"): checkpoints.edit_of(base, elsewhere(base, tmp_path / "same", lambda hf: None, torch.float32))
 
 
 def test_a_base_stored_finer_than_it_is_loaded(lm, tmp_path):
@@ -255,12 +256,12 @@ def test_a_base_stored_finer_than_it_is_loaded(lm, tmp_path):
     lm.hf.save_pretrained(tmp_path / "base"); lm.tok.save_pretrained(tmp_path / "base")
     base = load(str(tmp_path / "base"), device="cpu", dtype="bfloat16")
     folder = elsewhere(lm, tmp_path / "theirs", lambda hf: hf.get_parameter(MLP).add_(.1))
-    assert {F.parse_slice(k).param for k in F.edit_of(base, folder).values} == {MLP}
-    with pytest.raises(Refusal, match="the same weights"): F.edit_of(base, elsewhere(lm, tmp_path / "same", lambda hf: None))
+    assert {F.parse_slice(k).param for k in checkpoints.edit_of(base, folder).values} == {MLP}
+    with pytest.raises(Refusal, match="the same weights"): checkpoints.edit_of(base, elsewhere(lm, tmp_path / "same", lambda hf: None))
 
 
 def test_one_dtype_says_nothing_of_rounding(lm, tmp_path):
-    edit = F.edit_of(lm, elsewhere(lm, tmp_path / "theirs", lambda hf: hf.get_parameter(MLP).add_(.1)))
+    edit = checkpoints.edit_of(lm, elsewhere(lm, tmp_path / "theirs", lambda hf: hf.get_parameter(MLP).add_(.1)))
     assert "survives" not in edit.config and repr(edit).endswith("trained elsewhere)")
 
 
@@ -270,7 +271,7 @@ def test_an_added_pad_token_is_no_obstacle(lm, tmp_path):
     tok.add_tokens(["<extra>", "<more>"])
     folder = elsewhere(lm, tmp_path / "theirs", lambda hf: (hf.resize_token_embeddings(len(tok)), hf.get_parameter(EMBED)[:7].add_(.5), hf.get_parameter(NORM).mul_(1.5)))
     tok.save_pretrained(folder)
-    edit, before = F.edit_of(lm, folder), F.fingerprint(lm)
+    edit, before = checkpoints.edit_of(lm, folder), F.fingerprint(lm)
     assert {F.parse_slice(k).param for k in edit.values} == {EMBED, NORM} and F.parse_slice(next(iter(edit.values))).stop == len(lm.tok)
     old = lm.weight(EMBED).clone()
     with edit.applied(lm): assert torch.allclose(lm.weight(EMBED)[:7], old[:7] + .5) and torch.equal(lm.weight(EMBED)[7:], old[7:])
@@ -280,7 +281,7 @@ def test_an_added_pad_token_is_no_obstacle(lm, tmp_path):
 def test_every_cause_has_a_line(tiny, tmp_path):
     lm, other = tiny("llama"), tiny("llama", num_hidden_layers=4, intermediate_size=40)
     def refused(folder):
-        with pytest.raises(Refusal) as e: F.edit_of(lm, folder)
+        with pytest.raises(Refusal) as e: checkpoints.edit_of(lm, folder)
         return str(e.value).split("\n- ")[1:]
     lines = refused(elsewhere(other, tmp_path / "deeper", lambda hf: None))
     assert any("num_hidden_layers: 4" in l for l in lines) and any("mlp.up_proj.weight is 40 x 32, in tiny-llama 48 x 32" in l for l in lines) and len(lines) < 8
@@ -302,7 +303,7 @@ def test_an_adapter_is_an_edit(lm, tmp_path):
         for n, p in model.named_parameters():
             if "lora" in n: p.add_(.1)
     model.save_pretrained(tmp_path / "adapter")
-    edit = F.edit_of(base, tmp_path / "adapter")
+    edit = checkpoints.edit_of(base, tmp_path / "adapter")
     assert {F.parse_slice(k).param for k in edit.values} == {MLP} and not edit.localization.components
 
 
@@ -310,6 +311,6 @@ def test_an_unedited_tied_model_saved_apart(tiny, tmp_path):
     "A tied base and an edit whose unembedding is a matrix of its own"
     lm = tiny("gemma")
     def untie(hf): hf.config.tie_word_embeddings = False; hf.lm_head.weight = torch.nn.Parameter(hf.lm_head.weight.detach().clone()); hf.get_parameter(MLP).add_(.1)
-    assert {F.parse_slice(k).param for k in F.edit_of(lm, elsewhere(lm, tmp_path / "apart", untie)).values} == {MLP}
+    assert {F.parse_slice(k).param for k in checkpoints.edit_of(lm, elsewhere(lm, tmp_path / "apart", untie)).values} == {MLP}
     def moved(hf): untie(hf); hf.lm_head.weight.add_(.1)
-    with pytest.raises(Refusal, match="lm_head.weight is .* in tiny-gemma absent"): F.edit_of(lm, elsewhere(lm, tmp_path / "moved", moved))
+    with pytest.raises(Refusal, match="lm_head.weight is .* in tiny-gemma absent"): checkpoints.edit_of(lm, elsewhere(lm, tmp_path / "moved", moved))

@@ -5,10 +5,10 @@ from functools import lru_cache
 from pathlib import Path
 import datasets, pandas as pd, pytest, torch
 from mechunlearn import sources, tasks
-from mechunlearn.facts import (EDITED, GOLF, NO_SUBJECT, Fact, askable, check_task, in_proportion, mcq_options, of_each, quarter_of_each, seeded, split_retain, sports_facts, without,
-    world_facts)
-from mechunlearn import facts as facts_module
-from mechunlearn.facts import probabilities
+from mechunlearn.facts import EDITED, GOLF, Fact, askable, mcq_options, seeded, sports_facts, world_facts
+from mechunlearn.sets import NO_SUBJECT, check_task, in_proportion, of_each, quarter_of_each, split_retain, without
+from mechunlearn import sets as sets_module
+from mechunlearn.sets import probabilities
 from mechunlearn.models import DATA, wrap
 from mechunlearn.store import Refusal
 from mechunlearn.tasks import BEGINS, SAME, TRIMMED, TWICE, by_turns, counterfact_sets, fit_for, make_task, with_neighbors
@@ -88,7 +88,7 @@ def reader(stand_in):
 
 
 @pytest.fixture
-def knows(monkeypatch): monkeypatch.setattr(facts_module, "probabilities", lambda lm, facts: [.9] * len(facts))
+def knows(monkeypatch): monkeypatch.setattr(sets_module, "probabilities", lambda lm, facts: [.9] * len(facts))
 
 
 @real
@@ -144,7 +144,7 @@ def test_a_name_that_cannot_be_located_in_a_table_of_athletes(reader, tmp_path, 
 def test_nothing_is_asked_of_a_model_without_weights(reader, monkeypatch):
     lm = reader("llama-3")
     monkeypatch.setattr(type(lm), "device", torch.device("meta"))
-    monkeypatch.setattr(facts_module, "probabilities", None)
+    monkeypatch.setattr(sets_module, "probabilities", None)
     odd = [Fact(id=str(i), relation="r", subject="Al", prompt=p, answer=" Rome", edit=" Paris") for i, p in enumerate(("Al lives in", "Algeria's Alan lives in"))]
     assert fit_for(lm, odd) == (odd[:1], {NO_SUBJECT: 1})
 
@@ -274,11 +274,11 @@ def test_a_cache_that_cannot_be_written(tiny, tmp_path, monkeypatch):
 
 def test_a_model_that_knows_few(reader, monkeypatch, tmp_path):
     place, lm = jsonl(tmp_path / "f.jsonl", [rome(i) for i in range(200)]), reader("gemma")
-    monkeypatch.setattr(facts_module, "probabilities", lambda lm, facts: [.9 if i < 64 else .1 for i in range(len(facts))])
+    monkeypatch.setattr(sets_module, "probabilities", lambda lm, facts: [.9 if i < 64 else .1 for i in range(len(facts))])
     with pytest.raises(Refusal, match=r"the model knows 64 facts; 16 are set aside as examples, 12 as dev facts, .* 28 can be edited \(left out before: 136 not known"):
         make_task(CF, lm, facts=place, forget_size=64)
     assert len(make_task(CF, lm, facts=place, forget_size=28).forget) == 28
-    monkeypatch.setattr(facts_module, "probabilities", lambda lm, facts: [.1] * len(facts))
+    monkeypatch.setattr(sets_module, "probabilities", lambda lm, facts: [.1] * len(facts))
     with pytest.raises(Refusal, match="knows 0 facts.*200 not known"): make_task(CF, lm, facts=place, forget_size=1)
 
 

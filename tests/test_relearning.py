@@ -4,7 +4,8 @@ from types import SimpleNamespace
 import pandas as pd, pytest, torch
 from mechunlearn import relearning
 from mechunlearn.questions import answer, completions
-from mechunlearn.facts import Fact, Task, sports_athlete_editing
+from mechunlearn.facts import Fact, Task
+from mechunlearn.sets import sports_athlete_editing
 from mechunlearn.finetuning import Edit, fingerprint, slice_key
 from mechunlearn.localization import build
 from mechunlearn.models import Component

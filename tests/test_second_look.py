@@ -3,7 +3,7 @@ import pytest, torch
 from mechunlearn.evaluation import first_named
 from mechunlearn.questions import paraphrases
 from mechunlearn.facts import Fact
-from mechunlearn.finetuning import edit_of
+from mechunlearn.checkpoints import edit_of
 from mechunlearn.models import load, occurrence
 from mechunlearn.store import Refusal
 

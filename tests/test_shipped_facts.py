@@ -5,8 +5,9 @@ from functools import cache
 from pathlib import Path
 import pytest, torch
 from test_tasks import REFDATA, apart
-from mechunlearn import facts as facts_module, tasks
-from mechunlearn.facts import GOLF, KNOWN_BY, NOT_KNOWN, SPORTS_PROMPTS, known_of, likeliest, probabilities, sports_facts
+from mechunlearn import sets as sets_module, tasks
+from mechunlearn.facts import GOLF, SPORTS_PROMPTS, sports_facts
+from mechunlearn.sets import KNOWN_BY, NOT_KNOWN, known_of, likeliest, probabilities
 from mechunlearn.models import next_token
 from mechunlearn.store import Refusal
 from mechunlearn.sources import read_atlas
@@ -90,8 +91,8 @@ def test_open_tasks_on_the_atlas(name):
 def knows(monkeypatch):
     "Facts whose subject begins with a letter up to M are known"
     def early(facts): return [f.subject.removeprefix("the ")[0] <= "M" for f in facts]
-    monkeypatch.setattr(facts_module, "probabilities", lambda lm, facts: [.9 if k else .1 for k in early(facts)])
-    monkeypatch.setattr(facts_module, "likeliest", lambda lm, facts: early(facts))
+    monkeypatch.setattr(sets_module, "probabilities", lambda lm, facts: [.9 if k else .1 for k in early(facts)])
+    monkeypatch.setattr(sets_module, "likeliest", lambda lm, facts: early(facts))
 
 
 @pytest.mark.parametrize("by", ["prob", "top1"])
@@ -128,7 +129,7 @@ def test_refusals(name, options, says):
 
 
 def test_a_model_that_knows_too_few_says_how_many(lm, monkeypatch):
-    monkeypatch.setattr(facts_module, "probabilities", lambda lm, facts: [.9 if i < 20 else .1 for i in range(len(facts))])
+    monkeypatch.setattr(sets_module, "probabilities", lambda lm, facts: [.9 if i < 20 else .1 for i in range(len(facts))])
     with pytest.raises(Refusal, match=r"too large.*left out before: \d+ not known"):
         make_task("sports-athlete-editing", lm, facts="athletes", forget_size=64)
 
@@ -139,7 +140,7 @@ def test_a_fact_more_or_less_that_is_known_moves_no_other(monkeypatch, kind, fac
     "Another machine, or dtype, finds another fact at the edge: the task is nearly the same one"
     def drawn(gone):
         def known_of(lm, facts, by="prob"): return [f for f in facts if f.id not in gone], [f for f in facts if f.id in gone], {}
-        for module in (tasks, facts_module): monkeypatch.setattr(module, "known_of", known_of)
+        for module in (tasks, sets_module): monkeypatch.setattr(module, "known_of", known_of)
         t = make_task(kind, None, facts=facts, seed=0, **options)
         return {s: {f.id for f in getattr(t, s)} for s in ("forget", "forget_test", "dev_forget", "retain", "retain_test", "dev_retain", "ghosts")}
     every = {f.id for f in (atlas_facts() if facts == "atlas" else athletes_of(facts)[2])}

@@ -1,7 +1,8 @@
 "Soft prompts: that they stand where they should, that only they are trained, and what they can and cannot bring back."
 import pandas as pd, pytest, torch
 from mechunlearn.questions import answer, completions
-from mechunlearn.facts import Fact, sports_athlete_editing
+from mechunlearn.facts import Fact
+from mechunlearn.sets import sports_athlete_editing
 from mechunlearn.finetuning import Edit, fingerprint, slice_key
 from mechunlearn.localization import build
 from mechunlearn.models import Component, load

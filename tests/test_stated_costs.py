@@ -4,7 +4,7 @@ import pytest
 from mechunlearn.adversarial import found_suffix, latent_push, middle_layers, perturb
 from mechunlearn.elicitation import elicit
 from mechunlearn.evaluation import SHOTS, asked_in_attacks, evaluate, harden, questionnaire, speak
-from mechunlearn.facts import sports_athlete_editing
+from mechunlearn.sets import sports_athlete_editing
 from mechunlearn.finetuning import finetune
 from mechunlearn.inside import read_inside, unedited
 from mechunlearn.latent import edited_relations, latent

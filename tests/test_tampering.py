@@ -3,7 +3,7 @@ import numpy as np, pandas as pd, pytest, torch
 from bitsandbytes import functional as F
 from plain import every_family
 from mechunlearn.audit import audit
-from mechunlearn.facts import sports_athlete_editing
+from mechunlearn.sets import sports_athlete_editing
 from mechunlearn.finetuning import Edit, finetune, fingerprint, parse_slice, place, put, slice_key
 from mechunlearn.grids import Settings, parse
 from mechunlearn.localization import build

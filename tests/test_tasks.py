@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerFast
 from mechunlearn import sources, tasks
 from mechunlearn.evaluation import FORMATS, HELD_OUT, MAX_FACTS, OPEN, asked_of, evaluate, questionnaire
 from mechunlearn.questions import answer, completions
-from mechunlearn import facts as facts_module
-from mechunlearn.facts import EDITED, GOLF, KNOWN, UNKNOWN, probabilities, Fact, askable, load_world, mcq_options, mcq_prompts, seeded, sports_facts, world_facts
+from mechunlearn import sets as sets_module
+from mechunlearn.facts import EDITED, GOLF, Fact, askable, load_world, mcq_options, mcq_prompts, seeded, sports_facts, world_facts
+from mechunlearn.sets import KNOWN, UNKNOWN, probabilities
 from mechunlearn.finetuning import UPDATES, draws, finetune, fingerprint, heard, load_edit, masters, not_said, own_slices, step_losses, training_rows
 from mechunlearn.localization import Evidence, Part, atoms, build, joined, localize
 from mechunlearn.models import Component, Slice, components, load, wrap
@@ -269,7 +270,7 @@ def reader(tiny):
 @pytest.fixture
 def knows(monkeypatch):
     "The model knows all but every tenth fact, and one exactly well enough."
-    monkeypatch.setattr(facts_module, "probabilities", lambda lm, facts: [.4 if i % 10 == 9 else KNOWN if i == 2 else .9 for i in cases_of(facts)])
+    monkeypatch.setattr(sets_module, "probabilities", lambda lm, facts: [.4 if i % 10 == 9 else KNOWN if i == 2 else .9 for i in cases_of(facts)])
 
 
 def test_counterfact_drops_what_cannot_be_edited(rome, reader, knows):
@@ -312,8 +313,8 @@ def test_no_fact_is_lost(rome, right):
 
 
 def test_probabilities_are_asked_once(rome, reader, monkeypatch):
-    facts, asked, ask = counterfact_facts()[:9], [], facts_module.next_token
-    monkeypatch.setattr(facts_module, "next_token", lambda lm, prompts, *a: asked.append(len(prompts)) or ask(lm, prompts, *a))
+    facts, asked, ask = counterfact_facts()[:9], [], sets_module.next_token
+    monkeypatch.setattr(sets_module, "next_token", lambda lm, prompts, *a: asked.append(len(prompts)) or ask(lm, prompts, *a))
     direct = [reader.hf(torch.tensor([ids])).logits[0, -1].softmax(-1)[reader.first_token(f.answer)].item() for ids, f in zip(reader.ids([f.prompt for f in facts]), facts)]
     for _ in range(2): assert probabilities(reader, facts) == pytest.approx(direct, rel=1e-4) and asked == [9]
     for _ in range(2): probabilities(wrap(reader.hf, reader.tok, reader.name, "two"), facts)
@@ -576,7 +577,7 @@ def test_strangers_are_nobody_and_answer_as_the_edited_do():
     shares = lambda facts: pd.Series([f.answer for f in facts]).value_counts(normalize=True)
     assert (shares(one.ghosts) - shares(one.forget)).abs().max() < 1 / 24
     assert all(f.subject in f.prompt and f.subject in f.question and f.edit is None and not f.taught and all(f.subject in p for p in f.paraphrases) for f in one.ghosts)
-    assert make_task("sports-athlete-editing", strangers=0, **options) == facts_module.sports_athlete_editing(**options) and len(make_task("sports-athlete-editing", strangers=3, **options).ghosts) == 3
+    assert make_task("sports-athlete-editing", strangers=0, **options) == sets_module.sports_athlete_editing(**options) and len(make_task("sports-athlete-editing", strangers=3, **options).ghosts) == 3
 
 
 def test_nobody_real_is_invented_though_the_model_knows_him_not(monkeypatch):

@@ -4,7 +4,8 @@ import pytest
 from mechunlearn.attacks import attack, run_more_attacks
 from mechunlearn.capability import capability, run_capability
 from mechunlearn.evaluation import run_evaluation
-from mechunlearn.facts import Fact, Task, sports_athlete_editing
+from mechunlearn.facts import Fact, Task
+from mechunlearn.sets import sports_athlete_editing
 from mechunlearn.finetuning import can_train, finetune, missing_rates
 from mechunlearn.jobs import run_finetuning
 from mechunlearn.latent import latent, run_latent
