@@ -95,8 +95,8 @@ KINDS = {"Broken": "delete the file, or run again with --recompute", "Unavailabl
     "EmptyFLU": "give a budget, or use flu-probe, late, all-mlps or nonlocalized", "NoExtraction": "use localizations that need no paths: flu-probe, late, all-mlps, nonlocalized",
     "Unlocatable": "write the subject into the prompt as it is, once", "Absent": "install the package that the message names"}
 
-ROOMS = {"read what you have with `mechunlearn check --model M`: a whole download, another revision, or --family": "models families loading organism memory",
-    "correct the row, the file or the option that the message names ([your own facts](66_your_own_facts.ipynb))": "facts phrasings sources tasks questions known",
+ROOMS = {"read what you have with `mechunlearn check --model M`: a whole download, another revision, or --family": "models families loading checkpoints organism memory",
+    "correct the row, the file or the option that the message names ([your own facts](66_your_own_facts.ipynb))": "facts sets phrasings sources tasks questions known",
     "other facts or more of them, or other localizations": "probing tracing patching localization latent",
     "correct the option or the key that the message names ([the grid file](65_grid_file.ipynb), `mechunlearn COMMAND --help`)": "cli options grids jobs runs progress costs store rates",
     "correct the option of the cluster that the message names ([On a cluster](62_on_a_cluster.ipynb)); `sinfo` says what the cluster has": "engines cluster",
