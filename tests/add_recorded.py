@@ -6,6 +6,8 @@
     python tests/add_recorded.py --sweep [--replace] sweep.parquet...     of `mechunlearn sweep`
     python tests/add_recorded.py --over [--field] RUN_FOLDER...      the same, in place of those rows alone that the runs have anew: a place, evaluation and setting; a place and attack
     python tests/add_recorded.py --editors [--replace] RUN_FOLDER...      of a grid of editors, into the tables of their own; or --losses, or --field, of the field's attacks
+    python tests/add_recorded.py --elsewhere [--replace] RUN_FOLDER...    the same command on another machine: scorecard, facts one by one and places, beside the others and not mixed with them
+    python tests/add_recorded.py --never-knew [--replace] RUN_FOLDER...   what was asked of each fact to compare edits with a model that never knew
 
 Of each run the maps, localizations and evaluations are added that the tables lack for its model, task and number of facts; what is there stays,
 unless it is replaced: runs of other draws are not mixed. Nor are scorecards of other attacks, since a worst case is of what was tried;
@@ -14,17 +16,21 @@ Refused if the tables were recorded with other sources: then `make record`, or t
 forgets what was added here, unless configs/ has it too.
 """
 import argparse
+import json
 import sys
 from pathlib import Path
 
 import pandas as pd
 
-from mechunlearn import recorded_tables as R, scorecard
+from mechunlearn import jobs, never_knew, recorded_tables as R, scorecard
+from mechunlearn.store import load_table
 
 RECORDED = Path(__file__).resolve().parents[1] / "nbs" / "recorded"
 KEYS = {"metrics": ["localization", "evaluation"], "records_small": ["localization", "evaluation"], "scorecard": ["localization"], "localizations": ["localization"],
         "training": ["localization"], "probing": [], "removal": [], "traced": ["method"], "trace_grid": [], "paths": []}
 APART = {grid: {"metrics": grid, "scorecard": f"{grid}_scorecard"} for grid in ("editors", "losses", "field")} # where rows of such a grid go
+APART["elsewhere"] = {"scorecard": "elsewhere", "records_small": "elsewhere_facts", "localizations": "elsewhere_places"}
+ASKED = ["fact", "group", "format", "setting", "top1_truth", "loss", *never_knew.STATISTICS]  # that `never_knew.compared` reads
 SWEPT = ["localization", "draw", "seed", "lr", "inject"]
 
 
@@ -56,16 +62,35 @@ def add(name, new, keys, folder, replace=False, keep=(), over=False):
     return len(more)
 
 
+def asked(run):
+    "What every model of a run said of each fact, and in which words"
+    files = sorted(run.glob("*/seed*/never_knew.parquet"))
+    if not files: sys.exit(f"{run} has no never_knew.parquet of any edit: run it with attacks: field")
+    return pd.concat([jobs.labelled(load_table(f)[ASKED], f.parts[-3], int(f.parts[-2][4:])) for f in files], ignore_index=True)
+
+
+def hashed(name, folder):
+    "A table that is new remembers what it was made with"
+    file = folder / "sources.json"
+    known = json.loads(file.read_text()) if file.exists() else {}
+    if name not in known: file.write_text(json.dumps(known | {name: R.source_hashes(name)}, indent=1, sort_keys=True) + "\n")
+
+
 def main(words=None, folder=RECORDED):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--sweep", action="store_true")
     for grid in APART: parser.add_argument(f"--{grid}", dest="apart", action="store_const", const=grid)
+    parser.add_argument("--never-knew", action="store_true")
     parser.add_argument("--replace", action="store_true")
     parser.add_argument("--keep", action="append", default=[])
     parser.add_argument("--over", action="store_true")
     args = parser.parse_args(words)
     if args.sweep: return print("sweep:", sum(add("sweep", pd.read_parquet(f), SWEPT, folder, args.replace) for f in args.runs), "rows added")
+    if args.never_knew:
+        if "never_knew" in R.check_recorded(folder) and (folder / "never_knew.parquet").exists(): sys.exit("recorded with other sources: never_knew")
+        for run in args.runs: print(f"{run}: {add('never_knew', asked(run).assign(**dict(zip(R.WHICH, R._which(run)))), ['localization', 'seed'], folder, args.replace)} rows added")
+        return hashed("never_knew", folder)
     into = APART.get(args.apart) or {name: name for name in KEYS}
     if stale := set(R.check_recorded(folder)) & set(into.values()): sys.exit(f"recorded with other sources: {', '.join(sorted(stale))}")
     for run in args.runs:
@@ -73,6 +98,7 @@ def main(words=None, folder=RECORDED):
         for name, file in into.items():
             new = tables[name]
             if len(new): print(f"{run}: {file}: {add(file, new.assign(**which), KEYS[name], folder, args.replace, args.keep, args.over)} rows added")
+    for file in into.values() if args.apart else (): hashed(file, folder)
 
 
 if __name__ == "__main__": main()

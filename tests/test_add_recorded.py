@@ -1,9 +1,12 @@
 """Adding runs to the recorded tables keeps what is there, and adds only what is lacking."""
+import json
+
 import pandas as pd
 import pytest
 
 import add_recorded as A
 from mechunlearn.recorded_tables import recorded
+from mechunlearn.store import save_table
 from synthetic import synthetic_run
 
 
@@ -112,3 +115,22 @@ def test_the_fields_attacks_have_tables_that_are_made_when_they_are_not_there(tm
     first = pd.read_parquet(tmp_path / "field_scorecard.parquet")
     A.main(["--field", str(run)], tmp_path) # nothing twice
     assert sorted(p.stem for p in tmp_path.glob("*.parquet")) == ["field", "field_scorecard"] and len(first) == len(pd.read_parquet(tmp_path / "field_scorecard.parquet"))
+
+
+def test_what_edits_are_compared_with_is_kept_fact_by_fact(tmp_path, capsys):
+    run = synthetic_run(tmp_path / "runs", ("flu",), seeds=(0,), n=16, stages=("localizations", "standard"), model="invented")
+    with pytest.raises(SystemExit, match="has no never_knew.parquet"): A.main(["--never-knew", str(run)], tmp_path)
+    said = lambda setting, groups: pd.DataFrame([dict(fact=f"{g}/{i}", group=g, format=f, setting=setting, top1_truth=g == "retain", variant=0, prob_truth=.5, loss=1. + i) | {s: i * .1 for s in A.never_knew.STATISTICS}
+                                                 for g in groups for i in range(8) for f in ("completion", "paraphrase")])
+    both = pd.concat([said("edited", ("forget", "ghost", "retain")), said("original", ("forget", "ghost", "retain"))])
+    for place in ("flu", "random-mlps#1"): save_table(run / place / "seed0" / "never_knew.parquet", both, {"invented": True})
+    A.main(["--never-knew", str(run)], tmp_path)
+    A.main(["--never-knew", str(run)], tmp_path) # nothing twice
+    assert [line.rsplit(": ")[-1] for line in capsys.readouterr().out.splitlines()] == ["192 rows added", "0 rows added"]
+    table = recorded("never_knew", tmp_path, forget_size=16)
+    assert table.groupby(["localization", "draw", "seed"]).size().to_dict() == {("flu", 0, 0): 96, ("random-mlps", 1, 0): 96}
+    now = A.never_knew.compared(both.assign(localization="flu", draw=0, seed=0))
+    pd.testing.assert_frame_equal(A.never_knew.compared(table[table.localization == "flu"].drop(columns=A.R.WHICH)), now)
+    assert json.loads((tmp_path / "sources.json").read_text())["never_knew"] == A.R.source_hashes("never_knew")
+    (tmp_path / "sources.json").write_text('{"never_knew": {}}')
+    with pytest.raises(SystemExit, match="other sources: never_knew"): A.main(["--never-knew", str(run)], tmp_path)
