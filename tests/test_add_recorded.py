@@ -134,3 +134,14 @@ def test_what_edits_are_compared_with_is_kept_fact_by_fact(tmp_path, capsys):
     assert json.loads((tmp_path / "sources.json").read_text())["never_knew"] == A.R.source_hashes("never_knew")
     (tmp_path / "sources.json").write_text('{"never_knew": {}}')
     with pytest.raises(SystemExit, match="other sources: never_knew"): A.main(["--never-knew", str(run)], tmp_path)
+
+
+def test_the_same_command_elsewhere_has_tables_of_its_own(tmp_path):
+    run = synthetic_run(tmp_path / "runs", ("flu", "late"), seeds=(0,), n=16, stages=("localizations", "standard", "relearning"), model="invented")
+    A.main(["--elsewhere", str(run)], tmp_path)
+    names = ["elsewhere", "elsewhere_facts", "elsewhere_places"]
+    assert sorted(p.stem for p in tmp_path.glob("*.parquet")) == names == sorted(json.loads((tmp_path / "sources.json").read_text()))
+    first = {n: pd.read_parquet(tmp_path / f"{n}.parquet") for n in names}
+    assert all({"flu", "late"} <= set(t.localization) for t in first.values()) and A.R.check_recorded(tmp_path) == list(A.R.RECORDED)
+    A.main(["--elsewhere", str(run)], tmp_path) # nothing twice
+    assert all(len(pd.read_parquet(tmp_path / f"{n}.parquet")) == len(t) for n, t in first.items())
