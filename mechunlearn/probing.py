@@ -19,7 +19,7 @@ from tqdm import tqdm
 from . import models, stats, store
 from .facts import Task
 from .figures import FIGURE_STYLE, figure, margin_labels, say
-from .models import LM
+from .models import LM, in_float32
 from .store import Run, Unavailable
 
 # %% ../nbs/10_probing.ipynb #100006
@@ -73,10 +73,10 @@ def probe_hits(
     batch_size:int=64, # prompts at a time
     progress:bool=True, # show a bar on a terminal
 ) -> list[np.ndarray]: # of each relation [test facts, layers + 1, 2, 1 + n_control]: right or wrong
-    "What probes get right at every layer. Unavailable if no relation has two frequent answers and a test fact"
+    "What probes get right at every layer, computed in float32. Unavailable if no relation has two frequent answers and a test fact"
     rng, out = np.random.default_rng(seed), []
     for train, test in _split(task, min_count):
-        x, xt = features(lm, train, batch_size), features(lm, test, batch_size)
+        with in_float32(lm): x, xt = features(lm, train, batch_size), features(lm, test, batch_size)
         y, yt = (np.array([f.answer for f in fs]) for fs in (train, test))
         layers = tqdm(range(x.shape[1]), "probes", disable=None if progress else True, leave=False)
         hits = [[_hits(x[:, l, p], y, xt[:, l, p], yt, C, n_control, rng) for p in range(2)] for l in layers]
@@ -217,6 +217,14 @@ def plot_probe(
 # %% ../nbs/10_probing.ipynb #f794a571
 def _place(layer): return "from the embeddings" if layer < 0 else f"after layer {layer}"
 
+def _close_calls(curve):
+    "Layers that come and go when the test facts are drawn anew, in words"
+    if "in_flu" not in curve: return ""
+    share = curve.drop_duplicates("layer").set_index("layer").in_flu.sort_index()
+    close = [f"{l} in {s:.2f}" for l, s in share.items() if .05 < s < .95]
+    if not close: return " Other test facts would give the same layers."
+    return f" With other test facts layers come and go: layer {', '.join(close)} of resamples."
+
 def say_probe(
     curve:pd.DataFrame, # see `plot_probe`
     flu=(), # FLU layers
@@ -233,7 +241,7 @@ def say_probe(
         text += "Most of it is read from the embeddings, before any layer: these curves say little about where the answer is looked up. "
     if onset is not None: text += f"The answer begins to arrive at the last token in layer {onset}. "
     span = f"{min(flu)}–{max(flu)}" if len(flu) > 1 else f"{min(flu)}" if len(flu) else ""
-    return text + (f"FLU trains the MLPs of layers {span}." if span else "No layer rises enough for FLU.")
+    return text + (f"FLU trains the MLPs of layers {span}." if span else "No layer rises enough for FLU.") + _close_calls(curve)
 
 # %% ../nbs/10_probing.ipynb #100028
 def run_probing(
@@ -245,13 +253,16 @@ def run_probing(
     batch_size:int=64, # prompts at a time
     recompute:bool=False, # make it again even if done
     progress:bool=True, # show a bar on a terminal
+    flu_rule:str|None=None, # whose sets are counted, one of `FLU_RULES`; none: the first
     **other, # options of other stages
-) -> pd.DataFrame: # as `probe_curve`
+) -> pd.DataFrame: # as `probe_curve`, and in_flu: in how many resamples the layer is in FLU, a share
     "Probing as a stage; writes scores/probing.parquet"
-    task = task_for_seed(seeds[0])
+    task, rule = task_for_seed(seeds[0]), flu_rule or FLU_RULES[0]
     splits = task.causes("forget", "retain", "retain_test", "dev_forget", "dev_retain")
-    causes = {"model": lm.name, "revision": lm.revision, "task": splits, "method": "probing"}
-    make = lambda: probe_curve(lm, task, batch_size=batch_size, progress=progress)
+    causes = {"model": lm.name, "revision": lm.exact_revision, "task": splits, "method": "probing", "flu_rule": rule}
+    def make():
+        hits = probe_hits(lm, task, batch_size=batch_size, progress=progress)
+        return curve_of(hits).join(flu_frequency(hits, rule=rule).rename("in_flu"), on="layer")
     return store.make(run and run.path("scores", "probing.parquet"), causes, make, recompute)
 
 # %% ../nbs/10_probing.ipynb #1000282

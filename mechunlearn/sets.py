@@ -19,7 +19,7 @@ from pathlib import Path
 from . import sources, store
 from .facts import (EDITED, GOLF, LETTERS, SPLITS, SPORTS_PROMPTS, Fact, Task, askable, load_world, mcq_prompts, seeded, sport_fact, sports_facts,
                                world_facts)
-from .models import LM, next_token
+from .models import LM, in_float32, next_token
 from .store import Refusal, choose
 
 # %% ../nbs/01_sets.ipynb #010058
@@ -195,7 +195,7 @@ NOT_KNOWN = {"prob": UNKNOWN, "top1": "not known (another answer is likelier)"}
 def _kept(lm, asked, measure, ask):
     "What was found out about facts, from the cache folder if it is there"
     facts_hash = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
-    causes = {"model": lm.name, "revision": lm.revision, "facts": facts_hash, "measure": measure}
+    causes = {"model": lm.name, "revision": lm.exact_revision, "facts": facts_hash, "measure": measure}
     if not lm.revision: return ask()
     path = store.cache_folder()/"known"/f"{store.cause_hash(causes)}.json"
     try:
@@ -212,10 +212,10 @@ def probabilities(
     facts, # facts
     batch_size:int=64, # prompts a forward
 ) -> list[float]: # of each fact's answer, by its first token over the whole vocabulary
-    "How sure a model is of facts; kept in the cache folder. One forward a fact"
+    "How sure a model is of facts, in float32; kept in the cache folder. One forward a fact"
     asked = [(f.prompt, f.answer) for f in facts]
     def ask():
-        logp, _ = next_token(lm, [p for p, _ in asked], [[lm.first_token(a)] for _, a in asked], batch_size)
+        with in_float32(lm): logp, _ = next_token(lm, [p for p, _ in asked], [[lm.first_token(a)] for _, a in asked], batch_size)
         return logp[:, 0].exp().tolist()
     return _kept(lm, asked, "first token", ask)
 
@@ -225,13 +225,13 @@ def likeliest(
     facts, # facts; one without candidates is asked among the answers of its relation
     batch_size:int=64, # prompts a forward
 ) -> list[bool]: # of each fact, whether no other answer has a likelier first token
-    "Whether a model prefers the answer to the others; kept in the cache folder. One forward a fact"
+    "Whether a model prefers the answer to the others, in float32; kept in the cache folder. One forward a fact"
     of = {}
     for f in facts: of.setdefault(f.relation, {}).update(dict.fromkeys(a for a in (f.answer, f.edit) if a))
     asked = [(f.prompt, [f.answer, *sorted({*(f.candidates or of[f.relation])} - {f.answer})]) for f in facts]
     def ask():
         first = lru_cache(None)(lm.first_token)
-        logp, _ = next_token(lm, [p for p, _ in asked], [list(map(first, words)) for _, words in asked], batch_size)
+        with in_float32(lm): logp, _ = next_token(lm, [p for p, _ in asked], [list(map(first, words)) for _, words in asked], batch_size)
         return (logp[:, 0] >= logp.nan_to_num(-torch.inf).amax(1)).tolist()
     return _kept(lm, asked, "among candidates", ask)
 

@@ -1,4 +1,4 @@
-import hashlib, json, random
+import copy, hashlib, json, random
 import pytest, torch
 from plain import blocks, embeddings, every_family, every_shape, head_weights, last_norm, name_of, neuron_weights, parts, projections
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -582,3 +582,42 @@ def test_a_short_prompt_padded_beyond_the_window_is_read_as_alone(tiny):
     ([[1, 2], [3, 2]], [([0], []), ([1], [])]), ([[1, 2, 3, 4, 5], [1, 9]], [([0], []), ([1], [])]),
     ([[1, 2, 3, 4, 9], [1, 2, 3, 7], [1, 2, 3, 4, 8]], [([2, 0, 1], [1, 2, 3])])])
 def test_groups_save_tokens(ids, groups): assert M.begin_alike(ids) == groups
+
+
+# ---- float32
+
+def test_in_float32_nothing_is_rounded_and_nothing_stays(lm):
+    exact, rounded = copy.deepcopy(lm.hf), wrap(copy.deepcopy(lm.hf), lm.tok, "rounded", "one")
+    for p, q in zip(exact.parameters(), rounded.hf.parameters()): q.data = p.data.bfloat16(); p.data = q.data.float()
+    batch, before = lm.encode(PROMPTS[:1]), {n: (p.data_ptr(), p.data.clone()) for n, p in rounded.hf.named_parameters()}
+    read = lambda hf: hf(**batch).logits.detach()
+    with M.in_float32(rounded):
+        assert rounded.hf.dtype == torch.float32 and not rounded.widens and torch.allclose(read(rounded.hf), read(exact), atol=1e-5)
+    with pytest.raises(KeyError), M.in_float32(rounded): raise KeyError
+    assert rounded.widens and all(p.dtype == torch.bfloat16 and p.data_ptr() == before[n][0] and torch.equal(p, before[n][1]) for n, p in rounded.hf.named_parameters())
+    assert not torch.allclose(read(rounded.hf).float(), read(exact), atol=1e-5)
+    assert rounded.exact_revision != rounded.revision and wrap(rounded.hf, lm.tok).exact_revision == ""
+
+def test_float32_and_large_models_stay_as_they_are_in_float32(tiny, monkeypatch):
+    for lm, most in ((tiny(), M.WIDE_BELOW), (wrap(tiny().hf.bfloat16(), tiny().tok, "big", "one"), 1)):
+        monkeypatch.setattr(M, "WIDE_BELOW", most)
+        kept = {n: p.data_ptr() for n, p in lm.hf.named_parameters()}
+        with M.in_float32(lm): assert kept == {n: p.data_ptr() for n, p in lm.hf.named_parameters()}
+        assert lm.exact_revision == lm.revision
+
+@pytest.mark.parametrize("family", ["gemma3", "llama"])
+def test_every_processor_decides_alike(tiny, tmp_path, monkeypatch, family):
+    lm = tiny(family)
+    for save in (lm.hf.save_pretrained, lm.tok.save_pretrained): save(tmp_path)
+    for module in (loading, M): monkeypatch.setattr(module, "FULL_BELOW", 1)
+    found = []
+    for native in (True, False):
+        monkeypatch.setattr(loading, "multiplies_bfloat16", lambda: native)
+        found.append(load(str(tmp_path), device="cpu"))
+    here, there = found
+    assert here.hf.dtype == torch.bfloat16 and there.hf.dtype == torch.float32 and here.revision != there.revision
+    with M.in_float32(here):
+        for kind in ("named_parameters", "named_buffers"): assert all(torch.equal(x, y) for (_, x), (_, y) in zip(getattr(here.hf, kind)(), getattr(there.hf, kind)(), strict=True))
+        assert torch.equal(next_token(here, PROMPTS, [[0, 1]] * len(PROMPTS))[0], next_token(there, PROMPTS, [[0, 1]] * len(PROMPTS))[0])
+    asked = load(str(tmp_path), device="cpu", dtype="float32")
+    assert all(torch.equal(p, q) for p, q in zip(asked.hf.parameters(), lm.hf.parameters())) and "+" not in asked.revision

@@ -1,4 +1,5 @@
 import numpy as np, pandas as pd, pytest, torch
+from contextlib import nullcontext
 from mechunlearn import probing, stats
 from mechunlearn.facts import Fact, Task
 from mechunlearn.probing import (POSITIONS, curve_of, extraction_onset, features, fit_probe, flu_frequency, flu_layers, plot_probe, probe_curve, probe_hits,
@@ -31,6 +32,7 @@ def planted(monkeypatch):
                 if l - 1 >= first: x[np.arange(len(fs)), l, p, y] += 6
         return x.astype("float32")
     monkeypatch.setattr(probing, "features", fake)
+    monkeypatch.setattr(probing, "in_float32", nullcontext)
     return seen
 
 
@@ -127,8 +129,10 @@ def test_stage_is_made_once(planted, tiny, tmp_path, monkeypatch):
     lm, t = tiny(), task()
     run = Run(tmp_path, lm.name, lm.revision, t.name, {})
     first = run_probing(lm, lambda seed: t, run, seeds=(3,), draws=7)
-    monkeypatch.setattr(probing, "probe_curve", None)
+    monkeypatch.setattr(probing, "probe_hits", None)
     assert run_probing(lm, lambda seed: t, run).equals(first) and (tmp_path / "scores" / "probing.parquet").exists()
+    assert first.in_flu[first.layer == 1].eq(1).all() and first.in_flu[first.layer < 0].isna().all() and "layer 0 in 0.07 of resamples." in say_probe(first, [1])
+    assert "the same layers" in say_probe(first.assign(in_flu=first.in_flu.gt(.5)), [1]) and "test facts" not in say_probe(first.drop(columns="in_flu"), [1])
     with pytest.raises(TypeError): run_probing(lm, lambda seed: task(retain=facts(10, 60)), run)
     with pytest.raises(TypeError): run_probing(lm, lambda seed: t, run, recompute=True)
 
