@@ -179,6 +179,7 @@ def show_run(
     guess = None
     with suppress(Refusal): guess = found.guess
     print(report.results_text(report.results_table(metrics, guess=guess), found.gone))
+    if len(found.curve) and "flu" in found.where: print(*textwrap.wrap(report.say_flu(found.curve, found.flu), 118), sep="\n")
     if len(parts := report.parts_table(metrics)): print("\n" + report.parts_text(parts))
     if len(asked := report.capability_table(metrics)): print("\n" + report.capability_text(asked))
     print(f"\nreport: {page}\nexecuted notebooks: {Path(run_dir)/'notebooks'}")

@@ -29,7 +29,7 @@ from scipy.stats import spearmanr
 from . import models, stats, store
 from .facts import Task
 from .figures import FIGURE_STYLE, baseline, count_text, figure, listed, look, ordered
-from .models import LM, Component, Slice, Unlocatable, atoms, components, merge_slices, n_params, neurons, slices
+from .models import LM, Component, Slice, Unlocatable, atoms, components, in_float32, merge_slices, n_params, neurons, slices
 from .patching import _causes, _pool, direct_effect, extraction_set, lookup_mlps, path_scores, run_direct, run_paths, share_by_fact, through
 from .probing import FLU_RULES, available, draw_probe, extraction_onset, flu_layers, layer_ticks, run_probing
 from .stats import edited_by, family
@@ -783,7 +783,7 @@ def run_removal(
     flu = sorted(flu)
     windows = removal_windows(lm.n_layers) + [flu] * bool(flu)
     make = lambda: subject_removal(lm, task.localize_on, windows, _pool(task), batch_size=batch_size)
-    return store.make(run and run.path("scores", "removal.parquet"), _causes(lm, task, method="removal", flu=flu), make, recompute)
+    return store.make(run and run.path("scores", "removal.parquet"), _causes(lm, task, method="removal", flu=flu), in_float32(lm)(make), recompute)
 
 # %% ../nbs/13_localization.ipynb #8122c8bf
 def chosen_by_fact(
@@ -808,8 +808,8 @@ def localize_each(
     "A localization for each fact, facts with the same one together (section 3.4 of the paper); without a pair: the set of the mean"
     lm, task = evidence.lm, evidence.task
     facts = list(task.forget if facts is None else facts)
-    senders = components(lm, ("mlp", "head") if attention else ("mlp",))
-    path = through(lm, facts, evidence.extraction(), senders, pool=[*facts, *task.retain], **how)
+    senders, receivers = components(lm, ("mlp", "head") if attention else ("mlp",)), evidence.extraction()
+    with in_float32(lm): path = through(lm, facts, receivers, senders, pool=[*facts, *task.retain], **how)
     each, groups = chosen_by_fact(share_by_fact(path).reindex([f.id for f in facts])), {}
     for fact, chosen in each.items(): groups.setdefault(chosen, []).append(fact)
     return dict(sorted(groups.items(), key=lambda g: -len(g[1])))

@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from . import models, store
 from .facts import Task
 from .figures import FIGURE_STYLE, figure, listed, say
-from .models import LM, Component
+from .models import LM, Component, in_float32
 from .probing import layer_ticks
 from .store import Run, Unavailable, choose
 from .tracing import Cache, Scores, _components_table, _copy, _pool, pair, read, record, shares, swap_cases
@@ -353,12 +353,12 @@ def run_direct(
     "Direct effects as a stage; writes scores/direct-effect.parquet"
     task = task_for_seed(seeds[0])
     trace = lambda: direct_effect(lm, task.localize_on, pool=_pool(task), batch_size=batch_size, progress=progress).table
-    return store.make(run and run.path("scores", "direct-effect.parquet"), _causes(lm, task, method="direct-effect"), trace, recompute)
+    return store.make(run and run.path("scores", "direct-effect.parquet"), _causes(lm, task, method="direct-effect"), in_float32(lm)(trace), recompute)
 
 # %% ../nbs/12_path_patching.ipynb #263a27c9
 def _causes(lm, task, **how):
     splits = ("dev_forget", "dev_retain") if task.dev_forget else ("forget", "retain")
-    return {"model": lm.name, "revision": lm.revision, "task": task.causes(*splits), **how}
+    return {"model": lm.name, "revision": lm.exact_revision, "task": task.causes(*splits), **how}
 
 # %% ../nbs/12_path_patching.ipynb #33af8464
 def path_scores(
@@ -379,7 +379,7 @@ def path_scores(
         senders = models.components(lm, kinds)
         return through(lm, task.localize_on, extraction_set(direct), senders, receiver, pool=_pool(task), **how).table
     causes = _causes(lm, task, method="to-extraction", receiver=receiver, kinds=list(kinds))
-    return store.make(run and run.path("scores", f"{name}.parquet"), causes, trace, recompute)
+    return store.make(run and run.path("scores", f"{name}.parquet"), causes, in_float32(lm)(trace), recompute)
 
 # %% ../nbs/12_path_patching.ipynb #320a24bb
 def run_paths(

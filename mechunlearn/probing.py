@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['POSITIONS', 'FLU_RULES', 'features', 'fit_probe', 'probe_hits', 'curve_of', 'probe_curve', 'selectivity',
-           'extraction_onset', 'flu_layers', 'flu_frequency', 'layer_ticks', 'draw_probe', 'plot_probe', 'say_probe',
-           'run_probing', 'available']
+           'extraction_onset', 'flu_layers', 'flu_frequency', 'say_flu', 'layer_ticks', 'draw_probe', 'plot_probe',
+           'say_probe', 'run_probing', 'available']
 
 # %% ../nbs/10_probing.ipynb #100002
 import matplotlib as mpl
@@ -165,6 +165,24 @@ def flu_frequency(
     layers = pd.RangeIndex(hits[0].shape[1] - 1, name="layer")
     return pd.Series([np.mean([l in s for s in sets]) for l in layers], layers, name="in FLU")
 
+# %% ../nbs/10_probing.ipynb #10cf0002
+def _close_calls(curve):
+    "Layers that come and go when the test facts are drawn anew, in words"
+    if "in_flu" not in curve: return ""
+    share = curve.drop_duplicates("layer").set_index("layer").in_flu.sort_index()
+    close = [f"{l} in {s:.2f}" for l, s in share.items() if .05 < s < .95]
+    if not close: return " Other test facts would give the same layers."
+    return f" With other test facts layers come and go: layer {', '.join(close)} of resamples."
+
+# %% ../nbs/10_probing.ipynb #10cf0003
+def say_flu(
+    curve:pd.DataFrame, # of `run_probing`
+    flu=(), # FLU layers
+) -> str:
+    "What FLU is, and which layers hang on the test facts"
+    span = f"s {min(flu)}–{max(flu)}" if len(flu) > 1 else f" {min(flu)}" if len(flu) else ""
+    return (f"FLU trains the MLPs of layer{span}." if span else "No layer rises enough for FLU.") + _close_calls(curve)
+
 # %% ../nbs/10_probing.ipynb #100023
 def _marks(ax, curve, flu):
     "Shade FLU, and mark where extraction begins"
@@ -217,14 +235,6 @@ def plot_probe(
 # %% ../nbs/10_probing.ipynb #f794a571
 def _place(layer): return "from the embeddings" if layer < 0 else f"after layer {layer}"
 
-def _close_calls(curve):
-    "Layers that come and go when the test facts are drawn anew, in words"
-    if "in_flu" not in curve: return ""
-    share = curve.drop_duplicates("layer").set_index("layer").in_flu.sort_index()
-    close = [f"{l} in {s:.2f}" for l, s in share.items() if .05 < s < .95]
-    if not close: return " Other test facts would give the same layers."
-    return f" With other test facts layers come and go: layer {', '.join(close)} of resamples."
-
 def say_probe(
     curve:pd.DataFrame, # see `plot_probe`
     flu=(), # FLU layers
@@ -240,8 +250,7 @@ def say_probe(
     if first.layer < 0 and first.accuracy - floor > (top.accuracy - floor) / 2:
         text += "Most of it is read from the embeddings, before any layer: these curves say little about where the answer is looked up. "
     if onset is not None: text += f"The answer begins to arrive at the last token in layer {onset}. "
-    span = f"{min(flu)}–{max(flu)}" if len(flu) > 1 else f"{min(flu)}" if len(flu) else ""
-    return text + (f"FLU trains the MLPs of layers {span}." if span else "No layer rises enough for FLU.") + _close_calls(curve)
+    return text + say_flu(curve, flu)
 
 # %% ../nbs/10_probing.ipynb #100028
 def run_probing(

@@ -23,7 +23,7 @@ from .evaluation import before_after
 from .finetuning import parts_table, parts_text, plot_parts, plot_training, say_parts, say_training
 from .localization import plot_localizations, plot_lookup, say_localizations, say_lookup, trained
 from .latent import latent_rows, plot_latent, say_latent
-from .probing import plot_probe, say_probe
+from .probing import plot_probe, say_flu, say_probe
 from .relearning import plot_relearning, relearning_rows, say_relearning
 from .tracing import plot_components, plot_trace, say_components, say_trace
 from .published import beside, beside_text, plot_beside, say_beside

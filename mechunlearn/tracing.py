@@ -28,7 +28,7 @@ from transformers.cache_utils import DynamicLayer
 from . import models, stats, store
 from .facts import Fact
 from .figures import FIGURE_STYLE, HEAT, figure, listed, mark_layers, say
-from .models import LM, Component
+from .models import LM, Component, in_float32
 from .store import Refusal, Run, Unavailable
 
 # %% ../nbs/11_output_tracing.ipynb #110006
@@ -817,11 +817,11 @@ def run_tracing(
 
 # %% ../nbs/11_output_tracing.ipynb #3e295ea9
 def _scored(method, trace, how, lm, task, run, recompute, **pace):
-    "The table of a method on the task's facts, made or read"
+    "The table of a method on the task's facts, made (in float32) or read"
     splits = ("dev_forget", "dev_retain") if task.dev_forget else ("forget", "retain")
-    causes = {"model": lm.name, "revision": lm.revision, "task": task.causes(*splits), "method": method, **how}
+    causes = {"model": lm.name, "revision": lm.exact_revision, "task": task.causes(*splits), "method": method, **how}
     path = run and run.path("scores", f"{method}-{how['corruption']}.parquet")
-    return store.make(path, causes, lambda: trace(lm, task.localize_on, pool=_pool(task), **how, **pace).table, recompute)
+    return store.make(path, causes, in_float32(lm)(lambda: trace(lm, task.localize_on, pool=_pool(task), **how, **pace).table), recompute)
 
 # %% ../nbs/11_output_tracing.ipynb #ff83e9ca
 def run_attribution_patching(
@@ -872,7 +872,7 @@ def token_map(
     task = task_for_seed(seeds[0])
     cases, split = _alike(lm, task), "dev_forget" if task.dev_forget else "forget"
     facts, how = [c.fact for c in cases], {"pool": _pool(task), "near": True, "batch_size": batch_size, "progress": progress}
-    causes = {"model": lm.name, "revision": lm.revision, "task": task.causes(split), "method": "trace-grid", "facts": GRID_FACTS}
+    causes = {"model": lm.name, "revision": lm.exact_revision, "task": task.causes(split), "method": "trace-grid", "facts": GRID_FACTS}
     if not _first(task, cases): causes["pairs"] = [(c.fact.id, c.other.id) for c in cases]
     def grids(): return pd.concat([trace_grid(lm, facts, kind, **how) for kind in ("resid", "attn", "mlp")], ignore_index=True)
-    return store.make(run and run.path("scores", "trace-grid.parquet"), causes, grids, recompute)
+    return store.make(run and run.path("scores", "trace-grid.parquet"), causes, in_float32(lm)(grids), recompute)

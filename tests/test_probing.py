@@ -48,7 +48,7 @@ def test_curve_finds_what_was_planted(planted):
     s = selectivity(c).pivot(index="layer", columns="position", values="selectivity")
     assert (s.subject.loc[1:] > .4).all() and abs(s.subject.loc[-1]) < .3
     assert (c.ci_low <= c.accuracy).all() and (c.accuracy <= c.ci_high).all() and (c.n_test == 80).all()
-    assert plot_probe(c, [1]).axes[0].get_xlabel() == "after layer" and "layers 1." in say_probe(c, [1])
+    assert plot_probe(c, [1]).axes[0].get_xlabel() == "after layer" and "layer 1." in say_probe(c, [1])
 
 @pytest.mark.parametrize("first, said", [(.3, False), (.6, False), (.7, True), (.95, True)])
 def test_what_is_read_before_any_layer_is_said(first, said):

@@ -1,10 +1,10 @@
-"Facts that give a map nothing to go on: the run goes on without it and says why."
-import json
-import numpy as np, pandas as pd, pytest
+"Facts that give a map nothing to go on: the run goes on without it and says why. And what maps are computed in."
+import copy, json
+import numpy as np, pandas as pd, pytest, torch
 from mechunlearn import store
 from mechunlearn.facts import Fact, Task
-from mechunlearn.localization import Evidence, EmptyFLU, layer_table, layer_text, localize_all, mechanisms, run_localization
-from mechunlearn.models import components, load
+from mechunlearn.localization import Evidence, EmptyFLU, layer_table, layer_text, localize_all, mechanisms, run_localization, run_removal
+from mechunlearn.models import components, load, wrap
 from mechunlearn.patching import NoExtraction, run_direct, run_paths
 from mechunlearn.probing import available, run_probing
 from mechunlearn.store import Refusal, Run, Unavailable
@@ -106,3 +106,14 @@ def test_maps_of_nan_are_drawn_and_printed(tmp_path):
     ("cat", "cat or cat plays", "cat or dog plays"), ("O'Neil", "O'Neil met O'Neils", "dog met O'Neils"), ("大谷", "野球の大谷選手は", "野球のdog選手は")])
 def test_whole_words_are_swapped(subject, prompt, swapped):
     assert swap_subject(Fact(id="x", relation="", subject=subject, answer=" golf", prompt=prompt), "dog") == swapped
+
+
+def test_maps_of_a_rounded_model_are_computed_in_float32(tmp_path):
+    half = load("organism", dtype="bfloat16")
+    whole = wrap(copy.deepcopy(half.hf).float(), half.tok, half.name, "float32")
+    task = make_task("sports-athlete-editing", half, forget_size=8)
+    task = task.model_copy(update={k: getattr(task, k)[:12] for k in ("dev_forget", "dev_retain")})
+    all_of = lambda lm: maps(lm, task, None) | {"removal": run_removal(lm, task), "each": pd.Series(Evidence(lm, task, progress=False).each)}
+    rounded, exact = all_of(half), all_of(whole)
+    assert len(exact) == 8 and all(m is not None and len(m) for m in exact.values()) and half.hf.dtype == torch.bfloat16
+    for what, made in exact.items(): assert rounded[what].equals(made), what
