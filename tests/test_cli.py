@@ -106,12 +106,13 @@ def test_check_reads_the_tokenizer(capsys):
 def test_a_run_is_shown_as_table_or_json(tmp_path, monkeypatch, capsys):
     from mechunlearn import report
     metrics = pd.DataFrame({"localization": ["flu"], "value": [.5], "layer": pd.array([None], dtype="Int64")})
-    found = SimpleNamespace(facts=(), metrics=metrics, gone=metrics[:0], guess=None)
+    found = SimpleNamespace(facts=(), metrics=metrics, gone=metrics[:0], guess=None, curve=pd.DataFrame({"layer": [-1, 0, 1, 2], "in_flu": [None, .25, 1, .97]}), where={"flu": 0}, flu=[1, 2])
     stubs = {"find": lambda d: found, "write_report": lambda d, found: "r/report.html", "results_table": lambda m, guess: m, "results_text": lambda t, gone: "TABLE", "parts_table": lambda m: [], "capability_table": lambda m: []}
     for name, fn in stubs.items():
         monkeypatch.setattr(report, name, fn)
     cli.show_run(tmp_path, read(["run"])); out = capsys.readouterr().out
     assert out.startswith("TABLE") and "r/report.html" in out and f"executed notebooks: {tmp_path}/notebooks" in out
+    assert "FLU trains the MLPs of layers 1–2. With other test facts layers come and go: layer 0 in 0.25 of resamples." in out
     cli.show_run(tmp_path, read(["run", "--json"]))
     assert [json.loads(l) for l in capsys.readouterr().out.splitlines()] == [{"localization": "flu", "value": .5, "layer": None}]
 
