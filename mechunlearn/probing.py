@@ -168,7 +168,7 @@ def flu_frequency(
 # %% ../nbs/10_probing.ipynb #10cf0002
 def _close_calls(curve):
     "Layers that come and go when the test facts are drawn anew, in words"
-    if "in_flu" not in curve: return ""
+    if "in_flu" not in curve or curve.in_flu.isna().all(): return ""
     share = curve.drop_duplicates("layer").set_index("layer").in_flu.sort_index()
     close = [f"{l} in {s:.2f}" for l, s in share.items() if .05 < s < .95]
     if not close: return " Other test facts would give the same layers."

@@ -31,6 +31,7 @@ KEYS = {"metrics": ["localization", "evaluation"], "records_small": ["localizati
 APART = {grid: {"metrics": grid, "scorecard": f"{grid}_scorecard"} for grid in ("editors", "losses", "field")} # where rows of such a grid go
 APART["elsewhere"] = {"scorecard": "elsewhere", "records_small": "elsewhere_facts", "localizations": "elsewhere_places"}
 ASKED = ["fact", "group", "format", "setting", "top1_truth", "loss", *never_knew.STATISTICS]  # that `never_knew.compared` reads
+MORE = ["in_flu"] # columns that older rows lack
 SWEPT = ["localization", "draw", "seed", "lr", "inject"]
 
 
@@ -56,7 +57,7 @@ def add(name, new, keys, folder, replace=False, keep=(), over=False):
     if name == "records_small" and not pd.concat([old[known(old, new, [])], new]).localization.str.startswith("flu").any(): new = new[:0]
     more = lacking(old, new, keys)
     if len(more):
-        more = more.reindex(columns=old.columns)
+        more = more.reindex(columns=[*old.columns, *more.columns.difference(old.columns).intersection(MORE)])
         kinds = {c: t for c, t in old.dtypes.drop(R.WHICH).items() if t.kind not in "iub" or more[c].notna().all()} # whole numbers have no gaps
         pd.concat([old, more.astype(kinds)], ignore_index=True).to_parquet(file, index=False, compression="zstd")
     return len(more)
