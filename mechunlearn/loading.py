@@ -6,7 +6,7 @@
 __all__ = ['DATA', 'DECIDES', 'LARGEST', 'FULL_BELOW', 'MOST_READS', 'SAID', 'OWN_SCALE', 'SHIPPED', 'packaged', 'verify',
            'is_packaged', 'folder_revision', 'weights_hash', 'snapshot', 'why', 'damaged', 'loading', 'locate',
            'check_sizes', 'configuration', 'check_complete', 'not_finite', 'check_finite', 'check_held',
-           'quiet_loading', 'only_errors', 'as_dtype', 'multiplies_bfloat16', 'usual_dtype', 'quantization',
+           'quiet_loading', 'only_errors', 'as_dtype', 'multiplies_bfloat16', 'usual_dtype', 'dtypes', 'quantization',
            'read_tokenizer', 'read_weights', 'gguf_contents', 'check_gguf', 'dequantized', 'convert', 'file_hash',
            'intact', 'converted', 'read_gguf', 'Shipped', 'known', 'licence_of', 'accept', 'check_terms',
            'read_shipped', 'is_adapter', 'merge_adapter', 'place_of', 'plain', 'Files']
@@ -255,6 +255,17 @@ def usual_dtype(
     small = 1e9 if cpu and not multiplies_bfloat16() else FULL_BELOW
     return torch.float32 if n < small else torch.bfloat16
 
+# %% ../nbs/09_loading.ipynb #09d70001
+def dtypes(
+    asked:str|torch.dtype|None, # by the user
+    n:int, # parameters
+    cpu:bool=True, # on the CPU
+    quantized:bool=False, # packed into fewer bits when it is loaded
+) -> tuple[torch.dtype, torch.dtype]: # what weights are read in; what they are held and computed in
+    "The same weights on every processor, unless a dtype is asked for."
+    held = as_dtype(asked) if asked else usual_dtype(n, cpu)
+    return torch.bfloat16 if not asked and not quantized and n >= FULL_BELOW else held, held
+
 # %% ../nbs/09_loading.ipynb #000034
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda line: "gemm_4bit_forward" not in line.getMessage())
 
@@ -282,6 +293,7 @@ def read_weights(
     source:str, # folder or hub id
     dtype:torch.dtype, # of the loaded weights
     quiet:bool, # no bar
+    held:torch.dtype|None=None, # what they are widened to; none: not
     **how, # `revision`, `device_map`, `quantization_config`
 ) -> PreTrainedModel:
     "Read a model's weights; ValueError if they are incomplete or not finite."
@@ -290,6 +302,7 @@ def read_weights(
             trust_remote_code=False, weights_only=True, **how)
     check_complete(report)
     check_finite(hf)
+    if held not in (None, dtype): hf = hf.to(held)
     for m in hf.modules():
         if hasattr(m, "support_avx512bf16_for_cpu"): m.support_avx512bf16_for_cpu = False # its products have no gradient
         if hasattr(m, "scalar_embed_scale"): m.embed_scale = m.embed_scale.float().fill_(m.scalar_embed_scale) # rounded where it is used

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from .families import FAMILIES, PARTS, check_structure, matrix_shape, option, read_family, sizes, transposed
-from .loading import DATA, FULL_BELOW, Files, as_dtype, check_held, configuration, folder_revision, is_adapter, licence_of, loading, locate
-from .loading import merge_adapter, packaged, quantization, read_tokenizer, read_weights, snapshot, usual_dtype, weights_hash
+from .loading import DATA, Files, check_held, configuration, dtypes, folder_revision, is_adapter, licence_of, loading, locate
+from .loading import merge_adapter, packaged, quantization, read_tokenizer, read_weights, snapshot, weights_hash
 from .store import Refusal, cause_hash, choose
 
 # %% ../nbs/00_models.ipynb #000017
@@ -43,8 +43,7 @@ class LM:
         self.family, cfg = check_structure(hf, own), hf.config.get_text_config()
         self.names = FAMILIES[self.family] if own is None else own
         for key, n in sizes(hf.config, self.names).items(): setattr(self, key, n)
-        self.post_norms = self.names["mlp_add"] != self.names["mlp"]
-        self.parallel = bool(option(cfg, self.names, "parallel"))
+        self.post_norms, self.parallel = self.names["mlp_add"] != self.names["mlp"], bool(option(cfg, self.names, "parallel"))
         self.add_factor, self.logit_factor = (option(cfg, self.names, key) or 1. for key in ("add_factor", "logit_factor"))
         make_input_contiguous(hf.get_output_embeddings())
         self.nn = TransformersModel(hf, tokenizer=tok, task="text-generation")
@@ -365,19 +364,15 @@ def read_model(
     with loading(model): folder, commit = (Path(source), None) if rev else snapshot(source, revision)
     with loading(model, folder):
         if is_adapter(folder): return read_adapter(model, folder, commit, rev, base, device, dtype, device_map, quantize, family)
-        config = configuration(source, commit)
-        n = skeleton(config, family).num_parameters()
+        n = skeleton(configuration(source, commit), family).num_parameters()
         if rev: check_held(folder, n)
         device_map = device_map or {"": device or ("cuda" if torch.cuda.is_available() else "cpu")}
-        usual = usual_dtype(n, device_map == {"": "cpu"})
-        rounded = not dtype and not quantize and usual == torch.float32 and n >= FULL_BELOW # on other processors it would be bfloat16
-        dtype = as_dtype(dtype) if dtype else usual
+        read, dtype = dtypes(dtype, n, device_map == {"": "cpu"}, bool(quantize))
         none = words is not None and rev and not any(p for kind in ("*token*", "vocab*", "spiece*") for p in folder.glob(kind))
         tok = words if none else read_tokenizer(source, commit)
         bits = dict(quantization_config=quantization(quantize, dtype)) if quantize else {} # none given: what the checkpoint says of itself
-        hf = read_weights(source, torch.bfloat16 if rounded else dtype, n < 1e8, revision=commit, device_map=device_map, **bits)
-        if rounded: hf = hf.float()
-    precision = quantize or ("bfloat16-in-" if rounded else "") + str(dtype).removeprefix("torch.")
+        hf = read_weights(source, read, n < 1e8, dtype, revision=commit, device_map=device_map, **bits)
+    precision = quantize or "-in-".join(str(d).removeprefix("torch.") for d in dict.fromkeys((read, dtype)))
     return Files(hf, tok, name, (commit or rev) + (f"+{precision}" if precision != "float32" else ""))
 
 # %% ../nbs/00_models.ipynb #00008d
@@ -739,17 +734,19 @@ def next_token(
     return logp.where(given, torch.nan), top1
 
 # %% ../nbs/00_models.ipynb #0f320002
-WIDE_BELOW = 1e9 # parameters
-HALF = (torch.bfloat16, torch.float16)
+WIDE_BELOW, HALF = 1e9, (torch.bfloat16, torch.float16) # parameters; dtypes
 
 @patch(as_prop=True)
 def widens(self:LM) -> bool:
     "Whether `in_float32` changes anything: weights in half precision, none packed or put aside, fewer than `WIDE_BELOW`."
-    held = [*self.hf.parameters()]
-    plain = all(p.dtype in (torch.float32, *HALF) and not p.is_meta for p in held)
-    return plain and any(p.dtype in HALF for p in held) and sum(p.numel() for p in held) < WIDE_BELOW
+    plain = all(p.dtype in (torch.float32, *HALF) and not p.is_meta for p in self.hf.parameters())
+    return plain and self.hf.dtype in HALF and self.hf.num_parameters() < WIDE_BELOW
 
-# %% ../nbs/00_models.ipynb #0f320003
+@patch(as_prop=True)
+def exact_revision(self:LM) -> str:
+    "What identifies the weights and the precision of what is computed within `in_float32`."
+    return f"{self.revision}+in-float32" if self.revision and self.widens else self.revision
+
 @contextmanager
 def in_float32(
     lm:LM, # a model; one that does not widen is left as it is
@@ -761,12 +758,6 @@ def in_float32(
         yield
     finally:
         for p, w in low.items(): p.data = w
-
-# %% ../nbs/00_models.ipynb #0f320004
-@patch(as_prop=True)
-def exact_revision(self:LM) -> str:
-    "What identifies the weights and the precision of what is computed within `in_float32`."
-    return f"{self.revision}+in-float32" if self.revision and self.widens else self.revision
 
 # %% ../nbs/00_models.ipynb #000058
 @torch.no_grad()
@@ -866,8 +857,7 @@ def slices(
 ) -> list[Slice]:
     "The weights of a component. Heads that share a key and value (grouped queries) each name the whole group's."
     c = Component.parse(str(component))
-    if c.layer >= lm.n_layers or (c.head or 0) >= lm.n_heads:
-        raise Refusal(f"{lm.name} has no component {c}: it has {lm.n_layers} layers of {lm.n_heads} heads")
+    if c.layer >= lm.n_layers or (c.head or 0) >= lm.n_heads: raise Refusal(f"{lm.name} has no component {c}: it has {lm.n_layers} layers of {lm.n_heads} heads")
     if c.kind == "mlp": return neurons(lm, c.layer, lm.d_mlp)
     group, own = c.head // (lm.n_heads // lm.n_kv_heads), lm.z(c.layer, c.head)
     kv = slice(group * lm.head_dim, (group + 1) * lm.head_dim)

@@ -609,7 +609,7 @@ def test_float32_and_large_models_stay_as_they_are_in_float32(tiny, monkeypatch)
 def test_every_processor_decides_alike(tiny, tmp_path, monkeypatch, family):
     lm = tiny(family)
     for save in (lm.hf.save_pretrained, lm.tok.save_pretrained): save(tmp_path)
-    for module in (loading, M): monkeypatch.setattr(module, "FULL_BELOW", 1)
+    monkeypatch.setattr(loading, "FULL_BELOW", 1)
     found = []
     for native in (True, False):
         monkeypatch.setattr(loading, "multiplies_bfloat16", lambda: native)
