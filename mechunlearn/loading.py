@@ -260,7 +260,7 @@ def dtypes(
     asked:str|torch.dtype|None, # by the user
     n:int, # parameters
     cpu:bool=True, # on the CPU
-    quantized:bool=False, # packed into fewer bits when it is loaded
+    quantized:bool=False, # packed into fewer bits, in its files or when it is loaded
 ) -> tuple[torch.dtype, torch.dtype]: # what weights are read in; what they are held and computed in
     "The same weights on every processor, unless a dtype is asked for."
     held = as_dtype(asked) if asked else usual_dtype(n, cpu)

@@ -364,10 +364,10 @@ def read_model(
     with loading(model): folder, commit = (Path(source), None) if rev else snapshot(source, revision)
     with loading(model, folder):
         if is_adapter(folder): return read_adapter(model, folder, commit, rev, base, device, dtype, device_map, quantize, family)
-        n = skeleton(configuration(source, commit), family).num_parameters()
+        n = skeleton(config := configuration(source, commit), family).num_parameters()
         if rev: check_held(folder, n)
         device_map = device_map or {"": device or ("cuda" if torch.cuda.is_available() else "cpu")}
-        read, dtype = dtypes(dtype, n, device_map == {"": "cpu"}, bool(quantize))
+        read, dtype = dtypes(dtype, n, device_map == {"": "cpu"}, bool(quantize or getattr(config, "quantization_config", None)))
         none = words is not None and rev and not any(p for kind in ("*token*", "vocab*", "spiece*") for p in folder.glob(kind))
         tok = words if none else read_tokenizer(source, commit)
         bits = dict(quantization_config=quantization(quantize, dtype)) if quantize else {} # none given: what the checkpoint says of itself

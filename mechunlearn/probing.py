@@ -171,7 +171,7 @@ def _close_calls(curve):
     if "in_flu" not in curve or curve.in_flu.isna().all(): return ""
     share = curve.drop_duplicates("layer").set_index("layer").in_flu.sort_index()
     close = [f"{l} in {s:.2f}" for l, s in share.items() if .05 < s < .95]
-    if not close: return " Other test facts would give the same layers."
+    if not close: return " Nearly all resamples of the test facts agree."
     return f" With other test facts layers come and go: layer {', '.join(close)} of resamples."
 
 # %% ../nbs/10_probing.ipynb #10cf0003

@@ -621,3 +621,14 @@ def test_every_processor_decides_alike(tiny, tmp_path, monkeypatch, family):
         assert torch.equal(next_token(here, PROMPTS, [[0, 1]] * len(PROMPTS))[0], next_token(there, PROMPTS, [[0, 1]] * len(PROMPTS))[0])
     asked = load(str(tmp_path), device="cpu", dtype="float32")
     assert all(torch.equal(p, q) for p, q in zip(asked.hf.parameters(), lm.hf.parameters())) and "+" not in asked.revision
+
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_packed_weights_are_not_widened(tiny, tmp_path, monkeypatch, bits):
+    lm = tiny("llama", hidden_size=64, intermediate_size=128, head_dim=16)
+    for save in (lm.hf.save_pretrained, lm.tok.save_pretrained): save(tmp_path / "whole")
+    monkeypatch.setattr(loading, "FULL_BELOW", 1)
+    monkeypatch.setattr(loading, "multiplies_bfloat16", lambda: False)
+    packed = load(str(tmp_path / "whole"), device="cpu", quantize=bits)
+    for save in (packed.hf.save_pretrained, packed.tok.save_pretrained): save(tmp_path / bits)
+    for one in (packed, load(str(tmp_path / bits), device="cpu")):
+        assert not one.widens and one.exact_revision == one.revision and "-in-" not in one.revision and next_token(one, PROMPTS[:1], [[0]])[0].isfinite().all()

@@ -132,7 +132,7 @@ def test_stage_is_made_once(planted, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(probing, "probe_hits", None)
     assert run_probing(lm, lambda seed: t, run).equals(first) and (tmp_path / "scores" / "probing.parquet").exists()
     assert first.in_flu[first.layer == 1].eq(1).all() and first.in_flu[first.layer < 0].isna().all() and "layer 0 in 0.07 of resamples." in say_probe(first, [1])
-    assert "the same layers" in say_probe(first.assign(in_flu=first.in_flu.gt(.5)), [1]) and not any("test facts" in say_probe(c, [1]) for c in (first.drop(columns="in_flu"), first.assign(in_flu=np.nan)))
+    assert "resamples of the test facts agree" in say_probe(first.assign(in_flu=first.in_flu.gt(.5)), [1]) and not any("resamples" in say_probe(c, [1]) for c in (first.drop(columns="in_flu"), first.assign(in_flu=np.nan)))
     with pytest.raises(TypeError): run_probing(lm, lambda seed: task(retain=facts(10, 60)), run)
     with pytest.raises(TypeError): run_probing(lm, lambda seed: t, run, recompute=True)
 

@@ -108,7 +108,7 @@ def test_whole_words_are_swapped(subject, prompt, swapped):
     assert swap_subject(Fact(id="x", relation="", subject=subject, answer=" golf", prompt=prompt), "dog") == swapped
 
 
-def test_maps_of_a_rounded_model_are_computed_in_float32(tmp_path):
+def test_maps_of_a_rounded_model_are_computed_in_float32():
     half = load("organism", dtype="bfloat16")
     whole = wrap(copy.deepcopy(half.hf).float(), half.tok, half.name, "float32")
     task = make_task("sports-athlete-editing", half, forget_size=8)
