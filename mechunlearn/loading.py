@@ -242,8 +242,9 @@ def as_dtype(
 
 # %% ../nbs/09_loading.ipynb #4f99dea2
 def multiplies_bfloat16() -> bool:
-    "Whether this processor has instructions for bfloat16 products."
-    return any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
+    "Whether this processor multiplies faster in bfloat16 than in float32."
+    amx, vectors = (getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("amx_tile", "avx512_bf16"))
+    return amx or vectors and not getattr(torch.cpu, "get_capabilities", dict)().get("avx512_fp16", False)
 
 FULL_BELOW = 1e8 # parameters: weights of larger models are bfloat16 everywhere
 

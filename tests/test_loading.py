@@ -430,3 +430,10 @@ def test_a_processor_without_bfloat16_gets_float32(monkeypatch):
     for native in (True, False):
         monkeypatch.setattr(loading, "multiplies_bfloat16", lambda: native)
         assert loading.usual_dtype(2.7e8) == (torch.bfloat16 if native else torch.float32) and loading.usual_dtype(9e9) == torch.bfloat16
+
+
+@pytest.mark.parametrize("amx, vectors, fp16, faster", [(True, True, True, True), (False, True, False, True), (False, True, True, False), (False, False, False, False)])
+def test_vectors_of_bfloat16_without_matrices_are_slower_than_float32(monkeypatch, amx, vectors, fp16, faster):
+    for name, has in {"_is_amx_tile_supported": amx, "_is_avx512_bf16_supported": vectors}.items(): monkeypatch.setattr(torch.cpu, name, lambda has=has: has, raising=False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_fp16": fp16}, raising=False)
+    assert loading.multiplies_bfloat16() is faster
