@@ -34,7 +34,7 @@ from .memory import checkpointed, half_of, optimizer_class, out_of_memory, ran_o
 from .families import transposed
 from .models import LM, Slice
 from .questions import answer, completions, hidden_states, some, token_loss
-from .steps import Frozen, answers_said, at_end, chain, chains, come_back, large, own_lengths, pack, said_in_chunks, without_unembedding
+from .steps import START, Frozen, answers_said, at_end, chain, chains, come_back, large, own_lengths, pack, said_in_chunks, without_unembedding
 from .stats import edited_by
 from .store import Refusal, Run, choose, load_json, load_table, load_tensors, save_json, save_table, save_tensors
 
@@ -303,8 +303,10 @@ def grouped(
 ) -> tuple[Callable, Callable]: # of facts, and of texts: rows -> the places of those that go through the model together
     "How the rows of a batch are divided"
     if not packed: return _in_order(micro_batch), _in_order(max(1, micro_batch // 32))
-    return (lambda rows: pack(own_lengths(lm, [r.ids for r in rows]), 32 * micro_batch),
-            lambda rows: chains([len(r.ids) for r in rows], 4 * micro_batch))
+    def packs(rows):
+        own, once = own_lengths(lm, [r.ids for r in rows])
+        return pack(own, 32 * micro_batch, START + once) # each forward reads the beginnings anew
+    return packs, lambda rows: chains([len(r.ids) for r in rows], 4 * micro_batch)
 
 def _accumulate(losses, rows, weight, groups):
     "Backward a few rows at a time; each row's own loss"

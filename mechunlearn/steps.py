@@ -64,12 +64,13 @@ def pack(
 def own_lengths(
     lm:LM, # model
     ids:list[list[int]], # token ids of prompts
-) -> list[int]: # tokens of each that are its own
+) -> tuple[list[int], int]: # tokens of each that are its own; tokens that are read once for several
     "How much of each prompt is read for it alone"
-    out = [len(i) for i in ids]
+    out, once = [len(i) for i in ids], 0
     for rows, head in begin_alike(ids) if may_share(lm) else []:
+        once += len(head)
         for i in rows: out[i] -= len(head)
-    return out
+    return out, once
 
 # %% ../nbs/18_steps.ipynb #180013
 HELD = 2**24 # numbers of logits that are held at a time

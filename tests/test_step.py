@@ -5,7 +5,7 @@ from plain import blocks, every_family, parts
 from test_finetuning import mixed, task_for
 from test_text_loss import Largest
 from mechunlearn import finetuning as F, steps as S
-from mechunlearn.finetuning import UPDATES, draws, finetune, masters, step_losses, training_rows
+from mechunlearn.finetuning import UPDATES, Row, draws, finetune, grouped, masters, step_losses, training_rows
 from mechunlearn.localization import build, localize
 from mechunlearn.losses import choose_update
 from mechunlearn.models import Component
@@ -73,7 +73,13 @@ def test_packed_steps_have_the_same_gradient(lm):
 
 def test_what_is_shared_does_not_count(lm):
     ids = [[1, 2, 3, 4, k] for k in range(5, 9)] + [[9, 8]]
-    assert own_lengths(lm, ids) == [1, 1, 1, 1, 2]
+    assert own_lengths(lm, ids) == ([1, 1, 1, 1, 2], 4)
+
+
+@pytest.mark.parametrize("head, forwards", [(2, 2), (500, 1)])
+def test_a_long_beginning_is_not_read_for_each_of_many_packs(lm, head, forwards):
+    rows = [Row("retain", [7] * head + [k] * n, 1) for n in (2, 40) for k in range(5, 15)]
+    assert len(grouped(lm, 128, packed=True)[0](rows)) == forwards
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
