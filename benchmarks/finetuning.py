@@ -10,7 +10,8 @@ One JSON object a line: name, against, ours_s, theirs_s, ratio (theirs / ours; m
   - `plain loop`, as people write it: the whole model in Hugging Face, all its weights with gradients, all logits, gradients outside of the localization thrown away,
     with `peak_mb` and `their_peak_mb`: the highest memory of a process of its own above that of the loaded model, after two steps;
   - `our all-weights step`: every matrix of every head and MLP is trained;
-  - `its products alone`: what the products of its linear layers would take at the rate at which this machine multiplies matrices of the model's size. Padding is not counted.
+  - `its products alone`: what the products of its linear layers would take at the rate at which this machine multiplies matrices of the model's size: the products that this very step makes,
+    with the little padding that packing leaves.
     What is left (norms, gates, attention, the optimizer) grows with the width, products with its square: so a model LAYERSxWIDTH of any size can be asked for.
 `default-step`: the same without options. `packed-step`, `remembered-step/early`, `remembered-step/late`: each option against the default, with the
 `kept_mb` that it costs. `mask-step`: four steps in which a mask is learned, against four of fine-tuning the same weights. `text-gradient`: texts over a large vocabulary, against logits made twice, and against all logits at once.
@@ -109,13 +110,11 @@ def tell(name, against, mine, other, **more):
     floor = dict(floor=round(asked, 2), over_floor=other / mine >= asked) if asked else {}
     say(name=name, against=against, ours_s=round(mine, 4), theirs_s=round(other, 4), ratio=round(other / mine, 2), **floor, **more)
 
-def products(lm, where, batch):
-    "TFLOP of the linear layers in one step, without padding: facts as we read them, texts one by one"
-    values, counted = F.masters(lm, where.slices), Products()
-    F.fact_losses(lm, values, [r for r in batch if r.term != "text"], F.said)
-    for r in batch:
-        if r.term == "text": F.text_losses(lm, values, [r])
-    counted.handle.remove()
+def products(step):
+    "TFLOP of the linear layers in one step as it is made: what several prompts begin with once, what is remembered not at all"
+    counted = Products()
+    try: step()
+    finally: counted.handle.remove()
     return counted.flop / 1e12
 
 def alone(a, which, name):
@@ -148,7 +147,7 @@ def run(name, a, only):
         compare(f"default-step/{lm.name}", "plain loop", default, plain, a.repeat, **tokens)
         del plain
         compare(f"localized-step/{lm.name}", "our all-weights step", best, our_step(lm, where["all"], batch, True), a.repeat, same=False, **tokens)
-        tflop, tflops = products(lm, where["early"], batch), rate(lm)
+        tflop, tflops = products(best), rate(lm)
         tell(f"localized-step/{lm.name}", "its products alone", statistics.median(timed(best)[0] for _ in range(max(1, a.repeat))), tflop / tflops,
              tflop=round(tflop, 4), tflop_per_s=round(tflops, 4), **tokens)
     if "savings" in only:

@@ -22,7 +22,7 @@ from torch.func import functional_call
 from tqdm.auto import tqdm
 from .facts import Fact, Task, seeded
 from .figures import FIGURE_STYLE, figure, listed, look, ordered, printed
-from .finetuning import (MAX_TOKENS, Diverged, Edit, _guard, as_read, draws, fact_losses, fact_rows, kept, masters, matrices, place, put, slice_key,
+from .finetuning import (MAX_TOKENS, Diverged, Edit, _guard, draws, fact_losses, fact_rows, kept, masters, matrices, place, put, slice_key,
     step_losses, text_losses, training_rows, untrainable)
 from .localization import Localization
 from .losses import UPDATES, answer_losses
@@ -586,7 +586,7 @@ def rmu(
     target, opt, curve = (steering * direction / direction.norm()).to(lm.device), torch.optim.AdamW(values.values(), lr=lr, weight_decay=0.), []
     bar = tqdm(draws(read, dict(forget=batch, retain=batch), steps, seed), "steps", steps, leave=False, disable=None if progress else True)
     made = lambda values: _edit(lm, task, where, "rmu", layers, values, pd.DataFrame(curve), seed, steering=steering, alpha=alpha, lr=lr, steps=steps, batch=batch)
-    good = as_read(lm, values)
+    good = {s: v.detach().to("cpu", lm.weight(s.param).dtype, copy=True) for s, v in values.items()}
     for step, some in enumerate(bar):
         cut_at = min(batch, len(read["forget"]))
         forget, retain = rmu_losses(lm, values, layers[-1], some[:cut_at], some[cut_at:], target)

@@ -7,7 +7,7 @@ __all__ = ['MAX_TOKENS', 'FILES', 'LEARNING_RATES', 'RATE_GROUPS', 'LIKE', 'VISI
            'masters', 'matrices', 'Row', 'fact_rows', 'training_rows', 'draws', 'end_logits', 'last_logits', 'heard',
            'fact_losses', 'with_reference', 'text_losses', 'grouped', 'reads', 'step_losses', 'slice_key',
            'parse_slice', 'Edit', 'put', 'kept', 'load_edit', 'Rate', 'learning_rate', 'rates', 'missing_rates',
-           'can_train', 'Diverged', 'as_read', 'ask_parts', 'own_slices', 'finetune', 'plot_training', 'say_training',
+           'can_train', 'Diverged', 'ask_parts', 'own_slices', 'finetune', 'plot_training', 'say_training',
            'fingerprint', 'parts_table', 'parts_text', 'plot_parts', 'say_parts']
 
 # %% ../nbs/20_finetuning.ipynb #200002
@@ -406,14 +406,20 @@ def put(
 @contextmanager
 def kept(
     weights:Sequence[Tensor], # parts of a model, from `place`
+    device:str|None=None, # where the old values wait; none: where the weights are
 ):
     "Tensors are what they were after the `with` block, to the bit"
     old = []
     try:
-        for w in weights: old.append((w, w.clone()))
+        for w in weights: old.append((w, _copy(w, device or w.device)))
         yield
     finally:
         for w, value in reversed(old): w.copy_(value)
+
+def _copy(w, device):
+    "A copy, in bfloat16 if no bit is lost: float32 weights of a model that was read in it take half as much"
+    half = w.to(device, torch.bfloat16, copy=True)
+    return half if torch.equal(half.to(w.device, w.dtype), w) else w.to(device, copy=True)
 
 # %% ../nbs/20_finetuning.ipynb #ff1717b9
 @contextmanager
@@ -554,13 +560,6 @@ class Diverged(Refusal):
         super().__init__(message)
         self.values, self.curve, self.edit = values, curve, edit
 
-def as_read(
-    lm:LM, # reads them in its dtype
-    values:dict[Slice, Tensor], # masters
-) -> dict[Slice, Tensor]: # in the memory of the CPU
-    "Masters as a forward reads them: all that a good state is kept for"
-    return {s: v.detach().to("cpu", lm.weight(s.param).dtype, copy=True) for s, v in values.items()}
-
 def _guard(step, terms, norm, lr):
     "Why training cannot go on: a loss or gradient that is not a number"
     odd = [f"{t} loss {x:.3g}" for t, x in terms.items() if not math.isfinite(x)] + ([] if math.isfinite(norm) else [f"gradient norm {norm:.3g}"])
@@ -573,17 +572,19 @@ def _train(lm, values, batches, steps, lr, update, inject, micro_batch, clip, pr
     opt = AdamW(values.values(), lr=lr, weight_decay=0.)
     frozen = Frozen(lm, list(values), [i for r in again for i in reads(r)]) if again else None
     schedule, curve = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps), []
-    start, good = {s: v.detach().clone() for s, v in values.items() if l1}, as_read(lm, values)
-    for step, rows in enumerate(tqdm(batches, "steps", steps, leave=False, disable=None if progress else True)):
-        with checkpointed(lm, checkpoint): terms = step_losses(lm, values, rows, update, inject, micro_batch, own, packed, frozen)
-        if l1: terms["l1"] = _held_back(values, start, l1)
-        norm = float(torch.nn.utils.clip_grad_norm_(values.values(), clip))
-        there = {t: x for t, x in terms.items() if t == "l1" or any(r.term == t for r in rows)}
-        if why := _guard(step, there, norm, lr): raise Diverged(why, good, pd.DataFrame(curve, columns=["step", "forget", "retain"] if step == 0 else None))
-        total = sum(x * (inject if t == "forget" else l1 if t == "l1" else 1.) for t, x in there.items())
-        curve.append(dict(step=step, lr=schedule.get_last_lr()[0], loss=total, **terms, grad_norm=norm))
-        for s, v in values.items(): good[s].copy_(v.detach())
-        opt.step(); schedule.step(); opt.zero_grad()
+    start, places = {s: v.detach().clone() for s, v in values.items() if l1}, {s: place(lm, s) for s in values}
+    with kept(places.values(), "cpu"): # a step reads the masters: the last good state has room in the model itself
+        for step, rows in enumerate(tqdm(batches, "steps", steps, leave=False, disable=None if progress else True)):
+            with checkpointed(lm, checkpoint): terms = step_losses(lm, values, rows, update, inject, micro_batch, own, packed, frozen)
+            if l1: terms["l1"] = _held_back(values, start, l1)
+            norm = float(torch.nn.utils.clip_grad_norm_(values.values(), clip))
+            there = {t: x for t, x in terms.items() if t == "l1" or any(r.term == t for r in rows)}
+            if why := _guard(step, there, norm, lr):
+                raise Diverged(why, {s: w.to("cpu", copy=True) for s, w in places.items()}, pd.DataFrame(curve, columns=["step", "forget", "retain"] if step == 0 else None))
+            total = sum(x * (inject if t == "forget" else l1 if t == "l1" else 1.) for t, x in there.items())
+            curve.append(dict(step=step, lr=schedule.get_last_lr()[0], loss=total, **terms, grad_norm=norm))
+            put(lm, values)
+            opt.step(); schedule.step(); opt.zero_grad()
     return pd.DataFrame(curve)
 
 def _held_back(values, start, l1):

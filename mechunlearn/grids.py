@@ -733,17 +733,17 @@ def estimate(
     "What each localization of a job will train and need"
     import pandas as pd
     from mechunlearn.costs import activations, outline
-    from mechunlearn.loading import as_dtype, usual_dtype
+    from mechunlearn.loading import dtypes
     from mechunlearn.localization import localizations_for
     from mechunlearn.editors import CLOSED
     from mechunlearn.memory import OPTIMIZERS, weight_bytes
     from mechunlearn.stats import edited_by
     lm = outline(job)
     asked, total = job.settings, sum(p.numel() for p in lm.hf.parameters())
-    cpu = asked.get("device") == "cpu" # then what waits, and the last good state, lie in the same memory
-    dtype, quantize = as_dtype(asked.get("dtype") or usual_dtype(total, cpu)), asked.get("quantize")
+    cpu, quantize = asked.get("device") == "cpu", asked.get("quantize") # on a CPU what waits, and the weights as they were, lie in the same memory
+    read, dtype = dtypes(asked.get("dtype"), total, cpu, bool(quantize))
     weights = weight_bytes(lm, quantize=quantize, dtype=dtype)
-    every_weight = 8 + dtype.itemsize*cpu + OPTIMIZERS[asked.get("optimizer") or "adamw"] + (dtype.itemsize if quantize else 0) # master, gradient, last good state, states, and the weight written out
+    every_weight = 8 + read.itemsize*cpu + OPTIMIZERS[asked.get("optimizer") or "adamw"] + (dtype.itemsize if quantize else 0) # master, gradient, what it was, states, and the weight written out
     every = localizations_for(job.localizations, job.settings.get("draws", 1))
     lm.hf.to(dtype)
     def step(name, n):

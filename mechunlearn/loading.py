@@ -12,7 +12,7 @@ __all__ = ['DATA', 'DECIDES', 'LARGEST', 'FULL_BELOW', 'MOST_READS', 'SAID', 'OW
            'read_shipped', 'is_adapter', 'merge_adapter', 'place_of', 'plain', 'Files']
 
 # %% ../nbs/09_loading.ipynb #090002
-import hashlib, io, json, logging, mechunlearn, os, re, shutil, sys, torch, transformers
+import ctypes, hashlib, io, json, logging, mechunlearn, os, re, shutil, sys, torch, transformers
 import huggingface_hub.errors as hub_errors
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from datetime import datetime
@@ -304,10 +304,16 @@ def read_weights(
     check_complete(report)
     check_finite(hf)
     if held not in (None, dtype): hf = hf.to(held)
+    _give_back()
     for m in hf.modules():
         if hasattr(m, "support_avx512bf16_for_cpu"): m.support_avx512bf16_for_cpu = False # its products have no gradient
         if hasattr(m, "scalar_embed_scale"): m.embed_scale = m.embed_scale.float().fill_(m.scalar_embed_scale) # rounded where it is used
     return hf
+
+def _give_back():
+    "What reading took and does not need any more goes back to the system: of Gemma 3 270M a quarter of a gigabyte"
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim: trim(0)
 
 # %% ../nbs/09_loading.ipynb #09g002
 MOST_READS = 5 * 10**6 # pieces of metadata; a vocabulary of 262,144 words has 1.6 million
