@@ -381,6 +381,20 @@ def test_stage_without_a_folder_writes_nothing(qwen, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_kept_comes_back_to_the_bit_and_waits_in_half_the_memory_where_it_can(dtype):
+    rough = torch.randn(300, generator=torch.Generator().manual_seed(0))
+    odd = torch.tensor([0., -0., math.inf, -math.inf, math.nan, 1e-40, 3.])
+    weights = [x.to(dtype) for x in (rough, rough.bfloat16(), odd, odd.nan_to_num(1.))]
+    whole = {torch.float32: torch.int32}.get(dtype, torch.int16)
+    before = [w.view(whole).clone() for w in weights]
+    with F.kept(weights, "cpu"):
+        for w in weights: w.fill_(7.)
+    assert all(torch.equal(w.view(whole), b) for w, b in zip(weights, before))
+    small = [F._copy(w, "cpu").dtype == torch.bfloat16 for w in weights]
+    assert small == {torch.float32: [False, True, False, False], torch.bfloat16: [True] * 4, torch.float16: [False, True, False, True]}[dtype]
+
+
 # ---- edits made elsewhere
 
 def elsewhere(lm, folder, change):
