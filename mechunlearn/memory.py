@@ -8,10 +8,11 @@ __all__ = ['OPTIMIZERS', 'unsteppable', 'optimizer_class', 'checkpointed', 'quan
            'out_of_memory']
 
 # %% ../nbs/23_memory.ipynb #230002
-import traceback, weakref
+import copy, traceback, weakref
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib.util import find_spec
+from itertools import count
 from typing import Sequence
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
+from transformers import Cache
 from transformers.pytorch_utils import Conv1D
 from .loading import quantization
 from .models import LM, Slice
@@ -74,8 +76,17 @@ def _twice(block, forward, *args, **kw):
     if not torch.is_grad_enabled(): return forward(*args, **kw)
     lent = {f"block.{p}{n}": w for p, m in _named(block) for n, w in m._parameters.items() if isinstance(w, Tensor) and not isinstance(w, nn.Parameter)}
     hooks = {m: dict(m._forward_hooks) for m in block.modules() if m is not block}
-    run = partial(functional_call, _Lent(block, forward), lent)
-    return checkpoint(lambda *a: run(a, kw), *args, use_reentrant=False, preserve_rng_state=False, context_fn=lambda: (nullcontext(), _hooked(hooks)))
+    begun, times = {id(x): _as_now(x) for x in (*args, *kw.values()) if isinstance(x, Cache)}, count()
+    def run(*args):
+        now = (lambda x: _as_now(begun[id(x)]) if id(x) in begun else x) if next(times) else (lambda x: x)
+        return functional_call(_Lent(block, forward), lent, tuple(map(now, args)), {k: now(x) for k, x in kw.items()})
+    return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, context_fn=lambda: (nullcontext(), _hooked(hooks)))
+
+def _as_now(cache):
+    "What is kept of a beginning before a block adds to it"
+    out = copy.copy(cache)
+    out.layers = [*map(copy.copy, cache.layers)]
+    return out
 
 def _named(block): return [(f"{name}." if name else "", m) for name, m in block.named_modules()]
 
@@ -87,14 +98,12 @@ def checkpointed(
 ):
     "In this block of code, the model's blocks remember what enters them, and are computed again on the way back"
     if not on: return (yield)
-    blocks, own = list(lm.hf.get_submodule(lm.names["layers"])), (lm.hf.training, getattr(lm.hf, "gradient_checkpointing", False))
+    blocks = list(lm.hf.get_submodule(lm.names["layers"]))
     before = [b.__dict__.get("forward") for b in blocks]
-    lm.hf.training = lm.hf.gradient_checkpointing = True # of the whole only: dropout is in its parts
     try:
         for b in blocks: b.forward = partial(_twice, b, b.forward)
         yield
     finally:
-        lm.hf.training, lm.hf.gradient_checkpointing = own
         for b, f in zip(blocks, before): _restore(b, "forward", f)
 
 def _restore(thing, name, value):
