@@ -12,7 +12,6 @@ import copy, traceback, weakref
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib.util import find_spec
-from itertools import count
 from typing import Sequence
 import torch
 from torch import Tensor, nn
@@ -76,16 +75,26 @@ def _twice(block, forward, *args, **kw):
     if not torch.is_grad_enabled(): return forward(*args, **kw)
     lent = {f"block.{p}{n}": w for p, m in _named(block) for n, w in m._parameters.items() if isinstance(w, Tensor) and not isinstance(w, nn.Parameter)}
     hooks = {m: dict(m._forward_hooks) for m in block.modules() if m is not block}
-    begun, times = {id(x): _as_now(x) for x in (*args, *kw.values()) if isinstance(x, Cache)}, count()
+    each = lambda do, args, kw: (tuple(map(do, args)), {k: do(x) for k, x in kw.items()})
+    first = [(args, kw)]
+    args, kw = each(_as_now, args, kw)
     def run(*args):
-        now = (lambda x: _as_now(begun[id(x)]) if id(x) in begun else x) if next(times) else (lambda x: x)
-        return functional_call(_Lent(block, forward), lent, tuple(map(now, args)), {k: now(x) for k, x in kw.items()})
+        args, named = first.pop() if first else each(_copied, args, kw)
+        return functional_call(_Lent(block, forward), lent, args, named)
     return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, context_fn=lambda: (nullcontext(), _hooked(hooks)))
 
-def _as_now(cache):
-    "What is kept of a beginning before a block adds to it"
-    out = copy.copy(cache)
-    out.layers = [*map(copy.copy, cache.layers)]
+def _copied(x):
+    "What is kept of a beginning, to be added to"
+    if not isinstance(x, Cache): return x
+    out = copy.copy(x)
+    out.layers = [*map(copy.copy, x.layers)]
+    return out
+
+def _as_now(x):
+    "The same before a block adds to it, without the blocks below, which have added already"
+    if not isinstance(x, Cache) or not x.layers: return _copied(x)
+    out, lengths = _copied(x), [layer.get_seq_length() for layer in x.layers]
+    out.layers = [layer if n == min(lengths) else None for layer, n in zip(out.layers, lengths)]
     return out
 
 def _named(block): return [(f"{name}." if name else "", m) for name, m in block.named_modules()]

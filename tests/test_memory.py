@@ -174,6 +174,16 @@ def test_less_is_remembered_and_the_edit_is_the_same(tiny):
     assert torch.allclose(moved(a, lm), moved(b, lm), atol=2e-2 * SMALL["lr"]) and a.config == b.config
 
 
+def test_what_blocks_add_to_a_beginning_is_not_remembered(monkeypatch):
+    organism = load("organism", device="cpu")
+    task, where = make_task("sports-athlete-editing", organism, forget_size=16, seed=0), build(organism, "x", [Component("mlp", 1)])
+    rows = next(draws(training_rows(organism, task), dict(forget=16, retain=16), 1, 0))
+    twice = lambda: step_memory(organism, where.slices, rows, checkpoint=True)["activations"]
+    sharing = twice()
+    monkeypatch.setattr(models, "may_share", lambda lm: False)
+    assert sharing <= twice()
+
+
 # ---- nothing outside the localization
 
 @few_families
