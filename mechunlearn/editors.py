@@ -27,6 +27,7 @@ from .finetuning import (MAX_TOKENS, Diverged, Edit, _guard, draws, fact_losses,
 from .localization import Localization
 from .losses import UPDATES, answer_losses
 from .memory import half_of, out_of_memory, ran_out
+from .loading import with_adapters
 from .models import LM, Component, Slice, cut, merge_slices, n_params, slices
 from .questions import answer, completions, paraphrases, some
 from .stats import wilson
@@ -607,11 +608,11 @@ def adapted(
     seed:int=0, # of their random start
 ) -> Iterator[Callable]: # gives, by module, what its adapter adds to its weight
     "LoRA on some layers, for the length of a `with` block; at first it adds exactly nothing"
-    from peft import LoraConfig, get_peft_model # a second of every start
+    from peft import LoraConfig # a second of every start
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(modules))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = get_peft_model(lm.hf, config)
+        model = with_adapters(lm.hf, config)
     try: yield lambda: {m: model.base_model.model.get_submodule(m).get_delta_weight("default") for m in modules}
     finally:
         model.unload()

@@ -9,10 +9,10 @@ __all__ = ['DATA', 'DECIDES', 'LARGEST', 'FULL_BELOW', 'MOST_READS', 'SAID', 'OW
            'quiet_loading', 'only_errors', 'as_dtype', 'multiplies_bfloat16', 'usual_dtype', 'dtypes', 'quantization',
            'read_tokenizer', 'read_weights', 'gguf_contents', 'check_gguf', 'dequantized', 'convert', 'file_hash',
            'intact', 'converted', 'read_gguf', 'Shipped', 'known', 'licence_of', 'accept', 'check_terms',
-           'read_shipped', 'is_adapter', 'merge_adapter', 'place_of', 'plain', 'Files']
+           'read_shipped', 'is_adapter', 'with_adapters', 'merge_adapter', 'place_of', 'plain', 'Files']
 
 # %% ../nbs/09_loading.ipynb #090002
-import ctypes, hashlib, io, json, logging, mechunlearn, os, re, shutil, sys, torch, transformers
+import ctypes, hashlib, io, json, logging, mechunlearn, os, re, shutil, sys, torch, transformers, warnings
 import huggingface_hub.errors as hub_errors
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from datetime import datetime
@@ -528,6 +528,16 @@ def is_adapter(
     return True
 
 # %% ../nbs/09_loading.ipynb #00008ca
+def with_adapters(
+    hf:PreTrainedModel, # gets them
+    config, # of peft
+) -> nn.Module: # peft's
+    "Put fresh adapters on a model."
+    from peft import get_peft_model
+    with warnings.catch_warnings(): # peft asks by a name that transformers gives up
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        return get_peft_model(hf, config)
+
 def merge_adapter(
     hf:PreTrainedModel, # the base
     folder:Path, # the adapter

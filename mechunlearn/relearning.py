@@ -21,6 +21,7 @@ from .figures import FIGURE_STYLE, baseline, extremes, figure, listed, look, mar
 from .finetuning import UPDATES, Edit, draws, fact_rows, kept, masters, offloaded, place, put, step_losses, training_rows, untrainable
 from .jobs import Job, edit_jobs, keep_missing, tried
 from .families import transposed
+from .loading import with_adapters
 from .models import LM, Slice
 from .questions import answer, completions, multiple_choice, own_guess, some
 from .stats import METRICS, Chance, best_of, bootstrap_ratio, one_run, summarise
@@ -100,11 +101,11 @@ def adapters(
     seed:int=0, # of their random start and of the dropout
 ) -> Iterator[list[torch.nn.Parameter]]: # what to train
     "LoRA on all linear layers, float32, for the length of a `with` block; at first it adds exactly nothing"
-    from peft import LoraConfig, get_peft_model # a second of every start
+    from peft import LoraConfig # a second of every start
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules="all-linear")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = get_peft_model(lm.hf, config)
+        model = with_adapters(lm.hf, config)
         try:
             with _as_multiplied(lm): yield [p for p in model.parameters() if p.requires_grad]
         finally:

@@ -50,6 +50,7 @@ def test_model_is_bit_identical_after_an_error(tiny, task):
     assert fingerprint(lm) == before and not lm.hf.training
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
 def test_adapters_first_add_exactly_nothing_and_are_float32(lm, task):
     lm.hf.to(torch.bfloat16)
     before = answers(lm, task)
