@@ -134,7 +134,7 @@ def measure_alone(a):
 def run(name, a, only):
     lm = load_model(name, a.device)
     batch, where = batch_of(lm, a), places(lm)
-    tokens = dict(model=lm.name, prompts=a.forget + a.retain, texts=a.texts, tokens=sum(len(r.ids) for r in batch))
+    tokens = dict(model=lm.name, prompts=a.forget + a.retain, texts=sum(r.term == "text" for r in batch), tokens=sum(len(r.ids) for r in batch))
     best, default, = (our_step(lm, where["early"], batch, k, k) for k in (True, False))
     if "step" in only:
         memory = {}

@@ -54,9 +54,12 @@ def finding(
     facts:pd.DataFrame, # from `per_fact`, one edit
     needs:str, # prompt, read or train
     level:float=.95, # of the interval
+    before:pd.DataFrame|None=None, # the same of the unedited model, which says what a name alone tells a probe; none: it was not asked
 ) -> Finding|None: # none: no such attack was made
     "The strongest attack of one kind: their worst case, or one of them that surely gets more than a guess alone, each of them at its share of half of the error"
-    rows = under_attack(facts, tried) if (tried := [name for name in _tried(facts) if SCORED[name].needs == needs]) else ()
+    if not (tried := [name for name in _tried(facts) if SCORED[name].needs == needs]): return None
+    rows = under_attack(pd.concat([facts, before]), tried)
+    rows = rows[rows.localization.isin(facts.localization)]
     if not len(rows): return None
     share = {WORST: 2} | {name: 2*len(tried) for name in tried} if len(tried) > 1 else {WORST: 1}
     found = [_judged(rows[rows.attack == name], needs, tried, 1 - (1 - level)/k) for name, k in share.items() if (rows.attack == name).any()]
@@ -147,7 +150,8 @@ def audit(
     facts = every[every.localization == name]
     if not len(_tried(facts)): raise Refusal(f"{name} was not attacked: there is nothing to judge it by")
     kinds = [k for k in NEEDS if any(SCORED[a].needs == k for a in _tried(facts))]
-    found = tuple(f for k in kinds if (f := finding(facts, k, 1 - .05/len(kinds))))
+    base = every[(every.localization == "none") & every.seed.isin(facts.seed)] if name != "none" else None
+    found = tuple(f for k in kinds if (f := finding(facts, k, 1 - .05/len(kinds), base)))
     said = [f.verdict for f in found]
     verdict = DESTROYED if why else LEAKS if LEAKS in said else HOLDS if HOLDS in said and not any(f.undecided for f in found) else NO_POWER
     before = asked_before(every, name)

@@ -86,7 +86,7 @@ def capability(
     with edit.applied(lm) if edit else nullcontext():
         if general: parts.append(answer(lm, general, batch_size, evaluation="capability"))
         if texts: parts.append(text_loss(lm, texts, max(1, batch_size // 4), evaluation="capability"))
-        if names: parts.append(benchmarks(lm, names, limit, max(1, batch_size // 16), tasks_folder))
+        if names: parts.append(benchmarks(lm, names, limit, max(1, batch_size // 16), tasks_folder, task))
     return pd.concat(parts, ignore_index=True)
 
 # %% ../nbs/26_capability.ipynb #160016
@@ -242,11 +242,14 @@ def _sample(benchmark, task, s):
 # %% ../nbs/26_capability.ipynb #537a43a1
 def ask_atlas(
     lm:LM, # as it is now, edited or not
-    limit:int|None=None, # questions of each relation, from the first; none: all 918
+    limit:int|None=None, # questions of each relation, from the first; none: all 915
     batch_size:int=64, # prompts a forward
+    but:Task|None=None, # a task of the atlas: what it trains, and all about whom it edits, is not asked
 ) -> pd.DataFrame: # records, one a fact: `top1_truth` whether the model would write the answer
     "General knowledge: facts of the atlas, in the words of the task of that name. One forward a fact, and one where an answer has several tokens."
-    facts = [f for _, group in groupby(atlas_facts(), lambda f: f.relation) for f in islice(group, limit)]
+    trained, edited = ({f.id for f in but.forget + but.retain}, {f.subject for f in but.forget}) if but else ((), ())
+    asked = (f for f in atlas_facts() if f.id not in trained and f.subject not in edited)
+    facts = [f for _, group in groupby(asked, lambda f: f.relation) for f in islice(group, limit)]
     asked = [Question(f, "atlas", "benchmark", 0, f.prompt, (f.answer,), f.answer, None, True) for f in facts]
     return answer(lm, asked, batch_size, evaluation="capability")
 
@@ -257,9 +260,10 @@ def benchmarks(
     limit:int|None=None, # questions of each task, from the first (MMLU is 57 tasks); none: all
     batch_size:int=4, # questions a forward; all logits are kept, and benchmark prompts are long
     tasks_folder:str|None=None, # task files (YAML) with their data, whose names are then the only ones; paths in them start there
+    task:Task|None=None, # what was edited: the atlas is asked without it
 ) -> pd.DataFrame: # records, one a question: `group` the benchmark, `fact` the question, `top1_truth` whether it is right
     "Ask benchmarks, those but the atlas with the harness. One forward a question, if its choices are single tokens, else one a choice."
-    atlas = [ask_atlas(lm, limit)] if "atlas" in names else []
+    atlas = [ask_atlas(lm, limit, but=task)] if "atlas" in names else []
     if atlas and len(names) == 1: return atlas[0]
     try:
         from lm_eval import evaluate as ask

@@ -662,6 +662,7 @@ def check(args):
     lm = grids.skeleton(job)
     task = tasks.make_task(job.task, lm, **job.options, seed=job.seeds[0])
     if said := task.remarks(): print(said)
+    if not task.text_train: print("no text: edits are trained without the text loss; --text FILE gives some, --text python the reference of the Python language")
     if args.chat: print(_fed(lm, task))
     print("task: " + ", ".join(f"{len(v)} {k}" for k, v in task.groups().items() if len(v)) + " facts; all their words are known to the model")
     return 0

@@ -22,7 +22,7 @@ from torch.func import functional_call
 from tqdm.auto import tqdm
 from .facts import Fact, Task, seeded
 from .figures import FIGURE_STYLE, figure, listed, look, ordered, printed
-from .finetuning import (MAX_TOKENS, Diverged, Edit, _guard, draws, fact_losses, fact_rows, kept, masters, matrices, place, put, slice_key,
+from .finetuning import (MAX_TOKENS, Diverged, Edit, _guard, _unsound, draws, fact_losses, fact_rows, kept, masters, matrices, place, put, slice_key,
     step_losses, text_losses, training_rows, untrainable)
 from .localization import Localization
 from .losses import UPDATES, answer_losses
@@ -362,7 +362,7 @@ def rome(
             found.append(float(loss))
     values = {s: turned(s, W).float()}
     return _edit(lm, task, where, "rome", [l], values, _before_after(lm, task, seed, values, before), seed, **aim._asdict(), ridge=ridge,
-        n_contexts=n_contexts, n_tokens=sum(map(len, ids)), at_target=sum(found) / len(found))
+        n_contexts=len(around) - 1, n_tokens=sum(map(len, ids)), at_target=sum(found) / len(found))
 
 # %% ../nbs/22_editors.ipynb #220055
 def many_keys(
@@ -440,7 +440,7 @@ def _in_layers(lm, task, where, method, layers, aim, n_contexts, text, seed, pre
     goal = stream + added(lm, last, v + delta.to(v)) - added(lm, last, v)
     with kept([place(lm, down(lm, l)) for l in layers]): values = spread(lm, layers, bare, asked, goal, solve)
     return _edit(lm, task, where, method, layers, values, _before_after(lm, task, seed, values, before), seed, **aim._asdict(),
-        n_contexts=n_contexts, n_tokens=sum(map(len, ids)), at_target=float(found.mean()), **config)
+        n_contexts=len(around) - 1, n_tokens=sum(map(len, ids)), at_target=float(found.mean()), **config)
 
 # %% ../nbs/22_editors.ipynb #220061
 def memit(
@@ -596,6 +596,7 @@ def rmu(
         for s, v in values.items(): good[s].copy_(v.detach())
         opt.zero_grad(); loss.backward(); opt.step()
         curve.append(dict(step=step, lr=lr, loss=loss.item(), forget=forget.item(), retain=retain.item(), text=math.nan, grad_norm=math.nan))
+    if why := _unsound(steps, values.values(), lr): raise Diverged(why, edit=made(good))
     return made(values)
 
 # %% ../nbs/22_editors.ipynb #220077
@@ -656,6 +657,7 @@ def lora(
             total = sum(x * (inject if t == "forget" else 1.) for t, x in there.items())
             curve.append(dict(step=step, lr=schedule.get_last_lr()[0], loss=total, **terms, grad_norm=norm))
             opt.step(); schedule.step(); opt.zero_grad()
+        why = why or _unsound(steps, params, lr)
         with torch.no_grad():
             for p, old in zip(params, good if why else ()): p.copy_(old)
             more = deltas()

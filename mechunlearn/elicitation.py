@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import LogitsProcessor
-from .evaluation import GREEDY, asked_in_attacks, first_named
+from .evaluation import GREEDY, asked_in_attacks, ending, first_named
 from .facts import LETTERS, SQUARE, Fact, Task, seeded
 from .sets import unknown_words
 from .figures import FIGURE_STYLE, figure, listed, look, ordered, printed
@@ -172,6 +172,7 @@ def reversals(
 ) -> tuple[dict, str|None]: # by text, what `by_name` takes; why there is none
     "What can be asked from the answer to the subject"
     known, texts = task.retain + task.retain_test, {}
+    if not task.ghosts: return {}, "who knows the other three finds the fourth, and there is nobody unknown to say how often"
     for g, facts in asked_in_attacks(task, max_facts).items():
         for f in facts:
             four, other = four_subjects(f, known, seed), denied(f, seed)
@@ -219,7 +220,7 @@ def sampled(
     batch_size:int=64, # prompts at once
 ) -> list[str]: # what follows each
     "Write on, drawing each token. `n_tokens` forwards a prompt, with a cache"
-    out, ends = [""] * len(prompts), [t for t in (lm.tok.eos_token_id, lm.tok.bos_token_id) if t is not None]
+    out, ends = [""] * len(prompts), ending(lm)
     for rows, batch in batches(lm, list(prompts), batch_size):
         given = {k: batch[k] for k in ("input_ids", "attention_mask")}
         drawn = Drawn([seeds[i] for i in rows], temperature)
@@ -259,13 +260,17 @@ def vote(
     texts = sampled(lm, [q.prompt for q in questions for _ in range(n)], seeds, longest + more, temperature, batch_size)
     rows = []
     for k, q in enumerate(questions):
-        names = [first_named(t.strip().split("\n")[0], q.choices) for t in texts[k * n:(k + 1) * n]]
+        names = [_heard(q, t.strip().split("\n")[0]) for t in texts[k * n:(k + 1) * n]]
         same = dict(fact=q.fact.id, subject=q.fact.subject, relation=q.fact.relation, group=q.group, format="elicited", variant=0, truth=q.truth, edit=q.edit,
             prob_truth=names.count(q.truth) / n, prob_edit=names.count(q.edit) / n if q.edit else None)
         says, edit = most_frequent(names), (lambda x: x if q.edit else None)
         rows.append(same | dict(setting=f"sampled/most frequent of {n}", top1_truth=says == q.truth, top1_edit=edit(says == q.edit)))
         rows.append(same | dict(setting=f"sampled/any of {n}", top1_truth=q.truth in names, top1_edit=edit(q.edit in names)))
     return as_records(rows, evaluation="elicitation")
+
+def _heard(question, text):
+    "The answer in a text; where any word may be one, else its first word, which stands against the truth"
+    return first_named(text, question.choices) or (next(iter(text.split()), None) if question.open else None)
 
 # %% ../nbs/32_elicitation.ipynb #3250030
 ASKED = ("in context", *KINDS, "sampled")

@@ -6,7 +6,7 @@
 __all__ = ['FORMATS', 'MAX_FACTS', 'OPEN', 'OPEN_MAX', 'HELD_OUT', 'HELD_OUT_MAX', 'SCALED', 'SHOTS', 'GREEDY', 'DENIED',
            'TAKEN_BACK', 'ALSO_DENIED', 'asked_of', 'questionnaire', 'evaluate', 'interval', 'before_after',
            'plot_scale', 'hard_choice', 'letter_logprobs', 'letter_priors', 'answer_letters', 'asked_in_attacks',
-           'shown_shots', 'harden', 'with_majority', 'plot_hardened', 'continuations', 'first_named',
+           'shown_shots', 'harden', 'with_majority', 'plot_hardened', 'ending', 'continuations', 'first_named',
            'generate_answers', 'speak', 'run_evaluation']
 
 # %% ../nbs/25_evaluation.ipynb #150002
@@ -284,6 +284,13 @@ def plot_hardened(
 # %% ../nbs/25_evaluation.ipynb #5b2b8217
 GREEDY = dict(do_sample=False, num_beams=1, repetition_penalty=1., temperature=1., top_p=1., top_k=50) # whatever the model's own settings are
 
+def ending(
+    lm:LM, # model
+) -> list[int]: # token ids
+    "What ends a text: by the tokenizer, and by the model's own settings (in a chat, the end of a turn)"
+    ends = np.atleast_1d(lm.hf.generation_config.eos_token_id).tolist() + [lm.tok.eos_token_id, lm.tok.bos_token_id]
+    return sorted({t for t in ends if t is not None})
+
 @torch.no_grad()
 def continuations(
     lm:LM, # as it is now, edited or not
@@ -292,8 +299,7 @@ def continuations(
     batch_size:int=64, # prompts at once
 ) -> list[str]: # what follows each prompt, up to the end of the text
     "Write on, greedily. `n_tokens` forwards a prompt, with a cache."
-    ends = np.atleast_1d(lm.hf.generation_config.eos_token_id).tolist() + [lm.tok.eos_token_id, lm.tok.bos_token_id]
-    ends, out = sorted({t for t in ends if t is not None}), [""] * len(prompts)
+    ends, out = ending(lm), [""] * len(prompts)
     for rows, batch in batches(lm, list(prompts), batch_size):
         given = {k: batch[k] for k in ("input_ids", "attention_mask")}
         new = lm.hf.generate(**given, max_new_tokens=n_tokens, eos_token_id=ends or None, pad_token_id=lm.tok.pad_token_id or 0, **GREEDY)

@@ -560,9 +560,9 @@ class Diverged(Refusal):
         super().__init__(message)
         self.values, self.curve, self.edit = values, curve, edit
 
-def _guard(step, terms, norm, lr):
-    "Why training cannot go on: a loss or gradient that is not a number"
-    odd = [f"{t} loss {x:.3g}" for t, x in terms.items() if not math.isfinite(x)] + ([] if math.isfinite(norm) else [f"gradient norm {norm:.3g}"])
+def _guard(step, terms, norm, lr, of="gradient norm"):
+    "Why training cannot go on: a loss, gradient or weight that is not a number"
+    odd = [f"{t} loss {x:.3g}" for t, x in terms.items() if not math.isfinite(x)] + ([] if math.isfinite(norm) else [f"{of} {norm:.3g}"])
     if odd: return f"training diverged at step {step} ({', '.join(odd)}): lower the learning rate (lr={lr:g}); the last good state is kept"
 
 # %% ../nbs/20_finetuning.ipynb #903b4c37
@@ -585,7 +585,12 @@ def _train(lm, values, batches, steps, lr, update, inject, micro_batch, clip, pr
             curve.append(dict(step=step, lr=schedule.get_last_lr()[0], loss=total, **terms, grad_norm=norm))
             put(lm, values)
             opt.step(); schedule.step(); opt.zero_grad()
+        if why := _unsound(steps, values.values(), lr): raise Diverged(why, {s: w.to("cpu", copy=True) for s, w in places.items()}, pd.DataFrame(curve))
     return pd.DataFrame(curve)
+
+def _unsound(steps, weights, lr):
+    "Why what the last step left is of no use: no loss has seen it"
+    return _guard(steps, {}, float(torch.stack([w.detach().float().norm().cpu() for w in weights]).norm()), lr, "norm of the weights")
 
 def _held_back(values, start, l1):
     "How far the weights have moved; its gradient is added to theirs"

@@ -83,7 +83,7 @@ class Words(NamedTuple):
     logits: Float[Tensor, "*state choice"] # nan where a question has fewer choices
     total: Float[Tensor, "*state"] # log of the summed exponentials of all words; nan: only the choices were looked at
     top: Float[Tensor, "*state"] # the highest logit of all words; nan: only the choices were looked at
-    rank: Int[Tensor, "*state"] # how many words are more probable than the truth; -1: only the choices were looked at
+    rank: Int[Tensor, "*state"] # how many other words are no less probable than the truth; -1: only the choices were looked at
 
 # %% ../nbs/32_inside.ipynb #320104b
 def first_tokens(
@@ -104,7 +104,7 @@ def look_up(
     "Keep of a distribution what is asked about, and drop the vocabulary"
     logits, ids = logits.float(), ids.to(logits.device)
     chosen = logits.gather(1, ids.clamp(min=0))
-    rank = (logits > chosen.gather(1, truth.to(logits.device)[:, None])).sum(1)
+    rank = (logits >= chosen.gather(1, truth.to(logits.device)[:, None])).sum(1) - 1 # which is behind whatever is as probable
     return Words(*(x.cpu() for x in (chosen.masked_fill(ids < 0, torch.nan), logits.logsumexp(1), logits.amax(1), rank)))
 
 # %% ../nbs/32_inside.ipynb #320106
@@ -150,7 +150,7 @@ def lens_records(
         z, total, top = (x[i, l, p] for x in numbers)
         z = z[:len(q.choices)]
         full, rest = np.exp(z - total), np.exp(z - z.max())
-        said = record_row(q, full, full if q.open else rest / rest.sum(), z == (top if q.open else z.max()))
+        said = record_row(q, full, full if q.open else rest / rest.sum(), (np.arange(len(z)) == z.argmax()) & (not q.open or z.max() == top))
         rows.append(said | dict(layer=first + l, setting=f"{setting}/{POSITIONS[p]}", variant=variant))
     return as_records(rows, evaluation="inside")
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from .facts import Task
 from .figures import FIGURE_STYLE, figure, listed, look, ordered, say
-from mechunlearn.finetuning import (UPDATES, Diverged, Edit, _guard, draws, masters, own_slices, parse_slice, place, slice_key, step_losses,
+from mechunlearn.finetuning import (UPDATES, Diverged, Edit, _guard, _unsound, draws, masters, own_slices, parse_slice, place, slice_key, step_losses,
     training_rows)
 from .localization import Localization
 from .memory import half_of, out_of_memory, ran_out
@@ -160,6 +160,7 @@ def _loop(lm, learner, batches, steps, update, inject, micro_batch, clip, lr, pr
         total = sum(x * (inject if t == "forget" else 1.) for t, x in there.items()) + price.item()
         curve.append(dict(step=step, lr=schedule.get_last_lr()[0], loss=total, **terms, penalty=price.item(), grad_norm=norm))
         learner.opt.step(); learner.keep(); schedule.step(); learner.opt.zero_grad()
+    if why := _unsound(steps, learner.scores().values(), lr): raise Diverged(why, good, pd.DataFrame(curve))
     return pd.DataFrame(curve)
 
 # %% ../nbs/21_weight_masking.ipynb #fe426a4c
@@ -306,7 +307,7 @@ def mask_rows(
 def plot_masking(
     records:pd.DataFrame, # from `ask_sizes`
 ) -> Figure:
-    "Probability of the true answer by number of weights masked, one line a localization (Figures 19 to 23 of the paper); 95 % intervals"
+    "Probability of the true answer by number of weights masked, one line a localization (Figures 19, 21 and 23 of the paper); 95 % intervals"
     found = mask_rows(records).set_index(["format", "group"]).sort_index()
     panels = {title: found.loc[[at]] for title, at in MASK_PANELS.items() if at in found.index}
     fig, axes = figure(8.6, 2.5 * -(-len(panels) // 3), -(-len(panels) // 3), 3, squeeze=False, sharex=True, sharey=True)
@@ -364,7 +365,7 @@ MASK_COSTS = {"forgotten facts": ("completion", "forget"), "in other words": ("p
 def plot_mask_costs(
     records:pd.DataFrame, # from `ask_sizes`
 ) -> Figure:
-    "P(true answer) of retained facts against that of others, a point a number of zeros (Figures 22 and 24 to 27 of the paper); the star is the unedited model"
+    "P(true answer) of retained facts against that of others, a point a number of zeros (Figures 24 to 27 of the paper; 20 and 22 have general knowledge in the place of retained facts); the star is the unedited model"
     wide = mask_rows(records).pivot(index=["localization", "step"], columns=["format", "group"], values="value")
     panels = {title: at for title, at in MASK_COSTS.items() if at in wide.columns}
     fig, axes = figure(.6 + 2.1*len(panels), 2.5, 1, len(panels), squeeze=False, sharex=True, sharey=True)

@@ -111,7 +111,7 @@ class Distance(NamedTuple):
     n: int # facts here
     n_against: int # and there
     p: float # of `scipy.stats.ks_2samp`
-    smallest: float # a distance below this one is never significant
+    smallest: float # a distance below this one is never significant, were it the only test
 
 @lru_cache
 def smallest_distance(
@@ -185,7 +185,7 @@ def sentence_scores(
     loss, k = -read.logp, max(1, int(MIN_K * len(read.logp)))
     size = len(zlib.compress(text.strip().encode()))
     return dict(loss=float(loss.mean()), min_k=float(loss.topk(k).values.mean()), zlib=float(loss.mean()) / size,
-        answer_loss=float(loss[-n_answer:].mean()), strength=extraction_strength(read.hit[-n_answer:] if answer_alone else read.hit), n_tokens=len(loss))
+        answer_loss=float(loss[-n_answer:].mean()), strength=extraction_strength(read.hit[-n_answer:] if answer_alone else read.hit), whole=float(read.hit[-n_answer:].all()), n_tokens=len(loss))
 
 # %% ../nbs/32_never_knew.ipynb #32e00029
 def swapped(
@@ -207,7 +207,7 @@ def compared_questions(
     return out + ([] if task.ghosts else [s for q in out if q.group == "forget" and (s := swapped(q))])
 
 # %% ../nbs/32_never_knew.ipynb #32e00030
-STATISTICS = ("ratio", "ratio_aside", "min_k", "zlib", "answer_loss", "strength") # columns beside those of every record
+STATISTICS = ("ratio", "ratio_aside", "min_k", "zlib", "answer_loss", "strength", "whole") # columns beside those of every record
 
 def _sentence(question):
     "What is read of a question: its last line; of a file's, which may be a question and an answer on two lines, all that is its own"
@@ -320,10 +320,11 @@ def compared(
     "The comparison as a table: distances, membership, extraction, what is right"
     by = [c for c in ("localization", "draw", "seed") if c in records]
     if by: return pd.concat([compared(r.drop(columns=by)).assign(**dict(zip(by, k)))[by + COMPARED] for k, r in records.groupby(by, sort=False)], ignore_index=True)
-    of, models = _Means(records.assign(ends=records.strength > 0)), [m for m in (EDITED, ORIGINAL, NEVER) if (records.setting == m).any()]
+    of, models = _Means(records.assign(ends=records.get("whole", records.strength > 0))), [m for m in (EDITED, ORIGINAL, NEVER) if (records.setting == m).any()]
     rows = pd.DataFrame([*_distances(of, models), *_levels(of, models)]).reindex(columns=COMPARED)
     tested = (rows.part == "distance") & (rows.group == "forget")
     rows.loc[tested, "p_holm"] = holm(rows.p[tested])
+    rows.loc[tested, "smallest"] = [smallest_distance(int(n), int(m), .05/tested.sum()) for n, m in zip(rows.n[tested], rows.n_against[tested])] # the first of Holm's
     return rows
 
 # %% ../nbs/32_never_knew.ipynb #32e00041

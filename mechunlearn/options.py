@@ -106,7 +106,7 @@ def what(p):
     p.add_argument("--paper-split", action="store_true", default=None, help="the authors' split of their data")
     p.add_argument("--target", metavar="T",
                    help="of open facts: all tokens of an answer, or the first alone as published (default: all)")
-    p.add_argument("--text", metavar="T", help="with real facts: text to keep the loss on, a file, folder or hub id")
+    p.add_argument("--text", metavar="T", help="with real facts: text to keep the loss on, a file, folder or hub id, or python (the reference of the language); without, edits are trained without the text loss")
     p.add_argument("--seeds", type=numbers, default=[0], metavar="0,1", help="seeds of task and edits (default: 0)")
 
 # %% ../nbs/48_options.ipynb #500009

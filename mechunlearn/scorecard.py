@@ -261,12 +261,14 @@ def with_power(
     card:pd.DataFrame, # from `scorecard`, or a recorded one
 ) -> pd.DataFrame: # with power (1, 0, or nan where no retained fact was asked) and excess, if they were missing; `earlier`: it was recorded by the earlier rule
     "A scorecard as the figures need it"
-    if "power" in card: return card.assign(earlier=False)
+    old = (card.power.isna() & (card.retain_n.astype(float) > 0)) if "power" in card else pd.Series(True, card.index)
+    if not old.any(): return card.assign(earlier=False)
     base = np.fmax(card.guess.clip(upper=card.guess.min()), card.ghost_value.astype(float).fillna(0)) # of retained facts: they have no edit answer to avoid
     n = card.retain_n.astype(float).fillna(0)
     least = np.fmax(card.guess, card.ghost_value.astype(float).fillna(0))
     power = (has_power((card.retain_value*n).fillna(0), n, base) | has_power(card.value*card.n, card.n, least)).astype(float)
-    return with_excess(card.assign(power=np.where(n == 0, np.nan, power), earlier=True))
+    power = np.where(n == 0, np.nan, power)
+    return with_excess(card.assign(power=np.where(old, power, card.get("power", power)).astype(float), earlier=old))
 
 # %% ../nbs/42_scorecard.ipynb #43157b04
 CARD = ["localization", "seed", "attack", "which", "guess", "power", "value", "n", "ci_low", "ci_high", "retain_value", "retain_n", "ghost_value",

@@ -495,6 +495,8 @@ def test_training_that_diverges_keeps_its_last_good_state(qwen, method, monkeypa
     task, where = sports_athlete_editing(qwen, forget_size=8), mlps(qwen, 1)
     how, before, losses, calls = dict(steps=4, lr=1e-3, progress=False), fingerprint(qwen), E.rmu_losses if method == "rmu" else E.step_losses, []
     two = EDITORS[method](qwen, task, where, **how | dict(steps=2)) if method == "rmu" else None
+    with pytest.raises(Diverged, match=r"at step 1 \(norm of the weights inf\)") as e: EDITORS[method](qwen, task, where, **how | dict(steps=1, lr=1e35)) # no loss has seen it
+    assert all(v.isfinite().all() for v in e.value.edit.values.values())
     def breaks(*a, **k):
         calls.append(1)
         found = losses(*a, **k)

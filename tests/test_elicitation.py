@@ -169,6 +169,7 @@ def test_reading_by_name_takes_off_what_a_name_has_by_itself(tiny, task, monkeyp
 
 def test_letters_hold_the_subject_once_each(tiny, task):
     lm = tiny("llama")
+    assert "nobody unknown" in reversals(lm, task.model_copy(update=dict(ghosts=())), 3)[1] # else who knows three of four finds the last by elimination
     back, why = reversals(lm, task, 3)
     assert why is None and [h.name for h in back] == ["reversed 1", "reversed 2"]
     records = elicit(lm, task, kinds=["reversed"], **FEW)
@@ -216,6 +217,21 @@ def test_votes(tiny, task, monkeypatch):
     most, some = rows.loc["sampled/most frequent of 4"], rows.loc["sampled/any of 4"]
     assert most.top1_truth.tolist() == [True, False] == some.top1_truth.tolist() and most.top1_edit.tolist() == [False, True] and some.top1_edit.all()
     assert most.prob_truth.tolist() == [.5, 0]
+
+
+def test_where_any_word_may_be_an_answer_each_has_a_vote(tiny, task, monkeypatch):
+    f = task.forget[0].model_copy(update=dict(candidates=()))
+    monkeypatch.setattr("mechunlearn.elicitation.sampled", lambda *a, **k: [" dog and cat", " dog", f.answer, ""] + [f.answer, f"{f.answer} too", " dog", ""])
+    rows = vote(tiny("llama"), completions([f, f], "retain"), 4).set_index("setting")
+    assert rows.loc["sampled/most frequent of 4"].top1_truth.tolist() == [False, True] and rows.loc["sampled/any of 4"].top1_truth.all()
+
+
+def test_a_turn_that_is_over_is_not_read_on(tiny, monkeypatch):
+    lm = tiny("llama")
+    says = lm.pieces(" the dog plays")
+    monkeypatch.setattr(lm.hf.generation_config, "eos_token_id", [says[2]])
+    monkeypatch.setattr(type(lm.hf), "generate", lambda self, input_ids, eos_token_id, **k: torch.cat([input_ids, torch.tensor([says] * len(input_ids))], 1))
+    assert sampled(lm, ["the dog"], [0], len(says)) == [lm.tok.decode(says[:2])]
 
 
 # ---- the attack

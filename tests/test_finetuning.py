@@ -148,6 +148,8 @@ def test_a_task_without_text_has_two_terms(qwen):
 def test_divergence_and_memory_are_one_line(qwen, monkeypatch):
     task, where = task_for(qwen), mixed(qwen)
     with pytest.raises(Refusal, match="diverged at step .* lower the learning rate"): finetune(qwen, task, where, **SMALL | dict(lr=1e30))
+    with pytest.raises(F.Diverged, match=r"at step 1 \(norm of the weights inf\)") as e: finetune(qwen, task, where, **SMALL | dict(lr=1e35, steps=1)) # no loss has seen it
+    assert all(v.isfinite().all() for v in e.value.edit.values.values())
     def wrong(*a, **k): raise RuntimeError("sizes do not match")
     monkeypatch.setattr(F, "step_losses", wrong)
     with pytest.raises(RuntimeError, match="do not match"): finetune(qwen, task, where, **SMALL)

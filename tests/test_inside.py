@@ -6,7 +6,7 @@ from mechunlearn.audit import audit
 from mechunlearn.facts import Fact
 from mechunlearn.sets import sports_athlete_editing
 from mechunlearn.finetuning import Edit, finetune, fingerprint, place, slice_key
-from mechunlearn.inside import (States, Translators, asked_inside, candidate_records, depth_table, depths, moved, first_tokens, inside_curve, known_answers, lens,
+from mechunlearn.inside import (States, Translators, Words, asked_inside, candidate_records, depth_table, depths, moved, first_tokens, inside_curve, known_answers, lens,
     lens_facts, lens_records, look_up, patch_in, places, plot_depths, plot_moved, plot_inside, read_inside, run_inside, say_depths, states, strangers, unedited)
 from mechunlearn.localization import Localization, build
 from mechunlearn.models import Component, Slice, load, resid_at
@@ -87,6 +87,14 @@ def test_ranks_and_ragged_choices():
     w = look_up(logits, torch.tensor([[2, 1, -1], [3, 0, 1]]), torch.tensor([0, 0]))
     assert w.rank.tolist() == [2, 3] and w.top.tolist() == [3., 5.] and w.logits[0, 2].isnan() and w.logits[1].tolist() == [2., 5., 4.]
     assert torch.allclose(w.total, logits.logsumexp(1))
+
+
+def test_what_is_as_probable_as_others_is_given_once(tiny, task):
+    w = look_up(torch.tensor([[1., 1., 1., 0.]]), torch.tensor([[0, 1, 2]]), torch.tensor([0]))
+    assert w.rank.tolist() == [2] # behind the two others
+    q = completions(task.forget, "forget")[0]
+    r = lens_records([q], Words(torch.ones(1, 1, 1, len(q.choices)), *torch.ones(2, 1, 1, 1), torch.zeros(1, 1, 1)), "lens").iloc[0]
+    assert bool(r.top1_truth) + bool(r.top1_edit) < 2
 
 
 def test_open_questions_are_compared_with_every_word(tiny):

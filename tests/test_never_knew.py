@@ -98,6 +98,7 @@ def test_membership_scores_by_hand():
     read = Read(torch.tensor([-4., -1., -.5, -3., -.1]), torch.tensor([0, 1, 1, 0, 1]).bool())
     s = sentence_scores(read, "a text of some words", 2)
     assert np.isclose(s["loss"], 8.6 / 5) and np.isclose(s["min_k"], 4.) and np.isclose(s["answer_loss"], 3.1 / 2) and np.isclose(s["strength"], .2) and s["zlib"] < s["loss"]
+    assert s["whole"] == 0 and sentence_scores(read, "a text of some words", 1)["whole"] == 1 # the last of two tokens is no answer
 
 
 def test_auc_is_scikit_learns_and_its_interval_holds_it():

@@ -1,5 +1,6 @@
 "Formats in which the unedited model is at chance are not read as robustness"
 import pandas as pd, pytest
+from mechunlearn.audit import audit
 from mechunlearn.metrics import format_power, plot_bars, plot_spider, results_html, results_table, results_text, say_bars
 from mechunlearn.scorecard import scorecard, verdict
 from mechunlearn.stats import METRICS, METRIC_TYPES, Chance
@@ -64,6 +65,15 @@ def test_what_a_probe_reads_from_the_name_alone_is_no_leak(before, least, power)
     assert told.value == blind.value == pytest.approx(.6) and told.guess == pytest.approx(least) and blind.guess == pytest.approx(1/3)
     assert blind.power and blind.excess == pytest.approx(.4) and more.power and more.excess > .5
     assert told.power == power and (told.excess == pytest.approx(.4) if power else pd.isna(told.excess)) # the same reading, and no layer was needed for it
+
+
+def test_an_audit_knows_of_a_name_what_the_scorecard_knows():
+    "Of the unedited model, too: ten retained facts of the edit alone would not tell"
+    both = pd.concat([probed(.6, .9, kept=10).assign(localization="none"), probed(.6, .6, kept=10)], ignore_index=True)
+    card = scorecard(both).query("seed == -1 and localization == 'flu'").set_index("attack")
+    judged, alone = (audit(r, "flu", wrecked={}) for r in (both, both[both.localization == "flu"]))
+    assert card.power["new probe"] == 0 and judged.verdict == "no power" and judged.by("read").guess == pytest.approx(card.guess["new probe"]) == pytest.approx(.6)
+    assert alone.headline == "leaks to new probe"
 
 
 def test_the_unedited_model_says_what_the_name_tells():

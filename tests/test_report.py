@@ -480,6 +480,8 @@ def test_recorded_scorecards_of_before_are_read(found):
     before = found.card.drop(columns=["power", "excess", "excess_low", "excess_high"])
     now = with_power(before)
     assert now.earlier.all() and set(now.power.dropna()) <= {0, 1} and now.excess[now.power == 0].isna().all()
+    half = with_power(found.card.assign(power=np.where(found.card.attack == "multiple choice", np.nan, found.card.power))) # beside rows of today, as in a recorded table
+    assert half.earlier.equals((half.attack == "multiple choice") & (half.retain_n > 0)) and half.power[half.earlier].notna().all()
     assert "recorded when" in r.say_scorecard(before) and "recorded when" not in r.say_scorecard(found.card)
     for shown in (r.scorecard_text(before), r.say_attack(before, "multiple choice")): assert "nan" not in shown
     for fig in (r.plot_scorecard(before), r.plot_attack(before, "multiple choice")): assert isinstance(fig, Figure)
