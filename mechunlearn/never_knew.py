@@ -324,7 +324,6 @@ def compared(
     rows = pd.DataFrame([*_distances(of, models), *_levels(of, models)]).reindex(columns=COMPARED)
     tested = (rows.part == "distance") & (rows.group == "forget")
     rows.loc[tested, "p_holm"] = holm(rows.p[tested])
-    rows.loc[tested, "smallest"] = [smallest_distance(int(n), int(m), .05/tested.sum()) for n, m in zip(rows.n[tested], rows.n_against[tested])] # the first of Holm's
     return rows
 
 # %% ../nbs/32_never_knew.ipynb #32e00041
@@ -346,7 +345,8 @@ def judge(
     if (tests.p_holm < .05).any():
         told = tests[tests.p_holm < .05]
         return Judgement("told apart", f"Told from a model that never knew by {len(told)} of {len(tests)} tests (Holm p {p_text(told.p_holm.min())}): {numbers}.")
-    return Judgement("no difference seen", f"No difference from never knowing was seen, which is no proof: {numbers}; distances below {worst.smallest:.2f} cannot be seen with so few facts.")
+    unseen = smallest_distance(int(worst.n), int(worst.n_against), .05/len(tests)) # the first of Holm's
+    return Judgement("no difference seen", f"No difference from never knowing was seen, which is no proof: {numbers}; distances below {unseen:.2f} cannot be seen with so few facts.")
 
 def _lost(rows, now):
     "What retained facts have surely less than half of"
