@@ -6,7 +6,7 @@
     python tests/add_recorded.py --sweep [--replace] sweep.parquet...     of `mechunlearn sweep`
     python tests/add_recorded.py --over [--field] RUN_FOLDER...      the same, in place of those rows alone that the runs have anew: a place, evaluation and setting; a place and attack
     python tests/add_recorded.py --editors [--replace] RUN_FOLDER...      of a grid of editors, into the tables of their own; or --losses, or --field, of the field's attacks
-    python tests/add_recorded.py --elsewhere [--replace] RUN_FOLDER...    the same command on another machine: scorecard, facts one by one and places, beside the others and not mixed with them
+    python tests/add_recorded.py --elsewhere [--replace] RUN_FOLDER...    the same facts on another machine, in another arithmetic or with text: scorecard, facts one by one and places, beside the others and not mixed with them
     python tests/add_recorded.py --never-knew [--replace] RUN_FOLDER...   what was asked of each fact to compare edits with a model that never knew
 
 Of each run the maps, localizations and evaluations are added that the tables lack for its model, task and number of facts; what is there stays,

@@ -409,7 +409,7 @@ def test_the_reference_of_python_is_text_on_every_machine(stand_in):
 
 def test_the_atlas_is_a_benchmark_without_the_harness(tiny, task, monkeypatch):
     from mechunlearn import capability as C
-    facts = [Fact(id=f"{r}/{i}", relation=r, subject="x", prompt="the dog plays the sport of", answer=a) for r in ("capital", "currency")
+    facts = [Fact(id=f"{r}/{i}", relation=r, subject="xy"[r == "capital" and i > 0], prompt="the dog plays the sport of", answer=a) for r in ("capital", "currency")
              for i, a in enumerate((" football", " golf", " the dog"))]
     monkeypatch.setattr(C, "atlas_facts", lambda: tuple(facts))
     monkeypatch.setitem(sys.modules, "lm_eval", None)
@@ -417,9 +417,7 @@ def test_the_atlas_is_a_benchmark_without_the_harness(tiny, task, monkeypatch):
     got = C.benchmarks(lm, ["atlas"])
     assert len(got) == 6 and set(got.group) == {"atlas"} and set(got.format) == {"benchmark"} and set(got.evaluation) == {"capability"}
     own = task.model_copy(update=dict(forget=(facts[0],), retain=(facts[4],)))
-    for t in facts[1:3]: object.__setattr__(t, "subject", "y")
     assert set(C.capability(lm, own, None, ["atlas"], ["the dog plays"]).query("group == 'atlas'").fact) == {"capital/1", "capital/2"} # no trained fact, none about x
-    for t in facts[1:3]: object.__setattr__(t, "subject", "x")
     assert C.accuracies(got).n.tolist() == [6] and len(C.benchmarks(lm, ["atlas"], limit=2)) == 4
     top = lm.hf(**lm.encode([facts[0].prompt])).logits[0, -1].argmax().item()
     assert [bool(t) for t in got.top1_truth] == [lm.first_token(f.answer) == top and len(lm.pieces(f.answer)) == 1 for f in facts]
