@@ -374,6 +374,12 @@ def test_bad_input_is_one_line(qwen, tiny, monkeypatch):
     with pytest.raises(RuntimeError, match="do not match"): learn_mask(qwen, task, where, **SMALL)
 
 
+@pytest.mark.parametrize("method", GATES)
+def test_what_the_last_step_left_is_looked_at_though_no_loss_has_seen_it(qwen, method):
+    with pytest.raises(Diverged, match=r"at step 1 \(norm of the weights (inf|nan)\)") as e: learn_mask(qwen, task_for(qwen), mixed(qwen), method, **SMALL | dict(steps=1, lr=1e36))
+    assert all(torch.isfinite(v).all() for v in e.value.edit.scores.values())
+
+
 def test_quantized_matrices_are_refused(qwen):
     where = mixed(qwen)
     qwen.hf.get_submodule("model.layers.1.mlp.up_proj").weight = torch.nn.Parameter(torch.zeros(8, dtype=torch.int8), requires_grad=False)
