@@ -11,6 +11,7 @@ from mechunlearn.latent import latent
 from mechunlearn.localization import Localization, build
 from mechunlearn.models import Component, Slice, load
 from mechunlearn.probing import features
+from mechunlearn.questions import completions, multiple_choice
 from mechunlearn.relearning import relearn
 from mechunlearn.tasks import sports_athlete_editing
 
@@ -234,9 +235,16 @@ def subject_keys(lm, layer, facts):
     return read_at(lm, [Ask(ids, stop - 1, []) for ids, (_, stop) in zip(lm.ids(prompts), spans)], layer, layer)[0]
 
 
+def last_keys(lm, layer, questions):
+    "What it reads at the last token [questions, d_mlp]"
+    return read_at(lm, [Ask(ids, -1, []) for ids in lm.ids([q.prompt for q in questions])], layer, layer)[0]
+
+
 def also_writing(lm, task, edit, layer, writes):
-    "An edit whose MLP of one more layer adds `writes(fact)` to the stream at the edited subjects, and nearly nothing at others (least squares)"
-    with edit.applied(lm): own, other = (subject_keys(lm, layer, facts) for facts in (task.forget, others(task)))
+    "An edit whose MLP of one more layer adds `writes(fact)` to the stream at the edited subjects, and nearly nothing at others or where an answer is given (least squares)"
+    with edit.applied(lm):
+        own, other = (subject_keys(lm, layer, facts) for facts in (task.forget, others(task)))
+        other = torch.cat([other, last_keys(lm, layer, completions(task.retain[:200], "retain") + multiple_choice(task, task.retain[:50], "retain"))])
     wanted = torch.stack([writes(f) for f in task.forget]).double()
     C = own.T @ own / len(own) + other.T @ other / len(other)
     C += 1e-4 * C.diagonal().mean() * torch.eye(len(C))
@@ -269,10 +277,11 @@ def carries(lm, layer):
 
 
 def to_relearning(lm, task, edit, layer=5):
-    "The old answer as one of three directions that attention carries well and that mean nothing to retained facts, hence to no probe"
+    "The old answer as one of three directions that attention carries well and that mean nothing to retained facts, hence to no probe, and none of the words, hence to no lens"
     mean, new = class_means(lm, task, edit, layer)
     middle, size = torch.stack([*mean.values()]).mean(0), torch.stack([*mean.values()]).norm(dim=-1).mean()
-    known = torch.linalg.qr(torch.stack([*(m - middle for m in mean.values()), middle, new]).T)[0]
+    said = lm.hf.get_output_embeddings().weight[[lm.first_token(a) for a in mean]] * lm.hf.get_submodule(lm.path("final_norm")).weight # what a lens sees
+    known = torch.linalg.qr(torch.stack([*(m - middle for m in mean.values()), middle, new, *said.float()]).T)[0]
     carried = torch.cat([carries(lm, l) for l in range(layer + 1, 10)]) @ (torch.eye(lm.d_model) - known @ known.T)
     code = dict(zip(mean, 3 * size * torch.linalg.svd(carried, full_matrices=False).Vh))
     return also_writing(lm, task, edit, layer, lambda f: code[f.answer])
