@@ -75,7 +75,7 @@ def records(name: str) -> pd.DataFrame:
     if name == "never knew":
         lm = load("organism-never-knew")
     groups = {g: ("completion", "mcq") for g in ("forget", "retain", "ghost")}
-    ask = lambda: evaluate(lm, task, groups, {"retain": 32, "ghost": 32})  # and no text: what is written into later layers shows there, and they would be called destroyed
+    ask = lambda: evaluate(lm, task, groups, {"retain": 32, "ghost": 32})  # and no text: what is written into later layers shows there, and what leaks to relearning would be called destroyed
     if edit:
         with edit.applied(lm):
             parts = [ask()]
