@@ -34,15 +34,16 @@ def main():
     p.add_argument("--alone", choices=CHOICES, help=argparse.SUPPRESS)
     a = p.parse_args()
     if a.alone: return alone(a)
-    lines, first = [], None
+    found = {}
     for choice in CHOICES:
-        said = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--alone", choice], check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
-        found = json.loads(said)
-        first = first or found
-        if not lines: lines.append(dict(name="machine", device="cpu", threads=a.threads, torch=torch.__version__, model=a.model, dtype=found["dtype"], place=a.place, weights=found["weights"], facts=a.forget_size, steps=a.steps))
-        far = max(abs(x - y) for x, y in zip(found["losses"], first["losses"]))
-        lines.append(dict(name=choice, seconds=found["seconds"], over=round(found["seconds"] / first["seconds"], 2), peak_mb=found["peak_mb"], max_abs_diff=round(far, 7)))
-        for l in lines[-1 if len(lines) > 2 else 0:]: print(json.dumps(l), flush=True)
+        said = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--alone", choice], check=True, stdout=subprocess.PIPE, text=True).stdout
+        found[choice] = json.loads(said.splitlines()[-1])
+    first = found["as it is"]
+    lines = [dict(name="machine", device="cpu", threads=a.threads, torch=torch.__version__, model=a.model, dtype=first["dtype"], place=a.place, weights=first["weights"], facts=a.forget_size, steps=a.steps)]
+    for choice, f in found.items():
+        far = max(abs(x - y) for x, y in zip(f["losses"], first["losses"]))
+        lines.append(dict(name=choice, seconds=f["seconds"], over=round(f["seconds"] / first["seconds"], 2), peak_mb=f["peak_mb"], max_abs_diff=round(far, 7)))
+    for l in lines: print(json.dumps(l))
     if a.save: (Path(__file__).parent/"results"/f"{a.save}.jsonl").write_text("".join(json.dumps(l) + "\n" for l in lines))
 
 

@@ -71,6 +71,10 @@ def test_what_sixty_four_leave_of_the_model():
 def test_sixty_four():
     wide, rows = placed("scorecard").query("seed == -1").set_index(["attack", "localization"]), retaught("scorecard", SIXTY_FOUR)
     probe, each = wide.loc["new probe"].value.drop("none"), rows[rows.seed >= 0].set_index(["place", "seed"]).sort_index()
+    back, more = wide.loc["half retaught"], ["flu-path", "random-mlps", "late"]
+    rest = ["causal-tracing", "causal-tracing-mlps", "nonlocalized", "attribution-patching-mlps", "random", "attribution-patching", "all-mlps"]
+    assert say(*back.loc["flu", ["value", "ci_low", "ci_high"]]) == "0.08 [0.00, 0.18]" and two(back.value[more]) == ["0.67", "0.56", "0.45"] and list(back.p_holm[more].round(3)) == [.017, .024, .046]
+    assert two(back.value[rest]) == ["0.11", "0.08", "0.14", "0.16", "0.21", "0.29", "0.37"] and back.p_holm[rest].min() > .7 and set(back.n[rest]) == {120, 95}
     assert (wide.loc["as trained"].value.drop("none") == 0).all() and two([probe["late"]]) == ["0.80"] and two(probe.drop("late").agg(["min", "max"])) == ["0.09", "0.36"]
     kept = placed("metrics").query("seed == -1 and evaluation == 'standard' and format == 'completion' and group == 'retain' and answer == 'truth' and measure == 'top1'").set_index("localization").value
     assert two(kept[["late", "random-mlps", "random", "flu"]]) == ["0.51", "0.73", "0.79", "0.86"] and two(kept.drop(["none", "late", "random-mlps", "random"]).agg(["min", "max"])) == ["0.80", "0.90"]
@@ -106,7 +110,7 @@ def test_edits_by_hand():
     assert asked.top1_edit.min() == 1 and asked.top1_truth.max() == 0 and asked.fact.nunique() == 120 and asked.localization.isin(BY_HAND).sum() == 4*64
     assert two(hand.value) == ["0.12", "0.12", "0.55", "0.25"] and hand.p_holm["hand@mlp.2-5"] < .001 and f"{hand.p_holm['hand@mlp.0-1']:.2f}" == "0.02" and hand.p_holm[BY_HAND[:2]].min() > .9
     places = recorded("localizations", **SIXTY_FOUR).groupby("localization").layer.agg(sorted)
-    assert places[BY_HAND].tolist() == [[0, 2, 3, 4, 5], [1, 2, 3, 4, 5], [2, 3, 4, 5], [0, 1]]
+    assert places["flu"] == [0, 1, 2, 3, 4, 5] and places[BY_HAND].tolist() == [[0, 2, 3, 4, 5], [1, 2, 3, 4, 5], [2, 3, 4, 5], [0, 1]]
     drawn = recorded("flu_sets", **SIXTY_FOUR).query("rise == .05 and rule == 'before-extraction'").set_index("layer").share
     assert [f"{drawn[l]:.3f}" for l in (0, 1)] == ["0.430", "0.665"]
     assert two(recorded("probing", **SIXTY_FOUR).query("position == 'subject'").drop_duplicates("layer").set_index("layer").in_flu[[0, 1]]) == ["0.74", "0.89"]
