@@ -29,7 +29,7 @@ def alone(a):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", default="gemma-3-270m"); p.add_argument("--facts", default="athletes"); p.add_argument("--place", default="nonlocalized"); p.add_argument("--save")
+    p.add_argument("--model", default="gemma-3-270m"); p.add_argument("--facts", default="athletes"); p.add_argument("--place", default="nonlocalized"); p.add_argument("--save", dest="name", metavar="NAME") # nnsight gives every object a `save`
     for name, n in (("forget-size", 16), ("steps", 5), ("threads", 2)): p.add_argument(f"--{name}", type=int, default=n)
     p.add_argument("--alone", choices=CHOICES, help=argparse.SUPPRESS)
     a = p.parse_args()
@@ -44,7 +44,7 @@ def main():
         far = max(abs(x - y) for x, y in zip(f["losses"], first["losses"]))
         lines.append(dict(name=choice, seconds=f["seconds"], over=round(f["seconds"] / first["seconds"], 2), peak_mb=f["peak_mb"], max_abs_diff=round(far, 7)))
     for l in lines: print(json.dumps(l))
-    if a.save: (Path(__file__).parent/"results"/f"{a.save}.jsonl").write_text("".join(json.dumps(l) + "\n" for l in lines))
+    if a.name: (Path(__file__).parent/"results"/f"{a.name}.jsonl").write_text("".join(json.dumps(l) + "\n" for l in lines))
 
 
 if __name__ == "__main__": main()

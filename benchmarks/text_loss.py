@@ -77,7 +77,7 @@ if __name__ == "__main__":
     p.add_argument("--repeat", type=int, default=1)
     p.add_argument("--threads", type=int, default=os.cpu_count())
     p.add_argument("--device", default="cpu")
-    p.add_argument("--save", metavar="NAME")
+    p.add_argument("--save", metavar="NAME", dest="name")
     a = p.parse_args()
     torch.set_num_threads(a.threads)
     say(device=torch.cuda.get_device_name() if a.device == "cuda" else processor(), threads=a.threads, torch=torch.__version__)
@@ -92,7 +92,7 @@ if __name__ == "__main__":
         batch = texts(lm, 32, 12)
         compare("last-position", "strided", lambda: last(lm, batch), lambda: strided_last(lm, batch), a.repeat, tolerance,
             model=lm.name, prompts=32, tokens=12, dtype=str(dtype).removeprefix("torch."))
-    if a.save:
+    if a.name:
         folder = Path(__file__).parent / "results"
         folder.mkdir(exist_ok=True)
-        (folder / f"{a.save}.jsonl").write_text("".join(json.dumps(l) + "\n" for l in LINES))
+        (folder / f"{a.name}.jsonl").write_text("".join(json.dumps(l) + "\n" for l in LINES))
