@@ -282,7 +282,7 @@ def _aim_at(lm, layer, asked, essence, sizes, how):
     for step in range(how.steps):
         each, long = weight * losses(), how.decay * (_lengths(delta) / sizes.square()).sum()
         loss = each.sum() + long
-        if not loss.isfinite(): raise Refusal(f"the search for what layer {layer} should write diverged at step {step} ({_odd(each, n, long)}): lower its lr (now {how.lr:g})")
+        if not loss.isfinite(): raise Diverged(f"the search for what layer {layer} should write diverged at step {step} ({_odd(each, n, long)}): lower its lr (now {how.lr:g})")
         opt.zero_grad(); loss.backward(); opt.step()
         with torch.no_grad(): delta *= (how.clamp * sizes / _lengths(delta).clamp(min=1e-12)).clamp(max=1)[:, None]
     with torch.no_grad(): said = losses()[:n]
@@ -343,26 +343,32 @@ def rome(
     text:Sequence[str]|None=None, # see `reading`
     seed:int|None=None, # of the contexts; none: the task's
     progress:bool=True, # show a bar (on terminals)
-) -> Edit: # Refusal for a localization without MLPs, a task without new answers, a singular second moment
+) -> Edit: # Refusal for a localization without MLPs, a task without new answers, a singular second moment; `Diverged`, with the facts edited so far
     "Rank-One Model Editing (Meng et al., 2022), one fact after the other. For each fact `aim.steps` forwards and backwards of its prompts"
     layers, seed = _begin(lm, task, where, None if layer is None else [layer], "rome"), task.seed if seed is None else seed
     l, before = layers[len(layers) // 2], _state(lm, task, seed)
     s, ids, texts = down(lm, l), reading(lm, task, text), task.text_train if text is None else text
     C, W, found = ridged(second_moments(lm, [l], ids)[l], ridge, l), place(lm, down(lm, l)).double(), []
-    W, around = turned(s, W), contexts(texts, n_contexts, seed)
+    W, around, why = turned(s, W), contexts(texts, n_contexts, seed), None
     with kept([place(lm, s)]):
         for fact in tqdm(task.forget, "facts", leave=False, disable=None if progress else True):
             asked = asks(lm, [fact], [fact.edit], around)
             _check_reach(lm, l, asked, "rome")
             keys, values, _ = read_at(lm, asked, l, l)
-            delta, loss = aim_at(lm, l, [asked], essences(lm, [fact]), values[:1].norm(dim=1), aim)
+            try: delta, loss = aim_at(lm, l, [asked], essences(lm, [fact]), values[:1].norm(dim=1), aim)
+            except Diverged as e:
+                why = f"{fact.subject}: {e}" + (f"; the edit of the {len(found)} before is kept" if found else "")
+                break
             k = keys.mean(0).to(W)
             W = rank_one(W, k, W @ k + delta[0].to(W), C)
             put(lm, {s: turned(s, W)})
             found.append(float(loss))
+    if why and not found: raise Diverged(why)
     values = {s: turned(s, W).float()}
-    return _edit(lm, task, where, "rome", [l], values, _before_after(lm, task, seed, values, before), seed, **aim._asdict(), ridge=ridge,
+    edit = _edit(lm, task, where, "rome", [l], values, _before_after(lm, task, seed, values, before), seed, **aim._asdict(), ridge=ridge,
         n_contexts=len(around) - 1, n_tokens=sum(map(len, ids)), at_target=sum(found) / len(found))
+    if why: raise Diverged(why, edit=edit)
+    return edit
 
 # %% ../nbs/22_editors.ipynb #220055
 def many_keys(

@@ -663,6 +663,7 @@ def finetune(
     between:Callable[[LM, Task, int], pd.DataFrame]=ask_parts, # of a sequence: what is measured before it and after each part
     loss:str|None=None, # what is done to the forget facts, one of `LOSSES`; none: what the task says
     beta:float|None=None, # of npo, simnpo and dpo; none: as published
+    gamma:float|None=None, # margin of simnpo; none: 0
     l1:float|None=None, # weight of the L1 norm of the change of the weights; none: 0
     preferred:str|None=None, # of idk and dpo: the answer to be given instead, or "edit" for each fact's edit answer; none: a word for not knowing
     packed:bool=False, # prompts of similar length together and texts one behind the other, so that little padding is read; the result stays up to rounding
@@ -672,7 +673,7 @@ def finetune(
     rest:str|None=None, # 4bit or 8bit: whatever is not trained is quantized meanwhile, see `rest_packed`: less memory, another result
 ) -> Edit: # Refusal if memory runs out; `Diverged`, with the last good state, if training diverges
     "Localized fine-tuning (paper, section 2.3). `steps` forwards and backwards of `batch + retain_batch` prompts and `text_batch` texts."
-    update, chosen = choose_update(lm, task, loss, beta, l1, preferred)
+    update, chosen = choose_update(lm, task, loss, beta, l1, preferred, gamma)
     if rest and task.update == "sequential": raise Refusal(f"a sequence is asked between its parts, in the whole model: leave out rest={rest}")
     lr, inject = rates(lm, task, where, lr, inject, loss=loss)
     seed, sizes = task.seed if seed is None else seed, {t: n if t in update.terms else 0 for t, n in (("forget", batch), ("retain", retain_batch), ("text", text_batch))}

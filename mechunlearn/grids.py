@@ -258,7 +258,7 @@ class Weights(BaseModel, extra="forbid"):
 
 class Tampering(BaseModel, extra="forbid"):
     "Of tampering with edits"
-    ways: list[Literal["quantized", "damaged", "removed", "tuned", "interpolated", "put back"]]|None = Field(None, min_length=1) # default: all
+    ways: list[Literal["quantized", "damaged", "removed", "tuned", "interpolated", "put back", "neurons"]]|None = Field(None, min_length=1) # default: all
     weights: Weights = Weights()             # how they are rounded and damaged
     layers: Whole|None = Field(None, ge=1)     # from how many a direction is taken
     lora: Lora = Lora()                      # of the training on other text
@@ -350,6 +350,7 @@ class Settings(BaseModel, extra="forbid"):
     rest: Literal["8bit", "4bit"]|None = None # matrices of the blocks that are not trained are quantized while an edit is trained: less memory, another result
     loss: Literal["injection", "log-1-p", "gradient-ascent", "graddiff", "npo", "simnpo", "idk", "dpo"]|None = None # on the forget facts; default: the task's own
     beta: Real|None = Field(None, gt=0) # of npo, simnpo and dpo
+    gamma: Real|None = Field(None, ge=0) # margin of simnpo
     l1: Real|None = Field(None, ge=0) # weight of the L1 norm of the change of the weights
     preferred: str|None = Field(None, min_length=1, max_length=200) # answer that idk and dpo prefer, or "edit"
     editors: Annotated[dict[str, dict], AfterValidator(_editors)] = {} # of edits such as memit@flu: settings of each editor (memit), size (lora-4) or place (mask@late); of mask@..., k

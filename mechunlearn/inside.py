@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TAU', 'places', 'States', 'states', 'asked_inside', 'Words', 'first_tokens', 'look_up', 'lens', 'lens_records',
-           'known_answers', 'candidate_records', 'Translators', 'lens_facts', 'patch_in', 'strangers', 'Original',
-           'unedited', 'depths', 'depth_table', 'say_depths', 'inside_curve', 'plot_inside', 'plot_depths',
-           'other_head', 'read_inside', 'moved', 'plot_moved', 'run_inside']
+           'known_answers', 'candidate_records', 'swings', 'union_records', 'Translators', 'lens_facts', 'patch_in',
+           'strangers', 'Original', 'unedited', 'depths', 'depth_table', 'say_depths', 'inside_curve', 'plot_inside',
+           'plot_depths', 'other_head', 'read_inside', 'moved', 'plot_moved', 'run_inside']
 
 # %% ../nbs/32_inside.ipynb #320101
 from contextlib import nullcontext
@@ -170,11 +170,48 @@ def candidate_records(
     b:int, # candidates that the attacker may name
     known:dict, # of `known_answers`
 ) -> pd.DataFrame: # records, `setting` top5/last; of relations with more than `b` answers only
-    "Is the truth among the `b` most probable words of a layer? (Patil, Hase and Bansal, 2024: candidates from every layer together)"
-    at = [i for i, q in enumerate(questions) if len(known.get(q.fact.relation, ())) > b]
-    rows = [dict(fact=q.fact.id, subject=q.fact.subject, relation=q.fact.relation, group=q.group, format=q.format, variant=0, truth=q.truth, edit=q.edit,
-        top1_truth=bool(words.rank[i, l, p] < b), layer=l - 1, setting=f"top{b}/{POSITIONS[p]}")
-        for i in at for q in [questions[i]] for l, p in np.ndindex(*words.rank.shape[1:])]
+    "Is the truth among the `b` most probable words of a layer?"
+    rows = [_named(questions[i], words.rank[i, l, p] < b, f"top{b}/{POSITIONS[p]}", l - 1) for i in _many(questions, b, known) for l, p in np.ndindex(*words.rank.shape[1:])]
+    return as_records(rows, evaluation="inside")
+
+def _many(questions, b, known):
+    "Which questions have more answers than `b`"
+    return [i for i, q in enumerate(questions) if len(known.get(q.fact.relation, ())) > b]
+
+def _named(q, hit, setting, layer=None):
+    "A record: was the truth named?"
+    return dict(fact=q.fact.id, subject=q.fact.subject, relation=q.fact.relation, group=q.group, format=q.format, variant=0, truth=q.truth, edit=q.edit, top1_truth=bool(hit), layer=layer, setting=setting)
+
+# %% ../nbs/32_inside.ipynb #320111c
+@torch.no_grad()
+def swings(
+    lm:LM, # as it is now
+    questions:Sequence[Question], # one a row of `x`
+    x:Float[Tensor, "question layers+1 place d_model"], # of `states`
+) -> Int[Tensor, "question layers place"]: # how many other words rise, or fall, no less than the truth does in a layer; the smaller of the two
+    "How far the truth stands out in what a layer changes (Patil, Hase and Bansal, 2024). (1 + layers) projections for each place"
+    (ids, truth), norm = first_tokens(lm, questions), lm.hf.get_submodule(lm.path("final_norm"))
+    out = torch.empty(len(x), x.shape[1] - 1, x.shape[2], dtype=torch.long)
+    for i, p in np.ndindex(len(x), x.shape[2]):
+        change = lm.unembed(norm(x[i, :, p].to(lm.device, lm.hf.dtype))).float().softmax(-1).diff(dim=0)
+        own = change[:, ids[i, truth[i]], None]
+        out[i, :, p] = torch.minimum((change >= own).sum(1), (change <= own).sum(1)).cpu() - 1
+    return out
+
+# %% ../nbs/32_inside.ipynb #320111d
+def union_records(
+    lm:LM, # as it is now
+    questions:Sequence[Question], # one a fact
+    words:Words, # [fact, layers+1, place], compared with every word
+    x:Float[Tensor, "fact layers+1 place d_model"], # of `states`
+    known:dict, # of `known_answers`
+) -> pd.DataFrame: # records, `setting` each12/last, swing24/last: how many words are named; of relations with more answers than that
+    "Is the truth the first word of any layer, or the one that rises or falls most in any?"
+    n, rows = lm.n_layers, []
+    for name, b in (("each", n), ("swing", 2*n)):
+        if not (at := _many(questions, b, known)): continue
+        rank = words.rank[at, 1:] if name == "each" else swings(lm, [questions[i] for i in at], x[at])
+        rows += [_named(questions[i], (rank[k, :, p] < 1).any(), f"{name}{b}/{POSITIONS[p]}") for k, i in enumerate(at) for p in range(rank.shape[2])]
     return as_records(rows, evaluation="inside")
 
 # %% ../nbs/32_inside.ipynb #320107
@@ -419,7 +456,7 @@ def read_inside(
     candidates:int=5, # words that an attacker may name
     n_strangers:int=2, # see `unedited`
     batch_size:int=64, # prompts a forward
-) -> pd.DataFrame: # records, `evaluation` "inside": `layer`; `setting` lens, tuned, top5, into-original, into-edited, stranger, each with /subject or /last
+) -> pd.DataFrame: # records, `evaluation` "inside": `layer`; `setting` lens, tuned, top5, each12, swing24, into-original, into-edited, stranger, each with /subject or /last
     "Read an edited model layer by layer. A forward and 4 x (layers + 1) projections a fact; (2 + 2 x layers) forwards to put states in; and `unedited`, if it is not given."
     if candidates < 1: raise Refusal(f"an attacker names at least one word, not {candidates} candidates")
     laps, original = Laps(), original or unedited(lm, task, seed, n_train, max_facts, n_strangers if edit else 0, batch_size)
@@ -433,6 +470,7 @@ def read_inside(
         said = {g: lens(lm, qs, now[g], whole[g]) for g, qs in asked.items()}
         parts = [laps(lens_records(asked[g], w, "lens")) for g, w in said.items()]
         parts += [laps(candidate_records(asked[g], w, candidates, known)) for g, w in said.items() if whole[g]]
+        parts += [laps(union_records(lm, asked[g], w, now[g], known)) for g, w in said.items() if whole[g]]
         back = [laps(lens_records(qs, patch_in(lm, qs, original.seen[g].stream[:, 1:], batch_size), "into-edited", 0)) for g, qs in patched.items()]
     if other_head(lm, edit): parts += [laps(lens_records(qs, lens(lm, qs, now[g], is_open[g]), "old-head")) for g, qs in asked.items()]
     if original.translate: parts += [laps(lens_records(qs, lens(lm, qs, original.translate(now[g]), is_open[g], normed=True), "tuned")) for g, qs in asked.items()]

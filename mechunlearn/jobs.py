@@ -55,7 +55,7 @@ class Job:
     def path(self, file) -> Path|None: return self.folder and self.folder/file
 
 # %% ../nbs/24_jobs.ipynb #200065
-TRAINING = dict(lr=None, inject=None, steps=50, batch=64, retain_batch=48, text_batch=8, clip=1., loss=None, beta=None, l1=None, preferred=None, optimizer=None, rest=None)
+TRAINING = dict(lr=None, inject=None, steps=50, batch=64, retain_batch=48, text_batch=8, clip=1., loss=None, beta=None, gamma=None, l1=None, preferred=None, optimizer=None, rest=None)
 
 @patch
 def causes(self:Job, **more) -> dict:
@@ -146,7 +146,7 @@ def edit(self:Job,
     if there <= usable and not recompute: return load_edit(self.folder)
     try: edit = self.by_editor() if self.editor else self.finetuned()
     except Diverged as e:
-        if not self.folder: raise
+        if not self.folder or e.edit is None: raise
         e.edit.save(self.folder/"diverged", self.causes())
         raise Refusal(f"{e} in {self.folder/'diverged'}") from None
     if self.folder: edit.save(self.folder, self.causes())

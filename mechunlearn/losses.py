@@ -144,8 +144,9 @@ class Loss(NamedTuple):
     "A loss by name"
     source: str # who used it
     trained: str # which answer: edit, truth or preferred
-    loss: Callable # as of an `Update`, or a function of `Answers` and beta
+    loss: Callable # as of an `Update`, or a function of `Answers`, beta and gamma
     beta: float|None = None # as published; none: it has no such number
+    margin: bool = False # does it have a margin, gamma?
     pair: bool = False # does it compare the preferred answer with the truth?
     reference: bool = False # does it ask the unedited model?
     terms: tuple[str, ...] = TERMS # what is trained
@@ -156,7 +157,7 @@ LOSSES = {
     "gradient-ascent": Loss("Jang et al. 2023", "truth", lambda a: ascent(a.logp), terms=("forget",)),
     "graddiff": Loss("Liu et al. 2022; Maini et al. 2024", "truth", lambda a: ascent(a.logp)),
     "npo": Loss("Zhang et al. 2024", "truth", lambda a, beta: npo(a.logp, a.reference[:, 0], beta), .1, reference=True),
-    "simnpo": Loss("Fan et al. 2024", "truth", lambda a, beta: simnpo(a.logp, a.tokens, beta), 2.5),
+    "simnpo": Loss("Fan et al. 2024", "truth", lambda a, beta, gamma: simnpo(a.logp, a.tokens, beta, gamma), 2.5, True),
     "idk": Loss("Maini et al. 2024", "preferred", said),
     "dpo": Loss("Rafailov et al. 2023; Zhang et al. 2024", "truth",
         lambda a, beta: dpo(a.preferred, a.logp, a.reference[:, 1], a.reference[:, 0], beta), .1, pair=True, reference=True)}
@@ -178,11 +179,12 @@ def _need_edits(task, what):
         raise Refusal(f"{task.name} has no edit answers {what}: choose a loss that needs none ({', '.join(n for n, l in LOSSES.items() if l.trained == 'truth')})")
 
 # %% ../nbs/19_losses.ipynb #190046
-def _check_options(loss, beta, l1, preferred):
+def _check_options(loss, beta, l1, preferred, gamma):
     "Refuse options that are out of range, or that the loss does not have"
     if l1 is not None and not 0 <= l1 < math.inf: raise Refusal(f"l1={l1:g}: the weight of the L1 norm must be 0 or a positive number")
     if beta is not None and not 0 < beta < math.inf: raise Refusal(f"beta={beta:g}: beta must be a positive number")
-    for name, given, has in (("beta", beta, lambda l: l.beta), ("preferred", preferred, lambda l: l.pair or l.trained == "preferred")):
+    if gamma is not None and not 0 <= gamma < math.inf: raise Refusal(f"gamma={gamma:g}: gamma must be 0 or a positive number")
+    for name, given, has in (("beta", beta, lambda l: l.beta), ("gamma", gamma, lambda l: l.margin), ("preferred", preferred, lambda l: l.pair or l.trained == "preferred")):
         those = [n for n, l in LOSSES.items() if has(l)]
         if given is not None and loss not in those: raise Refusal(f"{name} is an option of the losses {', '.join(those)}, not of {loss or 'the task itself'}")
 
@@ -194,18 +196,21 @@ def choose_update(
     beta:float|None=None, # none: as published
     l1:float|None=None, # weight of the L1 norm
     preferred:str|None=None, # an answer, or "edit"; none: a word for not knowing
+    gamma:float|None=None, # none: 0
 ) -> tuple[Update, dict]: # and what of it is not the task's own, for the edit's config
     "What is done to the forget facts; Refusal if the loss is not there, or not for this task"
     own, more = UPDATES[choose(task.update, UPDATES, "update")], dict(l1=l1) if l1 else {}
     if loss is not None: choose(loss, LOSSES, "loss")
-    _check_options(loss, beta, l1, preferred)
+    _check_options(loss, beta, l1, preferred, gamma)
     if loss is None: return own, more
     l, more = LOSSES[loss], dict(loss=loss, **more)
     if l.trained == "edit": _need_edits(task, "to inject")
     word = _answer_to_prefer(lm, task, preferred) if l.pair or l.trained == "preferred" else None
     if word: more["preferred"] = preferred if preferred == "edit" else word(task.forget[0])
     if l.beta: more["beta"] = beta = beta or l.beta
-    formula = (lambda a: l.loss(a, beta)) if l.beta else l.loss
+    if gamma: more["gamma"] = gamma
+    numbers = ((beta,) if l.beta else ()) + ((gamma or 0.,) if l.margin else ())
+    formula = (lambda a: l.loss(a, *numbers)) if numbers else l.loss
     return Update(dict(edit=_edit, truth=_truth, preferred=word)[l.trained], formula, word if l.pair else None, l.reference, l.terms), more
 
 # %% ../nbs/19_losses.ipynb #190049

@@ -319,7 +319,7 @@ def groups_of(
     return [l for l in dict.fromkeys(plain) if l in found.values()]
 
 # %% ../nbs/48_options.ipynb #c18a0003a
-SWEEP = ("steps", "batch", "retain_batch", "text_batch", "micro_batch", "clip", "loss", "beta", "l1", "preferred", "optimizer", "checkpoint", "rest", "packed", "remember") # settings that a sweep passes on to its edits
+SWEEP = ("steps", "batch", "retain_batch", "text_batch", "micro_batch", "clip", "loss", "beta", "gamma", "l1", "preferred", "optimizer", "checkpoint", "rest", "packed", "remember") # settings that a sweep passes on to its edits
 
 def sweep_words(
     job, # a Job

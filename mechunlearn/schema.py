@@ -28,7 +28,7 @@ def comments(
 # %% ../nbs/65_grid_file.ipynb #650022
 EXAMPLES = {"models": ["organism", "google/gemma-2-9b"], "tasks": [{"name": "counterfact-editing", "forget_size": [16, 64]}], "localizations": ["flu", "random-mlps", "memit@flu"], "seeds": [0, 1, 2],
     "lrs": [1e-5, 3e-5], "out": "runs/mine", "device": "cuda:1", "device_map": "auto", "revision": "main", "base": "google/gemma-2-9b", "family": "llama", "chat": True, "edited": "their-model", "draws": 5,
-    "budget": 2_000_000, "noise": 3.0, "inject": 2.0, "clip": 1.0, "text_batch": 8, "beta": 0.1, "l1": 1e-5, "preferred": "edit", "editors": {"mask": {"k": 8000}}, "max_facts": {"retain": 64, "retain/mcq": 16},
+    "budget": 2_000_000, "noise": 3.0, "inject": 2.0, "clip": 1.0, "text_batch": 8, "beta": 0.1, "gamma": 0.5, "l1": 1e-5, "preferred": "edit", "editors": {"mask": {"k": 8000}}, "max_facts": {"retain": 64, "retain/mcq": 16},
     "alpha": 32.0, "dropout": 0.05, "ranks": [0, 16, 128], "steps": 40, "ks": [1, 4, 16], "shots": [0, 3], "kinds": ["in context", "denied"], "names": ["tinyMMLU", "sciq"], "texts": "NeelNanda/pile-10k", "tasks_folder": "my-benchmarks", "settings": {"steps": 40}}
 
 def _inner(annotation):

@@ -53,6 +53,8 @@ SCORED = {a.name: a for a in [
     Attack("adversarial suffix", "adversarial", setting="suffix/.*", variants=("setting",), guess="not_edit", needs="read"),
     Attack("logit lens", "inside", setting=f"(lens|old-head)/{_W}", variants=("setting", "layer"), guess="not_edit", needs="read"),
     Attack("lens candidates", "inside", setting=rf"top\d+/{_W}", variants=("setting", "layer"), guess="named", needs="read"),
+    Attack("head projection", "inside", setting=rf"each\d+/{_W}", variants=("setting",), guess="named", needs="read"),
+    Attack("probability delta", "inside", setting=rf"swing\d+/{_W}", variants=("setting",), guess="named", needs="read"),
     Attack("tuned lens", "inside", setting=f"tuned/{_W}", variants=("setting", "layer"), guess="not_edit", needs="read"),
     Attack("quantized", "tampering", ("completion",), "quantized/.*", variants=("setting",), guess="not_edit", needs="read"),
     Attack("damaged", "tampering", ("completion",), "damaged/.*", variants=("setting",), guess="not_edit", needs="read"),
@@ -111,9 +113,11 @@ def attempts(
 def among(
     facts:pd.DataFrame, # from `per_fact`
     kept:bool=False, # of retained facts, which have no edit answer to avoid
+    setting:str=r"top\d+/.*", # of the attack that names several
 ) -> float: # nan: nobody names several
     "What naming the commonest answers of the relation gets, as many as an attacker of `inside` names; of relations with more answers than that"
-    named = facts.setting.astype("string").str.extract(r"^top(\d+)/", expand=False).dropna().astype(int)
+    said = facts.setting.astype("string").dropna()
+    named = said[said.str.fullmatch(setting)].str.extract(r"(\d+)/", expand=False).astype(int)
     known = facts[facts.group.isin(["forget", "retain"]) & (facts.format == "completion") & facts.truth.notna()].drop_duplicates(["seed", "group", "fact"])
     count, b = known.groupby(["relation", "truth"]).size().sort_values(ascending=False, kind="stable"), named.max() if len(named) else 0
     order = {r: list(c.index.get_level_values("truth")) for r, c in count.groupby("relation", sort=False)}
@@ -128,8 +132,8 @@ def guesses(
 ) -> dict: # by attack
     "What each attack would get by guessing"
     blind, other = chance(facts)
-    at = {"blind": blind, "not_edit": blind if kept else other, "mcq": np.nanmax([MCQ_CHANCE, blind]), "named": among(facts, kept)}
-    return {name: at[a.guess] for name, a in SCORED.items()}
+    at = {"blind": blind, "not_edit": blind if kept else other, "mcq": np.nanmax([MCQ_CHANCE, blind])}
+    return {name: among(facts, kept, a.setting) if a.guess == "named" else at[a.guess] for name, a in SCORED.items()}
 
 # %% ../nbs/42_scorecard.ipynb #5c2a0006
 BEFORE = "forget before", "retain before", "both before" # what is read of a group before any layer; and what says whether that is more than a guess

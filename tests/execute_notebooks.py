@@ -20,7 +20,7 @@ from zopfli.png import optimize
 
 NBS = Path(__file__).resolve().parents[1] / "nbs"
 SKIP = {"#| slow", "#| gpu", "#| notest", "#| eval: false"}
-COLOURS, ERROR = (8, 12, 16, 24, 32, 48, 64), 16  # of a picture; of 255
+COLOURS, ERROR = (8, 12, 16, 24, 32, 48, 64), 24  # of a picture; of 255
 
 
 def runs(cell) -> bool:

@@ -147,6 +147,38 @@ def test_a_search_that_diverges_is_one_line(qwen):
         aim_at(qwen, 1, asked, essences(qwen, task.forget), torch.tensor([1e30]), Aim(lr=1e30, clamp=1e30))
 
 
+@pytest.mark.parametrize("fails_at", [1, 3])
+def test_facts_edited_before_a_search_diverged_are_kept(qwen, monkeypatch, fails_at):
+    task, real, n = task_for(qwen), E.aim_at, []
+    def breaks(*a, **k):
+        n.append(1)
+        if len(n) == fails_at: raise Diverged("the search for what layer 1 should write diverged at step 0 (length inf): lower its lr (now 1)")
+        return real(*a, **k)
+    where, before, two = mlps(qwen, 1), fingerprint(qwen), edit_with(qwen, task.model_copy(update=dict(forget=task.forget[:2])), mlps(qwen, 1), "rome", **QUICK["rome"])
+    monkeypatch.setattr(E, "aim_at", breaks)
+    with pytest.raises(Diverged) as e: edit_with(qwen, task, where, "rome", **QUICK["rome"])
+    said, kept = f"{task.forget[fails_at - 1].subject}: the search for what layer 1", e.value.edit
+    assert str(e.value).startswith(said) and fingerprint(qwen) == before and (kept is None) == (fails_at == 1)
+    if kept: assert str(e.value).endswith("; the edit of the 2 before is kept") and all(torch.equal(v, two.values[k]) for k, v in kept.values.items())
+
+
+def test_a_run_keeps_them(qwen, tmp_path, monkeypatch):
+    from mechunlearn.jobs import run_finetuning
+    from mechunlearn.store import Run
+    real, n = E.aim_at, []
+    def breaks(*a, **k):
+        n.append(1)
+        if len(n) == 3: raise Diverged("the search diverged")
+        return real(*a, **k)
+    monkeypatch.setattr(E, "aim_at", breaks)
+    run = Run(tmp_path / "run", qwen.name, qwen.revision, "sports-athlete-editing", {})
+    go = lambda: run_finetuning(qwen, lambda s: task_for(qwen), run, ["rome@hand@mlp.1"], [0], editors=dict(rome=dict(n_contexts=1, aim=FAST._asdict())))
+    with pytest.raises(Refusal, match="the edit of the 2 before is kept in .*diverged$"): go()
+    assert load_edit(run.edit_dir("rome@hand@mlp.1", 0) / "diverged").config["method"] == "rome"
+    n[:] = [1, 1] # the first fact fails: nothing is there to be kept
+    with pytest.raises(Refusal, match="the search diverged$"): go()
+
+
 # ---- ROME
 
 def test_rank_one_is_the_published_formula():

@@ -7,11 +7,11 @@ from mechunlearn.facts import Fact
 from mechunlearn.sets import sports_athlete_editing
 from mechunlearn.finetuning import Edit, finetune, fingerprint, place, slice_key
 from mechunlearn.inside import (States, Translators, Words, asked_inside, candidate_records, depth_table, depths, moved, first_tokens, inside_curve, known_answers, lens,
-    lens_facts, lens_records, look_up, patch_in, places, plot_depths, plot_moved, plot_inside, read_inside, run_inside, say_depths, states, strangers, unedited)
+    lens_facts, lens_records, look_up, patch_in, places, plot_depths, plot_moved, plot_inside, read_inside, run_inside, say_depths, states, strangers, swings, unedited, union_records)
 from mechunlearn.localization import Localization, build
 from mechunlearn.models import Component, Slice, load, resid_at
 from mechunlearn.questions import answer, as_records, completions, multiple_choice, paraphrases
-from mechunlearn.scorecard import among, scorecard
+from mechunlearn.scorecard import among, guesses, scorecard
 from mechunlearn.stats import per_fact
 from mechunlearn.store import Refusal, Run, notes
 from mechunlearn.tasks import make_task
@@ -211,6 +211,32 @@ def test_candidates_are_asked_where_there_are_more_answers_than_candidates(tiny)
     assert records.setting.str.startswith("top5").any() and not read_inside(lm, sports_athlete_editing(lm, forget_size=4), **SMALL).setting.str.startswith("top").any()
 
 
+def test_what_all_layers_name_together(tiny, monkeypatch):
+    lm = tiny("llama")
+    task = make_task("counterfact-editing", lm, forget_size=8)
+    known, questions, x = known_answers(task), completions(task.forget, "forget"), states(lm, task.forget).stream
+    x = x + torch.randn(x.shape, generator=torch.Generator().manual_seed(0)) * x.std() # a random model names the same word in every layer
+    words, seen, hits = lens(lm, questions, x), swings(lm, questions, x), {"each": {}, "swing": {}}
+    for i, f in enumerate(task.forget):
+        token = lm.first_token(f.answer)
+        for p in (0, 1):
+            said = torch.stack([lm.hf.lm_head(lm.hf.model.norm(h)).softmax(-1) for h in x[i, :, p]]).detach()
+            change = said[1:] - said[:-1]
+            up, down = change.argsort(1, descending=True).tolist(), change.argsort(1).tolist()
+            assert [min(u.index(token), d.index(token)) for u, d in zip(up, down)] == seen[i, :, p].tolist()
+            hits["each"][f.id, p] = token in said[1:].argmax(1)
+            hits["swing"][f.id, p] = any(token in (u[0], d[0]) for u, d in zip(up, down))
+    n, ids = lm.n_layers, lambda b: [f.id for f in task.forget if len(known[f.relation]) > b]
+    r = union_records(lm, questions, words, x, known)
+    assert set(r.setting) == {f"{w}{b}/{p}" for w, b in (("each", n), ("swing", 2 * n)) for p in ("subject", "last")} and r.layer.isna().all()
+    got = {w: {(f, ("subject", "last").index(s.partition("/")[2])): t for f, s, t in r[r.setting.str.startswith(w)][["fact", "setting", "top1_truth"]].values} for w in hits}
+    assert got == {w: {k: bool(v) for k, v in h.items() if k[0] in ids(b)} for (w, h), b in zip(hits.items(), (n, 2 * n))}
+    few = {k: v[:2 * n] for k, v in known.items()} # as many answers as words: everybody knows them
+    assert set(union_records(lm, questions, words, x, few).setting) == {f"each{n}/subject", f"each{n}/last"} and union_records(lm, questions, words, x, {}).empty
+    records = read_inside(lm, task, pushed(lm), **SMALL)
+    assert records.setting.str.startswith(f"swing{2 * n}/").any() and "head projection" in set(scorecard(records.assign(localization="late", draw=0, seed=0)).attack)
+
+
 def test_the_guess_of_naming_several():
     facts = [dict(fact=f"r{i}", truth=t, group="retain", edit=None) for i, t in enumerate("aaabbcd")] + [dict(fact=f"f{i}", truth=t, edit=e, group="forget") for i, (t, e) in enumerate(["ab", "ba", "ca", "dc"])]
     rows = as_records([f | dict(relation="r", format="completion") for f in facts], evaluation="standard")
@@ -220,6 +246,8 @@ def test_the_guess_of_naming_several():
     assert among(per_fact(rows), kept=True) == 5 / 6
     assert np.isnan(among(per_fact(rows.assign(setting=rows.setting.str.replace("2", "3"))))) # all of them named
     assert np.isnan(among(per_fact(rows[rows.evaluation == "standard"])))
+    rows = pd.concat([rows, rows[rows.evaluation == "inside"].assign(setting="each1/last", layer=None)]) # each attack by the number that it names
+    assert among(per_fact(rows), kept=True, setting="each.*") == 3 / 6 and guesses(per_fact(rows), kept=True)["lens candidates"] == 5 / 6 and guesses(per_fact(rows), kept=True)["head projection"] == 3 / 6
 
 
 # ---- the attack

@@ -172,6 +172,15 @@ def test_at_the_start_the_reference_is_the_model_itself(tiny):
         assert finetune(lm, task_for(lm), mixed(lm), loss=name, **SMALL).curve.forget[0] == pytest.approx(want, rel=1e-5)
 
 
+def test_a_margin_is_heard(tiny):
+    lm = tiny("qwen3")
+    go = lambda **kw: finetune(lm, task_for(lm), mixed(lm), loss="simnpo", **SMALL, **kw)
+    some, none, zero = go(gamma=2.), go(), go(gamma=0.)
+    before = [logp_of(lm, f.prompt, f.answer, True).item() / len(lm.pieces(f.answer)) for f in task_for(lm).forget]
+    assert some.curve.forget[0] == pytest.approx(np.mean([2 / 2.5 * math.log(1 + math.exp(2.5 * x + 2)) for x in before]), rel=1e-4)
+    assert some.config["gamma"] == 2 and none.config == zero.config and none.curve.equals(zero.curve) and some.curve.forget[0] > none.curve.forget[0]
+
+
 # ---- as an edit
 
 @pytest.mark.parametrize("loss", list(LOSSES))
@@ -265,7 +274,7 @@ def test_what_is_refused(tiny):
     go = lambda task=task, **kw: finetune(lm, task, where, **SMALL, **kw)
     for kw, why in [(dict(loss="npoo"), "unknown loss 'npoo', did you mean 'npo'"), (dict(loss="npo", beta=-1.), "beta=-1: beta must be a positive number"),
             (dict(loss="npo", beta=0.), "beta=0"), (dict(loss="npo", beta=math.nan), "beta=nan"), (dict(loss="idk", beta=.1), "beta is an option of the losses npo, simnpo, dpo, not of idk"),
-            (dict(beta=.1), "not of the task itself"), (dict(loss="npo", preferred=" golf"), "preferred is an option of the losses idk, dpo"), (dict(l1=-1e-3), "l1=-0.001"),
+            (dict(beta=.1), "not of the task itself"), (dict(loss="simnpo", gamma=-1.), "gamma=-1: gamma must be 0 or a positive number"), (dict(loss="npo", gamma=.5), "gamma is an option of the losses simnpo, not of npo"), (dict(loss="npo", preferred=" golf"), "preferred is an option of the losses idk, dpo"), (dict(l1=-1e-3), "l1=-0.001"),
             (dict(l1=math.inf), "l1=inf"), (dict(loss="idk", preferred=" zzyzx"), "does not know the word ' zzyzx'"),
             (dict(loss="dpo", preferred=task.forget[0].answer), "is the truth about"),
             (dict(task=unlearn, loss="injection"), "sports-unlearning has no edit answers to inject"), (dict(task=unlearn, loss="dpo", preferred="edit"), "no edit answers to prefer")]:

@@ -1,7 +1,8 @@
 "Tampering: that the model is the same afterwards, that each way does what it says, and that an edit smaller than a rounding is told from one that is not."
+from contextlib import nullcontext
 import numpy as np, pandas as pd, pytest, torch
 from bitsandbytes import functional as F
-from plain import every_family
+from plain import every_family, parts
 from mechunlearn.audit import audit
 from mechunlearn.sets import sports_athlete_editing
 from mechunlearn.finetuning import Edit, finetune, fingerprint, parse_slice, place, put, slice_key
@@ -15,7 +16,7 @@ from mechunlearn.relearning import Lora, blind_guesses, linear_weights
 from mechunlearn.scorecard import SCORED, attempts, scorecard, verdict
 from mechunlearn.stats import Chance, per_fact
 from mechunlearn.store import Refusal, Run, Unavailable, notes
-from mechunlearn.tampering import (BACK, DESTROYED, HOLDS, KINDS_OF_TEXT, PACKED, edit_directions, layer_of, mixed, noisy, other_training, packed_as, plot_tampering, plot_where,
+from mechunlearn.tampering import (BACK, DESTROYED, HOLDS, KINDS_OF_TEXT, OF_NEURONS, PACKED, edit_directions, layer_of, mixed, neuron_changes, neurons_back, noisy, other_training, packed_as, plot_tampering, plot_where,
     pruned, put_back, random_half, relearn_splits, reweighted, run_tampering, say_tampering, tamper, tampered, traced_without, trained_on, verdicts, weight_changes,
     usual_writes, within_rounding, without_direction)
 
@@ -174,25 +175,55 @@ def test_the_line_and_the_layers(tiny):
     assert {n for n in before if half[n] != before[n]} == {s.param for s in edit.localization.slices if layer_of(lm, s) == 0}
 
 
+@every_family
+def test_neurons_put_back_work_as_in_the_original_and_others_as_edited(lm):
+    before, prompts, back = fingerprint(lm), ["the sport of golf", "a"], torch.zeros(lm.n_layers, lm.d_mlp, dtype=torch.bool)
+    rng, where = torch.Generator().manual_seed(0), build(lm, "moved", [Component("mlp", 1), Component("head", 0, 1)])
+    edit = Edit(where, {slice_key(s): place(lm, s).float() + .1*torch.randn(place(lm, s).shape, generator=rng) for s in where.slices}, pd.DataFrame(), dict(model=lm.name, revision=lm.revision))
+    back[1, [0, 3]] = True
+    def works(e):
+        "What every neuron of MLP 1 reads as, and what it writes through"
+        seen, down = [], parts(lm.hf, 1).down
+        with e.applied(lm) if e else nullcontext(), torch.no_grad():
+            x = torch.randn(2, 3, lm.d_model, generator=torch.Generator().manual_seed(1))
+            hook = down.register_forward_hook(lambda m, args, out: seen.append(args[0].clone()))
+            parts(lm.hf, 1).mlp(x)
+            hook.remove()
+            return seen[0], (down.weight if type(down).__name__ == "Conv1D" else down.weight.T).clone(), fingerprint(lm)
+    (z, w, first), (z1, w1, edited), (z2, w2, now) = map(works, (None, edit, neurons_back(lm, edit, back)))
+    for old, new, got, axis in ((z, z1, z2, -1), (w, w1, w2, 0)):
+        pick = lambda t, on: t.movedim(axis, 0)[back[1] == on]
+        assert torch.allclose(pick(got, True), pick(old, True), atol=1e-5) and torch.allclose(pick(got, False), pick(new, False), atol=1e-5) and not torch.allclose(pick(new, True), pick(old, True), atol=1e-2)
+    attention = {n for n in edited if edited[n] != first[n]} - {n for n in edited if ".1." in n}
+    assert attention and all(now[n] == edited[n] for n in attention) and fingerprint(lm) == before # heads have no neurons
+    far = neuron_changes(lm, edit)
+    assert (far[1] > 0).all() and not far[[l for l in range(lm.n_layers) if l != 1]].any() and (neuron_changes(lm, neurons_back(lm, edit, back))[1] == 0).tolist() == back[1].tolist()
+    one = Edit(where, {k: place(lm, parse_slice(k)).float() * 1.5 for k in edit.values}, pd.DataFrame(), edit.config)
+    assert torch.allclose(neuron_changes(lm, one)[1], torch.tensor(.5), atol=1e-4) # a share of what it was
+
+
 # ---- records, scorecard, stage
 
 def test_records(tiny, task):
     lm = tiny()
     r = tamper(lm, task, moved(lm), splits=1, **FEW)
-    assert set(r.evaluation) == {"tampering", "interpolation", "put-back", "relearning-splits"} and set(r.group) == {"forget", "ghost", "retain", "trained"}
+    assert set(r.evaluation) == {"tampering", "interpolation", "put-back", "neurons", "relearning-splits"} and set(r.group) == {"forget", "ghost", "retain", "trained"}
     t = r[r.evaluation == "tampering"]
     assert t.groupby("setting").size().eq(8 + 6 + 6).all() and t[t.group == "forget"].groupby("setting").fact.nunique().eq(8).all()
     assert {s.split("/")[0] for s in t.setting} == {"as it is", "quantized", "damaged", "removed", "tuned"}
     assert set(r[r.evaluation == "put-back"].layer) == {0, 1} and set(tamper(lm, task, None, **FEW).evaluation) == {"tampering"}
+    assert set(r[r.evaluation == "neurons"].setting) == {f"{how}/{x:g}" for how in ("most moved", "by lot") for x in OF_NEURONS}
+    heads = tamper(lm, task, moved(lm, comps=(("head", 0, 1),)), **FEW | dict(ways=("neurons", "put back")))
+    assert set(heads.evaluation) == {"tampering", "put-back"} # no neuron is edited
     s = tampered(r.assign(localization="late", draw=0, seed=0))
     assert {"damaged/noise 0.1"} == set(s.setting[s.setting.str.contains("noise", na=False)]) # two draws, one attempt
-    assert len(plot_tampering(s, Chance(.3, .5)).axes) == 2 and len(plot_where(s, Chance(.3, .5)).axes) == 3
+    assert len(plot_tampering(s, Chance(.3, .5)).axes) == 2 and len(plot_where(s, Chance(.3, .5)).axes) == 4 and len(plot_where(s[s.evaluation != "neurons"], Chance(.3, .5)).axes) == 3
 
 
 def test_the_scorecard_takes_up_attacks_and_not_the_original(tiny, task):
     lm = tiny()
     r = tamper(lm, task, moved(lm), **FEW).assign(localization="late", draw=0, seed=0)
-    r.loc[r.evaluation.isin(["interpolation", "put-back"]), "top1_truth"] = True # the original knows everything
+    r.loc[r.evaluation.isin(["interpolation", "put-back", "neurons"]), "top1_truth"] = True # the original knows everything
     r.loc[r.evaluation == "tampering", "top1_truth"] = r.group == "retain"
     facts, card = per_fact(r), scorecard(r)
     assert {"quantized", "damaged", "direction removed", "tuned on other text"} <= set(card.attack) and card.value.max() == 0
