@@ -47,18 +47,28 @@ def test_what_other_words_get(found):
 
 
 def test_with_the_text_loss():
-    text, without = by_seed(retaught("elsewhere", SIXTEEN)), by_seed(retaught("scorecard", SIXTEEN))
+    places = lambda table: recorded(table, **SIXTEEN)[lambda d: ~d.localization.str.contains("@")] # without editors, of which the next test is
+    text, without = by_seed(places("elsewhere").query("attack == 'half retaught'")), by_seed(retaught("scorecard", SIXTEEN))
     same = ["flu", "causal-tracing-mlps", "nonlocalized", "random-mlps#0"]
     assert set(text.index) == {"none", *same} and text.notna().all(axis=None)
     assert two(text.mean(axis=1)[same]) == ["0.35", "0.04", "0.02", "0.35"] and two(without.mean(axis=1)[same]) == ["0.29", "0.04", "0.15", "0.42"]
     assert recorded("elsewhere_places", **SIXTEEN).query("localization == 'flu'").layer.tolist() == [2, 3, 4, 5]
-    tests = orderings(recorded("elsewhere_facts", **SIXTEEN))
+    tests = orderings(places("elsewhere_facts"))
     assert not tests.verdict.eq("appears").any() and not tests[tests.column == "relearned truth"].differs.any()
     assert set(tests[tests.verdict == "reversed"][["column", "localization"]].itertuples(index=False, name=None)) == {("latent truth", "causal-tracing-mlps"), ("latent truth", "nonlocalized")}
-    said = pooled(recorded("elsewhere", **SIXTEEN).query("attack == 'as trained'"))
+    said = pooled(places("elsewhere").query("attack == 'as trained'"))
     assert (said.value.drop("none") == 0).all() and said.retain_value.drop("none").between(.945, .99).all()
     facts = lambda table: set(recorded(table, **SIXTEEN).query("evaluation == 'standard' and group == 'forget'")[["fact", "seed"]].itertuples(index=False, name=None))
     assert len(facts("elsewhere_facts")) == 48 and len(facts("elsewhere_facts") & facts("records_small")) == 47
+
+
+def test_closed_forms_with_second_moments_of_a_text():
+    again, said = (pooled(recorded("elsewhere", **SIXTEEN).query(f"attack == '{a}'")).loc[["alphaedit@flu", "memit@flu", "rome@flu"]] for a in ("half retaught", "as trained"))
+    assert two(again.value) == ["0.75", "0.77", "0.83"] and [f"{p:.3f}" for p in again.p_holm] == ["0.034", "0.044", "0.024"]
+    assert two(said.retain_value) == ["0.93", "0.90", "0.62"] and f"{said.value['rome@flu']:.2f}" == "0.16"
+    tries = recorded("editor_tries", **SIXTEEN).query("text > 0").set_index(["localization", "settings"]).score
+    assert tries.groupby("localization").max().round(2).to_dict() == {"alphaedit@flu": 2.79, "memit@flu": 2.72, "rome@flu": 2.07}
+    assert round(tries["alphaedit@flu", '{"threshold": 2, "l2": 10}'] - tries["alphaedit@flu", '{"threshold": 1, "l2": 10}'], 3) == .002
 
 
 def test_what_sixty_four_leave_of_the_model():
