@@ -115,13 +115,13 @@ def among(
     kept:bool=False, # of retained facts, which have no edit answer to avoid
     setting:str=r"top\d+/.*", # of the attack that names several
 ) -> float: # nan: nobody names several
-    "What naming the commonest answers of the relation gets, as many as an attacker of `inside` names; of relations with more answers than that"
-    said = facts.setting.astype("string").dropna()
-    named = said[said.str.fullmatch(setting)].str.extract(r"(\d+)/", expand=False).astype(int)
+    "What naming the commonest answers of the relation gets, as many as an attacker of `inside` names; all of them, where the records show no more"
+    tried = facts[facts.setting.astype("string").str.fullmatch(setting).fillna(False)]
+    named = tried.setting.astype("string").str.extract(r"(\d+)/", expand=False).astype(int)
     known = facts[facts.group.isin(["forget", "retain"]) & (facts.format == "completion") & facts.truth.notna()].drop_duplicates(["seed", "group", "fact"])
     count, b = known.groupby(["relation", "truth"]).size().sort_values(ascending=False, kind="stable"), named.max() if len(named) else 0
     order = {r: list(c.index.get_level_values("truth")) for r, c in count.groupby("relation", sort=False)}
-    asked = known[(known.group == ("retain" if kept else "forget")) & (known.relation.map(lambda r: len(order.get(r, ()))) > b)]
+    asked = known[(known.group == ("retain" if kept else "forget")) & known.fact.isin(tried.fact)]
     hits = [f.truth in [a for a in order[f.relation] if kept or a != f.edit][:b] for f in asked.itertuples()]
     return float(np.mean(hits)) if b and hits else np.nan
 

@@ -211,7 +211,7 @@ def test_candidates_are_asked_where_there_are_more_answers_than_candidates(tiny)
     assert records.setting.str.startswith("top5").any() and not read_inside(lm, sports_athlete_editing(lm, forget_size=4), **SMALL).setting.str.startswith("top").any()
 
 
-def test_what_all_layers_name_together(tiny, monkeypatch):
+def test_what_all_layers_name_together(tiny):
     lm = tiny("llama")
     task = make_task("counterfact-editing", lm, forget_size=8)
     known, questions, x = known_answers(task), completions(task.forget, "forget"), states(lm, task.forget).stream
@@ -244,7 +244,7 @@ def test_the_guess_of_naming_several():
     assert among(per_fact(rows)) == .75 # named are a and c; b and c; b and c; a and b
     rows = rows[rows.truth != "d"] # three answers
     assert among(per_fact(rows), kept=True) == 5 / 6
-    assert np.isnan(among(per_fact(rows.assign(setting=rows.setting.str.replace("2", "3"))))) # all of them named
+    assert among(per_fact(rows.assign(setting=rows.setting.str.replace("2", "3")))) == 1 # all of them named: no attack is above that
     assert np.isnan(among(per_fact(rows[rows.evaluation == "standard"])))
     rows = pd.concat([rows, rows[rows.evaluation == "inside"].assign(setting="each1/last", layer=None)]) # each attack by the number that it names
     assert among(per_fact(rows), kept=True, setting="each.*") == 3 / 6 and guesses(per_fact(rows), kept=True)["lens candidates"] == 5 / 6 and guesses(per_fact(rows), kept=True)["head projection"] == 3 / 6

@@ -177,7 +177,7 @@ def test_the_line_and_the_layers(tiny):
 
 @every_family
 def test_neurons_put_back_work_as_in_the_original_and_others_as_edited(lm):
-    before, prompts, back = fingerprint(lm), ["the sport of golf", "a"], torch.zeros(lm.n_layers, lm.d_mlp, dtype=torch.bool)
+    before, back = fingerprint(lm), torch.zeros(lm.n_layers, lm.d_mlp, dtype=torch.bool)
     rng, where = torch.Generator().manual_seed(0), build(lm, "moved", [Component("mlp", 1), Component("head", 0, 1)])
     edit = Edit(where, {slice_key(s): place(lm, s).float() + .1*torch.randn(place(lm, s).shape, generator=rng) for s in where.slices}, pd.DataFrame(), dict(model=lm.name, revision=lm.revision))
     back[1, [0, 3]] = True
