@@ -279,7 +279,7 @@ class Inside(BaseModel, extra="forbid"):
     n_train: Whole|None = Field(None, ge=1)    # retained facts that a lens is fitted on
     max_facts: Whole|None = Field(None, ge=1)  # ghosts and retained facts read
     candidates: Whole|None = Field(None, ge=1) # words that an attacker may name
-    n_strangers: Whole|None = Field(None, ge=1) # ghosts whose states are put in, a fact
+    n_strangers: Whole|None = Field(None, ge=0) # ghosts whose states are put in, a fact; 0: no states are put in
 
 # %% ../nbs/38_grids.ipynb #400016a
 Evaluated = dict[Annotated[str, AfterValidator(_group)], Annotated[Whole, Field(ge=1)]]

@@ -454,14 +454,14 @@ def read_inside(
     n_train:int=300, # retained facts that translators are fitted on, at most
     max_facts:int=32, # ghosts, and retained facts, at most
     candidates:int=5, # words that an attacker may name
-    n_strangers:int=2, # see `unedited`
+    n_strangers:int=2, # see `unedited`; 0: no state is put into either model
     batch_size:int=64, # prompts a forward
 ) -> pd.DataFrame: # records, `evaluation` "inside": `layer`; `setting` lens, tuned, top5, each12, swing24, into-original, into-edited, stranger, each with /subject or /last
     "Read an edited model layer by layer. A forward and 4 x (layers + 1) projections a fact; (2 + 2 x layers) forwards to put states in; and `unedited`, if it is not given."
     if candidates < 1: raise Refusal(f"an attacker names at least one word, not {candidates} candidates")
     laps, original = Laps(), original or unedited(lm, task, seed, n_train, max_facts, n_strangers if edit else 0, batch_size)
     asked, known = asked_inside(task, max_facts), known_answers(task)
-    patched = {g: qs for g, qs in asked.items() if edit and g != "ghost"}
+    patched = {g: qs for g, qs in asked.items() if edit and n_strangers and g != "ghost"}
     whole = {g: any(q.open or len(known.get(q.fact.relation, ())) > candidates for q in qs) for g, qs in asked.items()}
     is_open = {g: any(q.open for q in qs) for g, qs in asked.items()}
     with edit.applied(lm) if edit else nullcontext():

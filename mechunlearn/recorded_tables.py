@@ -120,7 +120,7 @@ RECORDED = {"probing": ("run_probing",), "removal": ("run_removal",), "traced": 
             "training": ("run_finetuning",), "records_small": _EDITS, "metrics": (*_ATTACKS, "metrics"), "scorecard": (*_ATTACKS, "scorecard"),
             "frontier": (*_EDITS, "over_rates")} # table -> functions that make it
 APART = {"editors": (*_EDITS, "metrics"), "editors_scorecard": (*_EDITS, "scorecard"), "losses": (*_EDITS, "metrics"), "losses_scorecard": (*_EDITS, "scorecard"), "efficiency": (*_EDITS, "efficiency"),
-    "field": (*_FIELD, "metrics"), "field_scorecard": (*_FIELD, "scorecard"), "never_knew": ("run_never_knew",), "elsewhere": (*_EDITS, "scorecard"), "elsewhere_facts": _EDITS, "elsewhere_places": ("run_localization",),
+    "field": (*_FIELD, "metrics"), "field_scorecard": (*_FIELD, "scorecard"), "field_facts": _FIELD, "never_knew": ("run_never_knew",), "elsewhere": (*_EDITS, "scorecard"), "elsewhere_facts": _EDITS, "elsewhere_places": ("run_localization",),
     "flu_sets": ("probe_hits", "flu_frequency"), "planted": ("evaluate", "elicit", "read_inside", "latent", "tamper", "relearn", "scorecard", "audit"),
     "editor_tries": ("sweep_editors",), "masks": ("learn_mask", "ask_sizes", "mask_rows"), "mask_shares": ("learn_mask", "masked_shares", "mechanisms"), "mask_rates": ("learn_mask", "score")} # kept of grids of their own, not by `record`
 

@@ -7,6 +7,7 @@
     python tests/add_recorded.py --over [--field] RUN_FOLDER...      the same, in place of those rows alone that the runs have anew: a place, evaluation and setting; a place and attack
     python tests/add_recorded.py --editors [--replace] RUN_FOLDER...      of a grid of editors, into the tables of their own; or --losses, or --field, of the field's attacks
     python tests/add_recorded.py --elsewhere [--replace] RUN_FOLDER...    the same facts on another machine, in another arithmetic or with text: scorecard, facts one by one and places, beside the others and not mixed with them
+    python tests/add_recorded.py --facts RUN_FOLDER...        what each edit says of each fact under every attack (field_facts), beside what other runs have of the same facts; of one edit and evaluation the last
     python tests/add_recorded.py --never-knew [--replace] RUN_FOLDER...   what was asked of each fact to compare edits with a model that never knew
 
 Of each run the maps, localizations and evaluations are added that the tables lack for its model, task and number of facts; what is there stays,
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from mechunlearn import jobs, never_knew, recorded_tables as R, scorecard
+from mechunlearn import jobs, never_knew, recorded_tables as R, scorecard, stats
 from mechunlearn.store import load_table
 
 RECORDED = Path(__file__).resolve().parents[1] / "nbs" / "recorded"
@@ -31,6 +32,7 @@ KEYS = {"metrics": ["localization", "evaluation"], "records_small": ["localizati
 APART = {grid: {"metrics": grid, "scorecard": f"{grid}_scorecard"} for grid in ("editors", "losses", "field")} # where rows of such a grid go
 APART["elsewhere"] = {"scorecard": "elsewhere", "records_small": "elsewhere_facts", "localizations": "elsewhere_places"}
 ASKED = ["fact", "group", "format", "setting", "top1_truth", "loss", *never_knew.STATISTICS]  # that `never_knew.compared` reads
+EACH = [*stats.PLACE, "fact", "subject", "relation", "truth", "edit", "guess", "variants", "top1_truth", "top1_edit"] # that scorecards need
 MORE = ["in_flu"] # columns that older rows lack
 SWEPT = ["localization", "draw", "seed", "lr", "inject"]
 
@@ -70,6 +72,15 @@ def asked(run):
     return pd.concat([jobs.labelled(load_table(f)[ASKED], f.parts[-3], int(f.parts[-2][4:])) for f in files], ignore_index=True)
 
 
+def facts_of(run, folder):
+    "The facts of a run, put beside those of other runs: trainings that were not made together are counted together"
+    new, file = scorecard.find(run).facts[EACH].assign(**dict(zip(R.WHICH, R._which(run)))), folder / "field_facts.parquet"
+    old = pd.read_parquet(file) if file.exists() else new.iloc[:0]
+    old = old[~known(old, new, ["localization", "draw", "seed", "evaluation"])]
+    pd.concat([old, new], ignore_index=True).to_parquet(file, index=False, compression="zstd")
+    return len(new)
+
+
 def hashed(name, folder):
     "A table that is new remembers what it was made with"
     file = folder / "sources.json"
@@ -83,6 +94,7 @@ def main(words=None, folder=RECORDED):
     parser.add_argument("--sweep", action="store_true")
     for grid in APART: parser.add_argument(f"--{grid}", dest="apart", action="store_const", const=grid)
     parser.add_argument("--never-knew", action="store_true")
+    parser.add_argument("--facts", action="store_true")
     parser.add_argument("--replace", action="store_true")
     parser.add_argument("--keep", action="append", default=[])
     parser.add_argument("--over", action="store_true")
@@ -92,6 +104,10 @@ def main(words=None, folder=RECORDED):
         if "never_knew" in R.check_recorded(folder) and (folder / "never_knew.parquet").exists(): sys.exit("recorded with other sources: never_knew")
         for run in args.runs: print(f"{run}: {add('never_knew', asked(run).assign(**dict(zip(R.WHICH, R._which(run)))), ['localization', 'seed'], folder, args.replace)} rows added")
         return hashed("never_knew", folder)
+    if args.facts:
+        if "field_facts" in R.check_recorded(folder) and (folder / "field_facts.parquet").exists(): sys.exit("recorded with other sources: field_facts")
+        for run in args.runs: print(f"{run}: field_facts: {facts_of(run, folder)} rows added")
+        return hashed("field_facts", folder)
     into = APART.get(args.apart) or {name: name for name in KEYS}
     if stale := set(R.check_recorded(folder)) & set(into.values()): sys.exit(f"recorded with other sources: {', '.join(sorted(stale))}")
     for run in args.runs:

@@ -1,5 +1,6 @@
 """Adding runs to the recorded tables keeps what is there, and adds only what is lacking."""
 import json
+import shutil
 
 import pandas as pd
 import pytest
@@ -145,3 +146,18 @@ def test_the_same_command_elsewhere_has_tables_of_its_own(tmp_path):
     assert all({"flu", "late"} <= set(t.localization) for t in first.values()) and A.R.check_recorded(tmp_path) == list(A.R.RECORDED)
     A.main(["--elsewhere", str(run)], tmp_path) # nothing twice
     assert all(len(pd.read_parquet(tmp_path / f"{n}.parquet")) == len(t) for n, t in first.items())
+
+
+def test_trainings_of_several_runs_are_counted_together(tmp_path):
+    run, out = synthetic_run(tmp_path / "all", ("flu", "late"), seeds=(0, 1), n=16, stages=("localizations", "standard", "relearning", "latent"), model="invented"), tmp_path / "tables"
+    out.mkdir()
+    for part, lacks in (("first", 1), ("second", 0)):
+        shutil.copytree(run, tmp_path / part)
+        for folder in (tmp_path / part).glob(f"*/seed{lacks}"): shutil.rmtree(folder)
+    for part in ("first", "second", "second"): A.main(["--facts", str(tmp_path / part)], out) # the last again
+    found, table = A.scorecard.find(run), recorded("field_facts", out, model="invented")
+    assert len(table) == len(found.facts) and json.loads((out / "sources.json").read_text()) == {"field_facts": A.R.source_hashes("field_facts")}
+    sort = lambda t: t.sort_values(["localization", "seed", "attack"])[A.scorecard.CARD].reset_index(drop=True)
+    pd.testing.assert_frame_equal(sort(A.scorecard.scorecard(table)), sort(A.scorecard.scorecard(found.facts)), check_dtype=False)
+    (out / "sources.json").write_text('{"field_facts": {}}')
+    with pytest.raises(SystemExit, match="other sources: field_facts"): A.main(["--facts", str(run)], out)

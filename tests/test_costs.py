@@ -159,3 +159,10 @@ def test_a_tokenizer_is_read_once_and_again_when_it_has_changed(tmp_path):
     assert tok() is first
     os.utime(folder / "tokenizer.json", (1, 1))
     assert tok() is not first
+
+
+def test_further_attacks_are_in_the_hours():
+    job = lambda attacks: make_job("google/gemma-2-9b", "sports-athlete-editing", {"forget_size": 16}, ["flu"], [0], {}, attacks=attacks)
+    plain, more, field = (hours(job(a), shape("google/gemma-2-9b"), card_of("H100 80GB")) for a in ("standard", "all", "field"))
+    assert (field > more).all(axis=None) and (more > 1.2*plain).all(axis=None)
+    assert field.hours["maps"] - plain.hours["maps"] == pytest.approx(field.hours["edit"] - plain.hours["edit"], rel=1e-6) # the unedited model is attacked, too

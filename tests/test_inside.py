@@ -35,6 +35,15 @@ def pushed(lm, *parts, by=.3):
     return Edit(where, values, pd.DataFrame(), dict(model=lm.name, revision=lm.revision))
 
 
+def test_states_are_put_in_only_where_somebody_is_to_compare_with(tiny, task):
+    lm = tiny()
+    plain = {k: read_inside(lm, task, pushed(lm), **SMALL | dict(n_strangers=k)) for k in (0, 1)}
+    names = {k: set(r.setting.str.split("/").str[0]) for k, r in plain.items()}
+    assert names[1] - names[0] == {"into-original", "into-edited", "stranger", "original"} and names[0] < names[1]
+    same = [r[r.setting.str.startswith("tuned")].reset_index(drop=True) for r in plain.values()]
+    pd.testing.assert_frame_equal(*same)
+
+
 # ---- states and lenses
 
 @every_family
