@@ -219,7 +219,7 @@ def speeds(
     card:Card, # where
 ) -> tuple[float, float, float]: # slowest, likely, fastest TFLOP a second
     "How fast a stage multiplies: as fast as it was timed, a factor of two either way; if it was not, between what was"
-    seen = _seen(card)
+    seen, stage = _seen(card), "relearning" if stage == "further attacks" else stage # most of which train something
     if stage in seen.index: return tuple(float(seen["median"][stage])*f for f in (.5, 1, 2))
     low, high = float(seen["min"].min()), float(seen["max"].max())
     return low, math.sqrt(low*high), high
