@@ -150,6 +150,7 @@ def _tables(facts, name):
 def _attempts(tables, guess, kept):
     "The attempts on one edit: guess (no less than ghosts, and than what is read before any layer), kept, power, and the share of facts it reaches"
     forget = tables["forget"].dropna(axis=1, how="all")
+    forget = forget.loc[:, forget.count() >= forget.count().max()/2]
     names, none = forget.columns.get_level_values(0), pd.DataFrame(columns=forget.columns, dtype=float)
     ghost, retain, alone, alone_kept, both = (tables.get(g, none).reindex(columns=forget.columns).astype(float) for g in ("ghost", "retain", *BEFORE))
     tells = surely_above(both.sum(), both.count(), kept.reindex(names)) # before any layer it is the name that tells, or what is common

@@ -89,3 +89,16 @@ def test_a_probe_of_the_unedited_model_is_compared_with_what_that_reads_by_itsel
     none, edit = (probed(.5, later, n=60, kept=60).assign(localization=name) for name, later in (("none", .9), ("flu", .5)))
     card = scorecard(pd.concat([none, edit.assign(setting="subject/transferred").query("layer >= 0")])).query("seed == -1 and localization == 'flu'").set_index("attack")
     assert card.guess["old probe"] == pytest.approx(.5)
+
+
+def test_what_can_be_asked_of_one_fact_alone_is_no_worst_case():
+    row = lambda group, k, setting, right: dict(evaluation="elicitation", localization="flu", draw=0, seed=0, fact=f"{group}/{k}", subject=f"{group} {k}", relation="sport", group=group,
+        format="elicited", variant=0, truth=f" {'abc'[k % 3]}", edit=" d" if group == "forget" else None, prob_truth=float(right), prob_edit=0., top1_truth=right, top1_edit=False,
+        layer=None, setting=setting, step=None, compliance=None, loss=None)
+    said = [row(g, k, s, g == "retain" or g == "forget" and k < 2) for s in ("persuasion/rephrased 1", "persuasion/role play 1") for g, n in (("forget", 16), ("retain", 24), ("ghost", 24)) for k in range(n)]
+    alias = row("forget", 0, "persuasion/alias", True)
+    before, after = (scorecard(pd.DataFrame(rows)).query("seed == 0").set_index("attack") for rows in (said, [*said, alias]))
+    assert after.loc["persuasion", ["n", "value"]].tolist() == [16, .125] and after.loc["worst case", ["n", "value"]].tolist() == [16, .125]
+    pd.testing.assert_frame_equal(before, after)
+    alone = scorecard(pd.DataFrame([alias])).query("seed == 0").set_index("attack") # where nothing else was asked it is what there is
+    assert alone.n["persuasion"] == 1
